@@ -1,0 +1,268 @@
+"""The two operators of a product-key memory: their contract, and the only place a backend is chosen.
+
+Both are registered with `torch.library`, so `torch.compile(fullgraph=True)`, autocast and activation
+checkpointing see them as single operations with known shapes and gradients.
+"""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.library import custom_op
+
+from pkmem.ops.reading_log import ReadLog, sort_reads
+
+BACKENDS = ("reference",)
+
+
+def choose_backend(device: torch.device, backend: str | None = None) -> str:
+    """The backend for tensors on `device`: the one asked for, else the fastest that can run there.
+
+    Raises:
+        ValueError: `backend` is not in `BACKENDS`.
+    """
+    if backend is None:
+        return "reference"
+    if backend not in BACKENDS:
+        raise ValueError(f"backend is {backend!r} but must be one of {', '.join(BACKENDS)}")
+    return backend
+
+
+def backend_module(backend: str) -> ModuleType:
+    """The module that implements `backend`."""
+    return importlib.import_module(f"pkmem.ops.{backend}")
+
+
+def product_key_topk(
+    query: Tensor, sub_keys: Tensor, knn: int, *, backend: str | None = None
+) -> tuple[Tensor, Tensor]:
+    """The `knn` slots whose product keys best match each query (Lample et al. 2019, section 3.1, eq. 4).
+
+    Exact: both sub-keys of a best slot are among the best `knn` of their own set. Differentiable in query
+    and sub_keys, through the scores. Equivalent to, without the (n, h, s ** 2) scores:
+
+        first, second = query.chunk(2, -1)
+        scores = torch.einsum("nhd,hid->nhi", first, sub_keys[:, 0])[..., :, None] \\
+               + torch.einsum("nhd,hjd->nhj", second, sub_keys[:, 1])[..., None, :]
+        scores, slots = scores.flatten(-2).topk(knn)
+
+    Args:
+        query: (n, h, q) one query per token and head; n >= 0.
+        sub_keys: (h, 2, s, q / 2) two sets of sub-keys per head; slot `i * s + j` is the pair (i, j).
+        knn: slots to keep, in [1, s].
+        backend: one of `BACKENDS`; None takes the fastest for the device.
+
+    Returns:
+        scores: (n, h, knn) inner products, best first, accumulated and returned in fp32 (fp64 for fp64
+            queries); equal scores by lower slot.
+        slots: (n, h, knn) int64 in [0, s ** 2).
+
+    Raises:
+        ValueError: the shapes disagree, `knn` is outside [1, s], or the backend is unknown.
+    """
+    if query.dim() != 3 or sub_keys.dim() != 4 or sub_keys.shape[1] != 2:
+        raise ValueError(
+            f"query must be (n, h, q) and sub_keys (h, 2, s, q / 2), "
+            f"not {tuple(query.shape)} and {tuple(sub_keys.shape)}"
+        )
+    if query.shape[1] != sub_keys.shape[0] or query.shape[2] != 2 * sub_keys.shape[3]:
+        raise ValueError(
+            f"query {tuple(query.shape)} and sub_keys {tuple(sub_keys.shape)} disagree in heads "
+            f"({query.shape[1]} and {sub_keys.shape[0]}) or width "
+            f"({query.shape[2]} and twice {sub_keys.shape[3]})"
+        )
+    if not 1 <= knn <= sub_keys.shape[2]:
+        raise ValueError(f"knn is {knn} but must be in [1, s = {sub_keys.shape[2]}]")
+    return _topk(query, sub_keys, knn, choose_backend(query.device, backend))
+
+
+def weighted_sum(
+    values: Tensor,
+    slots: Tensor,
+    weights: Tensor,
+    *,
+    log: ReadLog | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """The weighted sum of some rows of a table, per token (Lample et al. 2019, section 3.1, eq. 3).
+
+    Useful on its own wherever few rows of a large table are summed: sparse autoencoders, expert layers.
+    Differentiable in values and weights, with sums in the same order in every run. Equivalent to, without
+    the (n, b, v) rows:
+
+        (values[slots] * weights[..., None]).sum(1)
+
+    Args:
+        values: (m, v) the table, of any floating dtype; v >= 1.
+        slots: (n, b) int64 rows to read, in [0, m); n, b >= 0; a row may be read many times.
+        weights: (n, b) their weights, any floating dtype.
+        log: None gives `values` a dense gradient; a log receives the reads instead, and no tensor of the
+            table's size is made (`pkmem.RowAdam` sets and empties it).
+        backend: one of `BACKENDS`; None takes the fastest for the device.
+
+    Returns:
+        (n, v) in the dtype of values, accumulated in fp32 (fp64 for fp64 values).
+
+    Raises:
+        ValueError: the shapes disagree, a slot is outside [0, m) (checked on the CPU), or the backend is
+            unknown.
+    """
+    if values.dim() != 2 or slots.dim() != 2 or slots.shape != weights.shape:
+        raise ValueError(
+            "values must be (m, v), slots and weights (n, b), not "
+            f"{tuple(values.shape)}, {tuple(slots.shape)} and {tuple(weights.shape)}"
+        )
+    chosen = choose_backend(values.device, backend)
+    if log is None:
+        return _bag(values, slots, weights, chosen)
+    return _logged_bag(values, slots, weights, log.counter, log.handle, chosen)
+
+
+# --- registration with torch.library: forward, shapes, backward -----------------------------------------
+
+
+@custom_op("pkmem::product_key_topk", mutates_args=())
+def _topk(query: Tensor, sub_keys: Tensor, knn: int, backend: str) -> tuple[Tensor, Tensor]:
+    scores, slots = backend_module(backend).product_key_topk(query, sub_keys, knn)
+    return scores.contiguous(), slots.contiguous()
+
+
+@_topk.register_fake
+def _(query: Tensor, sub_keys: Tensor, knn: int, backend: str) -> tuple[Tensor, Tensor]:  # noqa: ARG001
+    shape = (query.shape[0], query.shape[1], knn)
+    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    return query.new_empty(shape, dtype=dtype), query.new_empty(shape, dtype=torch.int64)
+
+
+@custom_op("pkmem::product_key_topk_backward", mutates_args=())
+def _topk_backward(
+    grad_scores: Tensor, query: Tensor, sub_keys: Tensor, slots: Tensor, backend: str
+) -> tuple[Tensor, Tensor]:
+    grad_query, grad_sub_keys = backend_module(backend).product_key_topk_backward(
+        grad_scores, query, sub_keys, slots
+    )
+    return grad_query.contiguous(), grad_sub_keys.contiguous()
+
+
+@_topk_backward.register_fake
+def _(
+    grad_scores: Tensor,  # noqa: ARG001
+    query: Tensor,
+    sub_keys: Tensor,
+    slots: Tensor,  # noqa: ARG001
+    backend: str,  # noqa: ARG001
+) -> tuple[Tensor, Tensor]:
+    return query.new_empty(query.shape), sub_keys.new_empty(sub_keys.shape)
+
+
+def _topk_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    query, sub_keys, _, ctx.backend = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(query, sub_keys, output[1])
+
+
+def _topk_gradients(ctx: Any, grad_scores: Tensor, _: Any) -> tuple[Any, ...]:
+    query, sub_keys, slots = ctx.saved_tensors
+    return (*_topk_backward(grad_scores, query, sub_keys, slots, ctx.backend), None, None)
+
+
+_topk.register_autograd(_topk_gradients, setup_context=_topk_context)
+
+
+def _checked_bag(values: Tensor, slots: Tensor, weights: Tensor, backend: str) -> Tensor:
+    if slots.numel() and slots.device.type == "cpu":
+        lowest, highest = (int(bound) for bound in slots.aminmax())
+        if lowest < 0 or highest >= values.shape[0]:
+            raise ValueError(f"slots reach from {lowest} to {highest}: outside [0, m = {values.shape[0]})")
+    return backend_module(backend).weighted_sum(values, slots, weights).contiguous()
+
+
+@custom_op("pkmem::weighted_sum", mutates_args=())
+def _bag(values: Tensor, slots: Tensor, weights: Tensor, backend: str) -> Tensor:
+    return _checked_bag(values, slots, weights, backend)
+
+
+@custom_op("pkmem::weighted_sum_logged", mutates_args=())
+def _logged_bag(
+    values: Tensor,
+    slots: Tensor,
+    weights: Tensor,
+    counter: Tensor,  # noqa: ARG001
+    handle: int,  # noqa: ARG001
+    backend: str,
+) -> Tensor:
+    return _checked_bag(values, slots, weights, backend)
+
+
+@_bag.register_fake
+@_logged_bag.register_fake
+def _(values: Tensor, slots: Tensor, *_: Any) -> Tensor:
+    return values.new_empty(slots.shape[0], values.shape[1])
+
+
+@custom_op("pkmem::weighted_sum_grad_weights", mutates_args=())
+def _bag_grad_weights(values: Tensor, slots: Tensor, grad_output: Tensor, backend: str) -> Tensor:
+    return backend_module(backend).weighted_sum_grad_weights(values, slots, grad_output)
+
+
+@_bag_grad_weights.register_fake
+def _(values: Tensor, slots: Tensor, grad_output: Tensor, backend: str) -> Tensor:  # noqa: ARG001
+    dtype = torch.float64 if values.dtype == torch.float64 else torch.float32
+    return slots.new_empty(slots.shape, dtype=dtype)
+
+
+@custom_op("pkmem::weighted_sum_grad_values", mutates_args=())
+def _bag_grad_values(
+    slots: Tensor, weights: Tensor, grad_output: Tensor, num_rows: int, backend: str
+) -> Tensor:
+    reads = sort_reads([slots], [weights], [grad_output])
+    return backend_module(backend).weighted_sum_grad_values(reads, num_rows)
+
+
+@_bag_grad_values.register_fake
+def _(
+    slots: Tensor,  # noqa: ARG001
+    weights: Tensor,  # noqa: ARG001
+    grad_output: Tensor,
+    num_rows: int,
+    backend: str,  # noqa: ARG001
+) -> Tensor:
+    return grad_output.new_empty(num_rows, grad_output.shape[1])
+
+
+@custom_op("pkmem::log_reads", mutates_args=("counter",))
+def _log_reads(counter: Tensor, slots: Tensor, weights: Tensor, grad_output: Tensor, handle: int) -> None:
+    # Copies: a compiler reuses the memory of what it passed once the operator has returned.
+    ReadLog.of(handle).append(slots.clone(), weights.clone(), grad_output.clone())
+    counter.add_(1)
+
+
+@_log_reads.register_fake
+def _(counter: Tensor, slots: Tensor, weights: Tensor, grad_output: Tensor, handle: int) -> None:  # noqa: ARG001
+    return None
+
+
+def _bag_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001
+    values, slots, weights, *ctx.log, ctx.backend = inputs
+    ctx.save_for_backward(values, slots, weights)
+
+
+def _bag_gradients(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
+    values, slots, weights = ctx.saved_tensors
+    grad_values = grad_weights = None
+    if ctx.needs_input_grad[2]:
+        grad_weights = _bag_grad_weights(values, slots, grad_output, ctx.backend).to(weights.dtype)
+    if ctx.needs_input_grad[0] and ctx.log:
+        counter, handle = ctx.log
+        _log_reads(counter, slots, weights, grad_output, handle)
+    elif ctx.needs_input_grad[0]:
+        grad_values = _bag_grad_values(slots, weights, grad_output, values.shape[0], ctx.backend)
+    return (grad_values, None, grad_weights, *(None for _ in ctx.log), None)
+
+
+_bag.register_autograd(_bag_gradients, setup_context=_bag_context)
+_logged_bag.register_autograd(_bag_gradients, setup_context=_bag_context)

@@ -1,0 +1,104 @@
+"""The gradient of a value table is its reading log: who read what, with which weight, what came back.
+
+A table of a billion parameters is read at a few rows per token. Its gradient is kept as those reads,
+never as a tensor of the table's size, and summed row by row when the table is updated.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_handles = itertools.count()
+_logs: weakref.WeakValueDictionary[int, ReadLog] = weakref.WeakValueDictionary()
+
+
+@dataclass(frozen=True)
+class SortedReads:
+    """The reads of one table, grouped by row.
+
+    Args:
+        rows: (u,) int64 rows that were read, ascending, each once.
+        offsets: (u + 1,) int64; the reads of rows[i] are offsets[i] up to offsets[i + 1].
+        tokens: (r,) int64 row of `grad_output` each read belongs to; in order of reading within a row.
+        weights: (r,) weight of each read.
+        grad_output: (n, v) what came back to each token.
+    """
+
+    rows: Tensor
+    offsets: Tensor
+    tokens: Tensor
+    weights: Tensor
+    grad_output: Tensor
+
+
+class ReadLog:
+    """The reads of one table since its last update, over all micro-batches and sharing layers.
+
+    Custom operators take tensors and numbers only, so they find the log through `handle`; they count in
+    `counter`, a tensor they declare to change, so that a compiler keeps them.
+    """
+
+    def __init__(self) -> None:
+        self.counter = torch.zeros((), dtype=torch.int64)
+        self.entries: list[tuple[Tensor, Tensor, Tensor]] = []
+        self.handle = next(_handles)
+        _logs[self.handle] = self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ReadLog:
+        return ReadLog()
+
+    def __reduce__(self) -> tuple[type[ReadLog], tuple[()]]:
+        return ReadLog, ()
+
+    @staticmethod
+    def of(handle: int) -> ReadLog:
+        """The living log with this handle."""
+        return _logs[handle]
+
+    def append(self, slots: Tensor, weights: Tensor, grad_output: Tensor) -> None:
+        """Keeps one backward pass: slots and weights (n, b), grad_output (n, v)."""
+        self.entries.append((slots, weights, grad_output))
+
+    def clear(self) -> None:
+        """Forgets all reads."""
+        self.entries.clear()
+
+    def sorted(self) -> SortedReads | None:
+        """All reads since the last update grouped by row; None if there were none."""
+        entries = [entry for entry in self.entries if entry[0].numel()]
+        if not entries:
+            return None
+        return sort_reads(*(list(part) for part in zip(*entries, strict=True)))
+
+
+def sort_reads(slots: list[Tensor], weights: list[Tensor], grad_outputs: list[Tensor]) -> SortedReads:
+    """Groups the reads of several backward passes by row.
+
+    Args:
+        slots, weights: per pass (n, b).
+        grad_outputs: per pass (n, v).
+    """
+    first_token = 0
+    tokens = []
+    for pass_slots in slots:
+        last_token = first_token + pass_slots.shape[0]
+        reading = torch.arange(first_token, last_token, device=pass_slots.device)
+        tokens.append(reading.repeat_interleave(pass_slots.shape[1]))
+        first_token = last_token
+    ordered, order = torch.cat([part.flatten() for part in slots]).sort(stable=True)
+    rows, counts = ordered.unique_consecutive(return_counts=True)
+    offsets = torch.zeros(len(rows) + 1, dtype=torch.int64, device=rows.device)
+    torch.cumsum(counts, 0, out=offsets[1:])
+    return SortedReads(
+        rows=rows,
+        offsets=offsets,
+        tokens=torch.cat(tokens)[order],
+        weights=torch.cat([part.flatten() for part in weights])[order],
+        grad_output=torch.cat(grad_outputs),
+    )
