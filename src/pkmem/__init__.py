@@ -1,0 +1,59 @@
+"""pkmem: product-key memories (Lample et al. 2019) for anybody's PyTorch model.
+
+Three floors, each usable alone: an operator (tensors), a layer (`nn.Module`), a language model (Hugging Face).
+
+| paper      | here                      | shape                                                     |
+|------------|---------------------------|-----------------------------------------------------------|
+| x, q(x)    | `x`, `query`              | (n, d), (n, h, q)                                         |
+| C, C'      | `sub_keys`                | (h, 2, s, q/2)                                            |
+| |C|, |K|   | `num_sub_keys`, `num_slots` | s, s ** 2                                               |
+| H, k       | `heads`, `knn`            |                                                           |
+| q . k      | `scores`                  | (n, h, knn), before the softmax only                      |
+| w          | `weights`                 | (n, h, knn), after the softmax only                       |
+| I          | `slots`                   | (n, h, knn), slot i * s + j is the pair (i, j)            |
+| v          | `values`                  | (m, v)                                                    |
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from pkmem import autoload
+from pkmem.config import MemoryConfig
+
+if TYPE_CHECKING:
+    from pkmem.huggingface import add_memory as add_memory
+    from pkmem.memory import ProductKeyMemory as ProductKeyMemory
+    from pkmem.ops import product_key_topk as product_key_topk
+    from pkmem.ops import weighted_sum as weighted_sum
+    from pkmem.optim import CombinedOptimizer as CombinedOptimizer
+    from pkmem.optim import RowAdam as RowAdam
+    from pkmem.usage import MemoryUsage as MemoryUsage
+
+__version__ = "0.1.0"
+
+# Imported on first use: the command line answers `--help` before torch could be loaded.
+_contents = {
+    "ProductKeyMemory": "pkmem.memory",
+    "MemoryUsage": "pkmem.usage",
+    "RowAdam": "pkmem.optim",
+    "CombinedOptimizer": "pkmem.optim",
+    "product_key_topk": "pkmem.ops",
+    "weighted_sum": "pkmem.ops",
+    "add_memory": "pkmem.huggingface",
+}
+__all__ = ["MemoryConfig", "__version__", *_contents]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _contents:
+        raise AttributeError(f"module 'pkmem' has no attribute {name!r}")
+    return getattr(importlib.import_module(_contents[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
+autoload.register_with_transformers()

@@ -54,9 +54,7 @@ class MemoryConfig:
                 "lower knn or raise num_sub_keys"
             )
         if self.query_dim % 2:
-            raise ValueError(
-                f"query_dim is {self.query_dim} but must be even: its halves meet two sub-key sets"
-            )
+            raise ValueError(f"query_dim is {self.query_dim} but must be even: its halves meet two sub-key sets")
         _one_of("query_norm", self.query_norm, ("batch", "layer", "rms", "none"))
         _one_of("keys", self.keys, ("product", "flat"))
         for name in ("query_dropout", "dropout"):

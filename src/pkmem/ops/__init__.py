@@ -37,9 +37,7 @@ def backend_module(backend: str) -> ModuleType:
     return importlib.import_module(f"pkmem.ops.{backend}")
 
 
-def product_key_topk(
-    query: Tensor, sub_keys: Tensor, knn: int, *, backend: str | None = None
-) -> tuple[Tensor, Tensor]:
+def product_key_topk(query: Tensor, sub_keys: Tensor, knn: int, *, backend: str | None = None) -> tuple[Tensor, Tensor]:
     """The `knn` slots whose product keys best match each query (Lample et al. 2019, section 3.1, eq. 4).
 
     Exact: both sub-keys of a best slot are among the best `knn` of their own set. Differentiable in query
@@ -132,7 +130,7 @@ def _topk(query: Tensor, sub_keys: Tensor, knn: int, backend: str) -> tuple[Tens
 
 
 @_topk.register_fake
-def _(query: Tensor, sub_keys: Tensor, knn: int, backend: str) -> tuple[Tensor, Tensor]:  # noqa: ARG001
+def _(query: Tensor, sub_keys: Tensor, knn: int, backend: str) -> tuple[Tensor, Tensor]:
     shape = (query.shape[0], query.shape[1], knn)
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     return query.new_empty(shape, dtype=dtype), query.new_empty(shape, dtype=torch.int64)
@@ -142,19 +140,17 @@ def _(query: Tensor, sub_keys: Tensor, knn: int, backend: str) -> tuple[Tensor, 
 def _topk_backward(
     grad_scores: Tensor, query: Tensor, sub_keys: Tensor, slots: Tensor, backend: str
 ) -> tuple[Tensor, Tensor]:
-    grad_query, grad_sub_keys = backend_module(backend).product_key_topk_backward(
-        grad_scores, query, sub_keys, slots
-    )
+    grad_query, grad_sub_keys = backend_module(backend).product_key_topk_backward(grad_scores, query, sub_keys, slots)
     return grad_query.contiguous(), grad_sub_keys.contiguous()
 
 
 @_topk_backward.register_fake
 def _(
-    grad_scores: Tensor,  # noqa: ARG001
+    grad_scores: Tensor,
     query: Tensor,
     sub_keys: Tensor,
-    slots: Tensor,  # noqa: ARG001
-    backend: str,  # noqa: ARG001
+    slots: Tensor,
+    backend: str,
 ) -> tuple[Tensor, Tensor]:
     return query.new_empty(query.shape), sub_keys.new_empty(sub_keys.shape)
 
@@ -191,8 +187,8 @@ def _logged_bag(
     values: Tensor,
     slots: Tensor,
     weights: Tensor,
-    counter: Tensor,  # noqa: ARG001
-    handle: int,  # noqa: ARG001
+    counter: Tensor,
+    handle: int,
     backend: str,
 ) -> Tensor:
     return _checked_bag(values, slots, weights, backend)
@@ -210,26 +206,24 @@ def _bag_grad_weights(values: Tensor, slots: Tensor, grad_output: Tensor, backen
 
 
 @_bag_grad_weights.register_fake
-def _(values: Tensor, slots: Tensor, grad_output: Tensor, backend: str) -> Tensor:  # noqa: ARG001
+def _(values: Tensor, slots: Tensor, grad_output: Tensor, backend: str) -> Tensor:
     dtype = torch.float64 if values.dtype == torch.float64 else torch.float32
     return slots.new_empty(slots.shape, dtype=dtype)
 
 
 @custom_op("pkmem::weighted_sum_grad_values", mutates_args=())
-def _bag_grad_values(
-    slots: Tensor, weights: Tensor, grad_output: Tensor, num_rows: int, backend: str
-) -> Tensor:
+def _bag_grad_values(slots: Tensor, weights: Tensor, grad_output: Tensor, num_rows: int, backend: str) -> Tensor:
     reads = sort_reads([slots], [weights], [grad_output])
     return backend_module(backend).weighted_sum_grad_values(reads, num_rows)
 
 
 @_bag_grad_values.register_fake
 def _(
-    slots: Tensor,  # noqa: ARG001
-    weights: Tensor,  # noqa: ARG001
+    slots: Tensor,
+    weights: Tensor,
     grad_output: Tensor,
     num_rows: int,
-    backend: str,  # noqa: ARG001
+    backend: str,
 ) -> Tensor:
     return grad_output.new_empty(num_rows, grad_output.shape[1])
 
@@ -242,11 +236,11 @@ def _log_reads(counter: Tensor, slots: Tensor, weights: Tensor, grad_output: Ten
 
 
 @_log_reads.register_fake
-def _(counter: Tensor, slots: Tensor, weights: Tensor, grad_output: Tensor, handle: int) -> None:  # noqa: ARG001
+def _(counter: Tensor, slots: Tensor, weights: Tensor, grad_output: Tensor, handle: int) -> None:
     return None
 
 
-def _bag_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001
+def _bag_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     values, slots, weights, *ctx.log, ctx.backend = inputs
     ctx.save_for_backward(values, slots, weights)
 

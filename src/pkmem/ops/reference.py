@@ -10,6 +10,7 @@ Every other backend computes the same and is tested against this one. Two calcul
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Iterator
 
@@ -143,7 +144,7 @@ def row_gradients(reads: SortedReads) -> Iterator[tuple[Tensor, Tensor]]:
     bounds = reads.offsets[::size].tolist()
     if (len(reads.offsets) - 1) % size:
         bounds.append(len(reads.tokens))
-    for chunk, (begin, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+    for chunk, (begin, end) in enumerate(itertools.pairwise(bounds)):
         rows = reads.rows[chunk * size : (chunk + 1) * size]
         offsets = reads.offsets[chunk * size : (chunk + 1) * size + 1] - begin
         with warnings.catch_warnings():

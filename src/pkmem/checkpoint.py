@@ -1,0 +1,411 @@
+"""Training checkpoints that are either complete and verified, or not there.
+
+A checkpoint is a folder `RUN/checkpoints/step-N`. It is written as `step-N.tmp`, sealed with a manifest of
+sizes and hashes, synced to the disk and only then renamed, so a reader never meets half of one:
+
+    write -> manifest.json -> fsync -> rename -> prune
+
+`step-N.old` exists for a moment while a step is saved again. Tensors go to safetensors and everything else to
+JSON: nothing here writes or reads a pickle. One process writes to a run at a time; any number may read.
+"""
+
+import errno
+import hashlib
+import json
+import math
+import os
+import random
+import re
+import shutil
+import struct
+import sys
+import zipfile
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is missing, broken, truncated or unsafe: one line with the file and the fix."""
+
+
+# --- folders: write, verify, find, refuse -------------------------------------------------------------------
+
+
+def save_checkpoint(run: Path, step: int, write: Callable[[Path], None], keep: int = 2) -> Path:
+    """Writes `RUN/checkpoints/step-N` so that it is there whole or not at all, then drops the older ones.
+
+    Whatever happens before the final rename (an exception, Ctrl-C, a full disk, kill -9), the checkpoints
+    that were there stay valid; what a killed run left behind is cleaned up by the next save.
+
+    Args:
+        run: folder of the training run; created if missing.
+        step: N, at least 0. A step saved before is replaced.
+        write: fills the empty folder it is given, subfolders allowed; done with every file when it returns.
+        keep: how many checkpoints up to step N stay, this one included. Those of later steps are not touched.
+
+    Returns:
+        the folder of the new checkpoint.
+
+    Raises:
+        ValueError: `step` is negative or `keep` is below 1.
+        CheckpointError: no space is left, or `write` made a `manifest.json` or a link.
+    """
+    if step < 0 or keep < 1:
+        raise ValueError(f"save_checkpoint needs step >= 0 and keep >= 1, got step={step} and keep={keep}")
+    folder = run / "checkpoints"
+    final, tmp, old = (folder / f"step-{step}{suffix}" for suffix in ("", ".tmp", ".old"))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _fsync(run)
+        _tidy(folder)
+        tmp.mkdir()
+        write(tmp)
+        _seal(tmp)
+        if final.exists():
+            final.rename(old)
+        tmp.rename(final)
+        _fsync(folder)
+    except BaseException as error:
+        _tidy(folder)
+        if not _disk_is_full(error):
+            raise
+        previous = latest_checkpoint(run)
+        intact = f"the previous checkpoint {previous.name} is intact" if previous else "no checkpoint exists"
+        raise CheckpointError(f"{final}: no space left ({error}); free some, save again; {intact}") from error
+    earlier = {n: path for n, path in _complete(folder).items() if n < step}
+    for n in sorted(earlier, reverse=True)[keep - 1 :]:
+        earlier[n].rename(folder / f"step-{n}.tmp")  # so that a kill leaves no half-deleted step-n
+    _tidy(folder)
+    return final
+
+
+def verify_checkpoint(path: Path) -> None:
+    """Reads a whole checkpoint and compares it with its manifest.
+
+    Args:
+        path: the folder `step-N`.
+
+    Raises:
+        CheckpointError: the manifest is absent or broken, a file is missing, has another size or hash, is a
+            link, or is not in the manifest.
+    """
+    manifest, files = load_json(path / "manifest.json"), _files(path)
+    fix = f"delete {path} and resume from an earlier checkpoint, or copy it again"
+    if not isinstance(manifest, dict) or not all(isinstance(entry, dict) for entry in manifest.values()):
+        raise CheckpointError(f"{path / 'manifest.json'}: not a manifest; {fix}")
+    for name in sorted(manifest.keys() | files.keys()):
+        if name not in files:
+            raise CheckpointError(f"{path / name}: missing; {fix}")
+        if name not in manifest:
+            raise CheckpointError(f"{path / name}: not in the manifest, someone added it; move it away")
+        size, expected = files[name].stat().st_size, manifest[name].get("size")
+        if size != expected:
+            raise CheckpointError(f"{path / name}: {size} bytes instead of {expected}; {fix}")
+        if _sha256(files[name]) != manifest[name].get("sha256"):
+            raise CheckpointError(f"{path / name}: its content changed (another sha256); {fix}")
+
+
+def latest_checkpoint(run: Path) -> Path | None:
+    """The complete checkpoint with the highest step, or None. Hashes nothing: see `verify_checkpoint`.
+
+    Args:
+        run: folder of the training run.
+
+    Returns:
+        `RUN/checkpoints/step-N`; `step-N.old` if a run was killed in the instant between two renames.
+    """
+    complete = _complete(run / "checkpoints")
+    return complete[max(complete)] if complete else None
+
+
+def refuse_pickles(path: Path) -> None:
+    """Stops before a model without safetensors is loaded: unpickling a file runs whatever code it holds.
+
+    Looks at names and at first bytes. Pickles beside safetensors pass (the Hugging Face Trainer writes some):
+    loaders prefer the safetensors.
+
+    Args:
+        path: the folder a model is to be loaded from (not its subfolders), or one file.
+
+    Raises:
+        CheckpointError: there is no such path, or it has a pickle and no safetensors.
+    """
+    if not path.exists():
+        raise CheckpointError(f"{path}: no such file or folder; check the path")
+    files = [file for file in (sorted(path.iterdir()) if path.is_dir() else [path]) if file.is_file()]
+    pickles = [file for file in files if _is_pickle(file)]
+    if pickles and not any(file.suffix == ".safetensors" for file in files if file not in pickles):
+        fix = "convert it to safetensors where you trust it (`model.save_pretrained`)"
+        raise CheckpointError(f"{pickles[0]}: a pickle can run any code when loaded; {fix}")
+
+
+def _complete(folder: Path) -> dict[int, Path]:
+    """Step -> folder of every sealed checkpoint; `step-N.old` counts while there is no `step-N`."""
+    found = {}
+    for path in sorted(folder.glob("step-*"), reverse=True):  # `step-N.old` before `step-N`
+        name = re.fullmatch(r"step-([0-9]+)(\.old)?", path.name)
+        if name and (path / "manifest.json").is_file():
+            found[int(name[1])] = path
+    return found
+
+
+def _tidy(folder: Path) -> None:
+    """Removes every `step-N.tmp`; a `step-N.old` becomes `step-N` again, or goes where there is a new one."""
+    for tmp in folder.glob("step-*.tmp"):
+        shutil.rmtree(tmp, ignore_errors=True)  # what a network disk holds back goes with the next save
+    for old in folder.glob("step-*.old"):
+        if old.with_suffix("").exists():
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            old.rename(old.with_suffix(""))
+
+
+def _seal(folder: Path) -> None:
+    """Writes the manifest and syncs every file and folder to the disk."""
+    files = _files(folder)
+    if (folder / "manifest.json").exists():
+        raise CheckpointError(f"{folder / 'manifest.json'}: the checkpoint needs this name; choose another")
+    manifest = {name: {"size": file.stat().st_size, "sha256": _sha256(file)} for name, file in files.items()}
+    for path in [*files.values(), *(path for path in folder.rglob("*") if path.is_dir())]:
+        _fsync(path)
+    save_json(folder / "manifest.json", manifest)
+
+
+def _files(folder: Path) -> dict[str, Path]:
+    """Relative name -> path of every file but the manifest."""
+    found = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*"))}
+    for path in found.values():
+        if path.is_symlink() or not (path.is_file() or path.is_dir()):
+            raise CheckpointError(f"{path}: a link or device; put a plain file there")
+    return {name: path for name, path in found.items() if path.is_file() and name != "manifest.json"}
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()  # in chunks
+
+
+def _fsync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _disk_is_full(error: BaseException) -> bool:
+    """Also over a quota or a limit on file size; safetensors has the number of the OSError in its text."""
+    full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    if isinstance(error, OSError):
+        return error.errno in full
+    return any(f"(os error {number})" in str(error) for number in full)
+
+
+def _is_pickle(file: Path) -> bool:
+    with file.open("rb") as stream:
+        head = stream.read(4096)
+    if file.suffix.lower() in (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"):
+        return True
+    if head.startswith(b"\x93NUMPY"):
+        return b"'|O" in head.partition(b"\n")[0]  # an array of objects
+    if head[:1] == b"\x80" and head[8:9] != b"{":  # a safetensors header of 640 bytes starts like protocol 2
+        return head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05")
+    try:
+        with zipfile.ZipFile(file) as archive:
+            return any(Path(name).name == "data.pkl" for name in archive.namelist())
+    except zipfile.BadZipFile:
+        return False
+
+
+# --- nested state: tensors in safetensors, the rest in JSON -------------------------------------------------
+
+
+def save_state(path: Path, state: Any) -> None:
+    """Writes a nested state, such as `optimizer.state_dict()`, to `path.safetensors` and `path.json`.
+
+    In the JSON every object has one key, the name of a type: `{"tensor": "0"}`, `{"tuple": [...]}`,
+    `{"dict": [[key, value], ...]}`, `{"float": "7ff0000000000000"}` (not finite); the rest stands for itself.
+    Contiguous CPU tensors are written from where they are; others, and those that share memory, are copied.
+
+    Args:
+        path: both files without their endings.
+        state: dict or OrderedDict (keys str or int), list, tuple, dense tensor, str, int, float, bool, None.
+
+    Raises:
+        CheckpointError: something else is in `state` (the message says where), or safetensors fails to write.
+    """
+    tensors: dict[str, Tensor] = {}
+    storages: set[int] = set()
+
+    def put(tensor: Tensor) -> str:
+        tensor = tensor.detach().resolve_conj().resolve_neg().contiguous()
+        if tensor.untyped_storage().data_ptr() in storages:
+            tensor = tensor.clone()
+        storages.add(tensor.untyped_storage().data_ptr())
+        key = str(len(tensors))
+        tensors[key] = tensor
+        return key
+
+    structure, file = _encode(state, "state", put), _beside(path, ".safetensors")
+    try:
+        save_file(tensors, file, metadata={"structure": _fingerprint(structure)})
+    except (SafetensorError, KeyError) as error:  # KeyError: a dtype it does not know
+        raise CheckpointError(f"{file}: not written, safetensors says: {error}") from error
+    _fsync(file)
+    save_json(_beside(path, ".json"), structure)
+
+
+def load_state(path: Path) -> Any:
+    """Reads what `save_state` wrote.
+
+    Args:
+        path: both files without their endings.
+
+    Returns:
+        the same nested state, types and bits equal; its tensors are on the CPU, contiguous, sharing no memory
+        and independent of the file, and parameters have become plain tensors.
+
+    Raises:
+        CheckpointError: a file is missing or broken, or the two are not of the same save.
+    """
+    structure, file = load_json(_beside(path, ".json")), _beside(path, ".safetensors")
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            if (tensors.metadata() or {}).get("structure") != _fingerprint(structure):
+                raise ValueError("it belongs to another save than the .json beside it")
+            # The clone lets go of the mapped file: its disk space is freed when the checkpoint is pruned.
+            return _decode(structure, lambda key: tensors.get_tensor(key).clone())
+    except (SafetensorError, OSError, ValueError, TypeError, struct.error) as error:
+        raise CheckpointError(f"{file}: no saved state ({error}); resume from another checkpoint") from error
+
+
+def save_json(path: Path, document: Any) -> None:
+    """Writes a JSON document atomically: a reader sees the old one or the new one.
+
+    Args:
+        path: the file; its folder exists.
+        document: what `json` can write; NaN and Infinity stay as those words.
+
+    Raises:
+        TypeError: `document` has something JSON cannot hold; the file is untouched.
+    """
+    text, tmp = json.dumps(document, indent=1) + "\n", _beside(path, ".tmp")
+    try:
+        with tmp.open("w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        tmp.replace(path)
+    except BaseException:
+        tmp.unlink(missing_ok=True)
+        raise
+    _fsync(path.parent)
+
+
+def load_json(path: Path) -> Any:
+    """Reads a JSON document.
+
+    Args:
+        path: the file.
+
+    Returns:
+        the document.
+
+    Raises:
+        CheckpointError: the file is missing or not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror}; check the path or use another checkpoint") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not JSON, truncated? ({error}); use another checkpoint") from error
+
+
+def _encode(state: Any, where: str, put: Callable[[Tensor], str]) -> Any:
+    """The JSON form of `state`; `put` stores a tensor and names its key."""
+    kind = type(state)
+    if state is None or kind in (bool, int, str):
+        return state
+    if kind is float:
+        return state if math.isfinite(state) else {"float": struct.pack(">d", state).hex()}
+    if kind in (list, tuple):
+        items = [_encode(item, f"{where}[{i}]", put) for i, item in enumerate(state)]
+        return items if kind is list else {"tuple": items}
+    if kind in (dict, OrderedDict) and all(type(key) in (str, int) for key in state):
+        return {kind.__name__: [[key, _encode(v, f"{where}[{key!r}]", put)] for key, v in state.items()]}
+    if kind in (Tensor, torch.nn.Parameter) and state.layout == torch.strided and not state.is_meta:
+        return {"tensor": put(state)}
+    allowed = "dense tensors, dicts with str or int keys, lists, tuples, numbers, strings, bools, None"
+    raise CheckpointError(f"{where}: cannot save this {kind.__name__}; use {allowed}")
+
+
+def _decode(node: Any, get: Callable[[str], Tensor]) -> Any:
+    """The inverse of `_encode`; `get` fetches the tensor of a key."""
+    match node:
+        case {"tensor": str(key)}:
+            return get(key)
+        case {"float": str(bits)}:
+            return struct.unpack(">d", bytes.fromhex(bits))[0]
+        case {"tuple": list(items)}:
+            return tuple(_decode(item, get) for item in items)
+        case {"dict": list(pairs)}:
+            return {key: _decode(value, get) for key, value in pairs}
+        case {"OrderedDict": list(pairs)}:
+            return OrderedDict((key, _decode(value, get)) for key, value in pairs)
+        case list(items):
+            return [_decode(item, get) for item in items]
+        case dict():
+            raise ValueError(f"unknown type in {node}")
+    return node
+
+
+def _fingerprint(structure: Any) -> str:
+    return hashlib.sha256(json.dumps(structure).encode()).hexdigest()
+
+
+def _beside(path: Path, ending: str) -> Path:
+    return path.with_name(path.name + ending)
+
+
+# --- random number generators -------------------------------------------------------------------------------
+
+
+def rng_state() -> dict[str, Any]:
+    """The state of every global generator a training step may draw from, in a form `save_state` takes.
+
+    Returns:
+        `torch`: the CPU generator; `cuda`: that of the current device, if CUDA is available; `python`: module
+        random; `numpy`: its global generator, if numpy is imported.
+    """
+    version, words, gauss = random.getstate()
+    state: dict[str, Any] = {"torch": torch.get_rng_state(), "python": [version, torch.tensor(words), gauss]}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    if numpy := sys.modules.get("numpy"):
+        name, words, *rest = numpy.random.get_state()
+        state["numpy"] = [str(name), torch.tensor(words.tolist()), *rest]
+    return state
+
+
+def set_rng_state(state: dict[str, Any]) -> None:
+    """Puts the generators back to where `rng_state` found them.
+
+    Args:
+        state: from `rng_state`; parts for CUDA or numpy are skipped where this process has no CUDA or no numpy.
+    """
+    torch.set_rng_state(state["torch"])
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words.tolist()), gauss))
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+    if "numpy" in state and (numpy := sys.modules.get("numpy")):
+        name, words, *rest = state["numpy"]
+        numpy.random.set_state((name, words.tolist(), *rest))
