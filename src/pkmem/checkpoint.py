@@ -215,8 +215,8 @@ def _is_pickle(file: Path) -> bool:
         return True
     if head.startswith(b"\x93NUMPY"):
         return b"'|O" in head.partition(b"\n")[0]  # an array of objects
-    if head[:1] == b"\x80" and head[8:9] != b"{":  # a safetensors header of 640 bytes starts like protocol 2
-        return head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05")
+    if re.match(rb"\x80[\x02-\x05]", head):  # so does a safetensors file whose header has 640 bytes
+        return file.suffix != ".safetensors" or head[8:9] != b"{"
     try:
         with zipfile.ZipFile(file) as archive:
             return any(Path(name).name == "data.pkl" for name in archive.namelist())

@@ -7,10 +7,10 @@ Llama, Qwen, Mistral, Gemma and GPT-NeoX) is replaced by the memory, or the memo
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -20,9 +20,11 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.configuration_utils import SubConfigSpec
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from pkmem.config import MemoryConfig
 from pkmem.memory import ProductKeyMemory, memories_in
+from pkmem.recipe import ModelConfig
 
 Placement = Literal["replace", "parallel"]
 
@@ -119,6 +121,7 @@ class PkmemForCausalLM(PreTrainedModel, GenerationMixin):
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         """What the decoder's forward takes and returns."""
@@ -126,7 +129,7 @@ class PkmemForCausalLM(PreTrainedModel, GenerationMixin):
             mask = attention_mask if attention_mask is not None and attention_mask.dim() == 2 else None
             for mlp in self.memory_mlps():
                 mlp.mask = None if mask is None else mask.bool()
-        return self.base(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+        return self.base(input_ids=input_ids, attention_mask=attention_mask, labels=labels, **kwargs)
 
     def memory_mlps(self) -> list[MemoryMLP]:
         """The modules that hold a memory, by block."""
@@ -200,6 +203,46 @@ def add_memory(
     return made.train(model.training)
 
 
+def build_model(model: ModelConfig, memory: MemoryConfig, vocab_size: int, eos_token_id: int) -> PreTrainedModel:
+    """A decoder with fresh weights, and its memories if the config names blocks for them.
+
+    Args:
+        model: the decoder and where its memories are.
+        memory: the memories' shape and options.
+        vocab_size: of the tokenizer.
+        eos_token_id: the token that begins, ends and pads texts.
+
+    Raises:
+        ValueError: the family is unknown, or its config or a memory does not fit.
+    """
+    if model.family not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or model.family == PkmemConfig.model_type:
+        near = difflib.get_close_matches(model.family, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, 1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(
+            f"model.family is {model.family!r} but must be a decoder family of Hugging Face, "
+            f"such as gpt2, llama, qwen3, mistral, gemma2 or gpt_neox{hint}"
+        )
+    sizes = {
+        "vocab_size": vocab_size,
+        "hidden_size": model.width,
+        "num_hidden_layers": model.num_layers,
+        "num_attention_heads": model.num_heads,
+        "num_key_value_heads": model.num_heads,
+        "head_dim": model.width // model.num_heads,
+        "intermediate_size": 4 * model.width,
+        "max_position_embeddings": model.context_tokens,
+        **dict.fromkeys(("attention_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop"), model.dropout),
+        **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), eos_token_id),
+    }
+    known = AutoConfig.for_model(model.family)
+    config = AutoConfig.for_model(model.family, **{name: size for name, size in sizes.items() if hasattr(known, name)})
+    decoder = AutoModelForCausalLM.from_config(config)
+    decoder.loss_type = "ForCausalLM"  # GPT-2's class name hides it from transformers, which then warns
+    if not model.memory_layers:
+        return decoder
+    return add_memory(decoder, model.memory_layers, memory, model.placement, share_values=model.share_values)
+
+
 def find_blocks(model: PreTrainedModel, mlp_name: str = "mlp") -> nn.ModuleList:
     """The decoder's blocks: its one list of `num_hidden_layers` modules that each have an MLP.
 
@@ -207,9 +250,7 @@ def find_blocks(model: PreTrainedModel, mlp_name: str = "mlp") -> nn.ModuleList:
         ValueError: there is none; the message names what the blocks do have.
     """
     num_layers = model.config.get_text_config(decoder=True).num_hidden_layers
-    lists = [
-        part for part in model.modules() if isinstance(part, nn.ModuleList) and len(part) == num_layers
-    ]
+    lists = [part for part in model.modules() if isinstance(part, nn.ModuleList) and len(part) == num_layers]
     for blocks in lists:
         if all(isinstance(getattr(block, mlp_name, None), nn.Module) for block in blocks):
             return blocks

@@ -40,7 +40,7 @@ ENDINGS_READ = f"{' '.join(TEXT_ENDINGS)} {JSON_LINES}, each also with {' '.join
 CORPUS_PACKAGES = ("torch", "sympy", "numpy", "networkx")
 LEFT_OUT = frozenset({"test", "tests", "idlelib", "idle_test", "site-packages", "dist-packages"})
 
-ONE_IN = 20  # documents per validation document: 5 %
+ONE_IN = 20  # one document in so many is validation: 5 %
 MIN_FILES_TO_HASH = 100  # of fewer, a hash may well choose none for validation
 PIECE_CHARS = 1 << 16
 BATCH_CHARS = 1 << 20

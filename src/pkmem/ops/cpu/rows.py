@@ -1,0 +1,235 @@
+"""The rows of a table that were read: sorting the reads, then one pass over the touched rows.
+
+The gradient of a row is summed in the order of its reads, by one thread, and used while it is in cache.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pkmem.ops import reading_log, reference
+from pkmem.ops.cpu.threads import run_over
+from pkmem.ops.cpu.vectors import array, kernel, mixed, narrow, narrow_at_random, widen
+from pkmem.ops.reading_log import SortedReads
+
+_GRAIN_ELEMENTS = 1 << 17  # of a gradient, summed in about 50 us
+_DIGIT_BITS = 11  # sorting: a table of counts that stays in the first cache
+_LARGEST_INDEX = 1 << 31
+_READS_PER_SUM = 256  # a hot row is summed in pieces, which keeps the rounding error of long sums low
+
+
+def sort_reads(slots: list[Tensor], weights: list[Tensor], grad_outputs: list[Tensor]) -> SortedReads:
+    """Groups the reads of several backward passes by row, as `pkmem.ops.reading_log.sort_reads` does."""
+    flat_slots = torch.cat([part.reshape(-1) for part in slots])
+    num_reads = len(flat_slots)
+    highest = int(flat_slots.max()) if num_reads else 0
+    if max(highest, num_reads) >= _LARGEST_INDEX:
+        return reading_log.sort_reads(slots, weights, grad_outputs)
+    flat_weights = torch.cat([part.reshape(-1) for part in weights]).to(torch.float32)
+    passes = np.array([part.shape for part in slots], dtype=np.int64).reshape(-1, 2)
+    packed = np.empty((2, num_reads), np.int64)
+    rows, offsets, tokens = (torch.empty(size, dtype=torch.int64) for size in (num_reads, num_reads + 1, num_reads))
+    sorted_weights = torch.empty(num_reads)
+    num_rows = sort(
+        array(flat_slots), array(flat_weights), passes, highest.bit_length(), packed,
+        array(rows), array(offsets), array(tokens), array(sorted_weights),
+    )  # fmt: skip
+    return SortedReads(
+        rows=rows[:num_rows],
+        offsets=offsets[: num_rows + 1],
+        tokens=tokens,
+        weights=sorted_weights,
+        grad_output=torch.cat(grad_outputs),
+    )
+
+
+def weighted_sum_grad_values(reads: SortedReads, num_rows: int) -> Tensor:
+    """The dense gradient (m, v) of a table of `num_rows` rows, in the dtype of grad_output."""
+    if reads.grad_output.dtype == torch.float64:
+        return reference.weighted_sum_grad_values(reads, num_rows)
+    dense = torch.zeros(num_rows, reads.grad_output.shape[1], dtype=reads.grad_output.dtype)
+    _over_rows(write_gradients, reads, array(dense))
+    return dense
+
+
+def row_gradient_norm(reads: SortedReads) -> Tensor:
+    """The Euclidean norm of the table's gradient, an fp64 scalar; not finite if any entry is not."""
+    if reads.grad_output.dtype == torch.float64:
+        return reference.row_gradient_norm(reads)
+    squares = torch.empty(len(reads.rows), dtype=torch.float64)
+    _over_rows(sum_squares, reads, array(squares))
+    return torch.from_numpy(np.sqrt(array(squares).sum(keepdims=True))).squeeze(0)  # numpy's order never changes
+
+
+def adam_rows(
+    values: Tensor,
+    first_moment: Tensor,
+    second_moment: Tensor,
+    reads: SortedReads,
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    step: int,
+    scale: float,
+    seed: int = 0,
+) -> None:
+    """Adam (Kingma & Ba 2015) in place on the rows that were read, and on no other.
+
+    Args:
+        values, first_moment, second_moment: (m, v) the table and its two moments.
+        reads: the sorted reading log of the table.
+        lr, betas, eps: Adam's.
+        step: updates made so far, this one included, >= 1; corrects the bias of every row alike.
+        scale: factor on the gradients (clipping), > 0.
+        seed: a bf16 table is rounded up or down at random, by seed, step, row and column alone.
+    """
+    tables = (values, first_moment, second_moment)
+    if torch.float64 in (reads.grad_output.dtype, *(table.dtype for table in tables)):
+        reference.adam_rows(*tables, reads, lr=lr, betas=betas, eps=eps, step=step, scale=scale)
+        return
+    beta1, beta2 = betas
+    factors = (scale, 1 - beta1, beta2, 1 - beta2, 1 / (1 - beta2**step), eps, lr / (1 - beta1**step))
+    key = np.array([seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF, step], np.uint32)
+    contiguous = tuple(table.contiguous() for table in tables)
+    _over_rows(adam, reads, *(array(table) for table in contiguous), np.array(factors, np.float32), key)
+    for table, updated in zip(tables, contiguous, strict=True):
+        if updated is not table:
+            table.copy_(updated)
+
+
+def _over_rows(row_kernel, reads: SortedReads, *arguments) -> None:  # type: ignore[no-untyped-def]
+    """Calls a kernel over the touched rows: (rows, offsets, tokens, weights, grad_output, *arguments)."""
+    gradient = (
+        array(reads.rows),
+        array(reads.offsets),
+        array(reads.tokens),
+        array(reads.weights.to(torch.float32)),
+        array(reads.grad_output.to(torch.float32)),
+    )
+    run_over(row_kernel, (*gradient, *arguments), len(reads.rows), 1 + _GRAIN_ELEMENTS // reads.grad_output.shape[1])
+
+
+@kernel
+def sort(slots, weights, passes, bits, packed, rows, offsets, tokens, sorted_weights):  # type: ignore[no-untyped-def]
+    """Sorts reads by slot, stably, a digit at a time, and returns the number of rows.
+
+    Args:
+        slots, weights: (r,) the reads.
+        passes: (p, 2) tokens and reads per token of each backward pass.
+        bits: how many a slot has at most.
+        packed: (2, r) scratch: a slot and the number of its read in one integer.
+        rows, offsets, tokens, sorted_weights: results, see `SortedReads`.
+    """
+    num_reads = len(slots)
+    source, target = packed[0], packed[1]
+    for read in range(num_reads):
+        source[read] = (slots[read] << 32) | read
+    num_digits = max(1, (bits + _DIGIT_BITS - 1) // _DIGIT_BITS)
+    digit_bits = (bits + num_digits - 1) // num_digits
+    mask = (1 << digit_bits) - 1
+    for digit in range(num_digits):
+        shift = 32 + digit * digit_bits
+        begin = np.zeros(mask + 2, np.int64)
+        for read in range(num_reads):
+            begin[1 + ((source[read] >> shift) & mask)] += 1
+        for bucket in range(mask):
+            begin[bucket + 1] += begin[bucket]
+        for read in range(num_reads):
+            bucket = (source[read] >> shift) & mask
+            target[begin[bucket]] = source[read]
+            begin[bucket] += 1
+        source, target = target, source
+    # `target` is free now: the token of each read, in the order of reading.
+    read = 0
+    token = 0
+    for number in range(len(passes)):
+        for _ in range(passes[number, 0]):
+            for _ in range(passes[number, 1]):
+                target[read] = token
+                read += 1
+            token += 1
+    num_rows = 0
+    previous = np.int64(-1)
+    for place in range(num_reads):
+        slot, read = source[place] >> 32, source[place] & 0xFFFFFFFF
+        tokens[place] = target[read]
+        sorted_weights[place] = weights[read]
+        if slot != previous:
+            rows[num_rows] = slot
+            offsets[num_rows] = place
+            num_rows += 1
+            previous = slot
+    offsets[num_rows] = num_reads
+    return num_rows
+
+
+@kernel
+def _row_gradient(begin, end, tokens, weights, grad_output, piece, gradient):  # type: ignore[no-untyped-def]
+    """Sums weights * grad_output over the reads [begin, end) of a row into `gradient`; `piece` is scratch."""
+    gradient[:] = 0
+    while end - begin > _READS_PER_SUM:
+        piece[:] = 0
+        _add_reads(begin, begin + _READS_PER_SUM, tokens, weights, grad_output, piece)
+        gradient += piece
+        begin += _READS_PER_SUM
+    piece[:] = 0
+    _add_reads(begin, end, tokens, weights, grad_output, piece)
+    gradient += piece
+
+
+@kernel
+def _add_reads(begin, end, tokens, weights, grad_output, gradient):  # type: ignore[no-untyped-def]
+    for read in range(begin, end):
+        weight, back = weights[read], grad_output[tokens[read]]
+        for column in range(len(gradient)):
+            gradient[column] += weight * back[column]
+
+
+@kernel
+def write_gradients(rows, offsets, tokens, weights, grad_output, dense, first, last):  # type: ignore[no-untyped-def]
+    """Writes dense[rows[first:last]]."""
+    width = grad_output.shape[1]
+    gradient, piece = np.empty(width, np.float32), np.empty(width, np.float32)
+    for touched in range(first, last):
+        _row_gradient(offsets[touched], offsets[touched + 1], tokens, weights, grad_output, piece, gradient)
+        row = dense[rows[touched]]
+        for column in range(width):
+            row[column] = narrow(gradient[column], row[column])
+
+
+@kernel
+def sum_squares(rows, offsets, tokens, weights, grad_output, squares, first, last):  # type: ignore[no-untyped-def]  # noqa: ARG001
+    """Writes squares[first:last]."""
+    width = grad_output.shape[1]
+    gradient, piece = np.empty(width, np.float32), np.empty(width, np.float32)
+    for touched in range(first, last):
+        _row_gradient(offsets[touched], offsets[touched + 1], tokens, weights, grad_output, piece, gradient)
+        total = 0.0
+        for column in range(width):
+            total += np.float64(gradient[column]) * np.float64(gradient[column])
+        squares[touched] = total
+
+
+@kernel
+def adam(rows, offsets, tokens, weights, grad_output, values, moments1, moments2, factors, key, first, last):  # type: ignore[no-untyped-def]
+    """Updates the rows rows[first:last] of values and moments."""
+    width = grad_output.shape[1]
+    gradient, piece = np.empty(width, np.float32), np.empty(width, np.float32)
+    scale, rate1, beta2, rate2, correction2, eps, step_size = factors
+    for touched in range(first, last):
+        _row_gradient(offsets[touched], offsets[touched + 1], tokens, weights, grad_output, piece, gradient)
+        row = rows[touched]
+        random = mixed(mixed(mixed(mixed(key[0]) ^ key[1]) ^ key[2]) ^ np.uint32(row))
+        value, moment1, moment2 = values[row], moments1[row], moments2[row]
+        for column in range(width):
+            slope = gradient[column] * scale
+            new1 = widen(moment1[column])
+            new1 += rate1 * (slope - new1)
+            new2 = beta2 * widen(moment2[column]) + rate2 * (slope * slope)
+            change = step_size * new1 / (np.sqrt(new2 * correction2) + eps)
+            moment1[column] = narrow(new1, moment1[column])
+            moment2[column] = narrow(new2, moment2[column])
+            value[column] = narrow_at_random(widen(value[column]) - change, value[column], random, column)

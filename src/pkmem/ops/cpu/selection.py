@@ -1,0 +1,216 @@
+"""The best slots of each query in one pass per token and head (Lample et al. 2019, section 3.1).
+
+A score and its index are packed into one integer, score first and the index upside down, so that integers in
+falling order are scores in falling order with ties by lower index, whatever a kernel does. NaN is a number
+like any other then: above infinity, or below minus infinity if its sign is set.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pkmem.ops import reference
+from pkmem.ops.cpu.bag import weighted_sum
+from pkmem.ops.cpu.rows import sort_reads, weighted_sum_grad_values
+from pkmem.ops.cpu.threads import run_over
+from pkmem.ops.cpu.vectors import array, count_above, kernel, lowest_bit, which_at_least
+
+_SCORE_BYTES = 32 << 20  # scores in memory at once; smaller blocks starve the matrix product
+_INDEX = np.int64(0xFFFFFFFF)
+_LOWEST = np.int32(-(1 << 31))
+_LOWEST_KEY = np.int64(-(1 << 63))
+
+
+def product_key_topk(query: Tensor, sub_keys: Tensor, knn: int) -> tuple[Tensor, Tensor]:
+    """The `knn` best pairs of sub-keys, see `pkmem.ops.product_key_topk`."""
+    num_tokens, heads, _ = query.shape
+    num_sub_keys = sub_keys.shape[2]
+    if query.dtype == torch.float64 or num_sub_keys**2 > 1 << 32:
+        return reference.product_key_topk(query, sub_keys, knn)
+    scores = torch.empty(num_tokens, heads, knn)
+    slots = torch.empty(num_tokens, heads, knn, dtype=torch.int64)
+    with torch.no_grad(), torch.autocast("cpu", enabled=False):
+        queries = _halves(query.to(torch.float32)).transpose(0, 1)  # (2h, n, q / 2)
+        keys = sub_keys.to(torch.float32).flatten(0, 1).mT  # (2h, q / 2, s)
+        block = max(64, _SCORE_BYTES // (8 * heads * num_sub_keys + 1))
+        for first in range(0, num_tokens, block):
+            last = first + block
+            half_scores = torch.bmm(queries[:, first:last], keys)
+            arguments = (array(half_scores), knn, _num_pairs(knn), array(scores[first:last]), array(slots[first:last]))
+            run_over(select, arguments, half_scores.shape[1], 1 + 64 // (heads + 1))
+    return scores, slots
+
+
+def product_key_topk_backward(
+    grad_scores: Tensor, query: Tensor, sub_keys: Tensor, slots: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients of the scores of chosen slots in query and sub_keys, in their shapes and dtypes.
+
+    A score is the sum of two rows of sub-keys times a query half: the gradients are those of a weighted sum
+    with grad_scores for weights, in which the sub-keys of all heads are one table.
+    """
+    if query.dtype == torch.float64:
+        return reference.product_key_topk_backward(grad_scores, query, sub_keys, slots)
+    num_tokens, heads, knn = slots.shape
+    num_sub_keys = sub_keys.shape[2]
+    table = sub_keys.to(torch.float32).flatten(0, 2)  # (h * 2 * s, q / 2)
+    first_rows = torch.arange(2 * heads).view(heads, 2, 1) * num_sub_keys
+    rows = torch.stack((slots // num_sub_keys, slots % num_sub_keys), 2) + first_rows
+    rows = rows.view(num_tokens * heads * 2, knn)
+    weights = grad_scores.to(torch.float32).unsqueeze(2).expand(-1, -1, 2, -1).reshape(rows.shape)
+    grad_query = weighted_sum(table, rows, weights)
+    halves = _halves(query.to(torch.float32)).flatten(0, 1)
+    grad_table = weighted_sum_grad_values(sort_reads([rows], [weights], [halves]), len(table))
+    return grad_query.view(query.shape).to(query.dtype), grad_table.view(sub_keys.shape).to(sub_keys.dtype)
+
+
+def _halves(query: Tensor) -> Tensor:
+    """(n, h, q) as (n, 2h, q / 2)."""
+    return query.reshape(query.shape[0], 2 * query.shape[1], query.shape[2] // 2)
+
+
+@lru_cache(maxsize=64)
+def _num_pairs(knn: int) -> int:
+    """How many pairs of ranks (i, j) can win: those with (i + 1)(j + 1) <= knn."""
+    return sum(knn // i for i in range(1, knn + 1))
+
+
+@kernel
+def select(half_scores, knn, num_pairs, scores, slots, first, last):  # type: ignore[no-untyped-def]
+    """Writes scores[first:last] and slots[first:last], (n, h, knn), from half_scores (2h, n, s)."""
+    num_sub_keys = half_scores.shape[2]
+    ordered = np.empty(_up_to_64(num_sub_keys), np.int32)
+    maxima = np.empty(_up_to_64(2 * knn), np.int32)
+    keys = np.empty(_up_to_64(max(2 * knn + 64, num_pairs)), np.int64)
+    best = np.empty(knn + 1, np.int64)
+    scores1, scores2 = np.empty(knn, np.float32), np.empty(knn, np.float32)
+    indices1, indices2 = np.empty(knn, np.int64), np.empty(knn, np.int64)
+    for token in range(first, last):
+        for head in range(half_scores.shape[0] // 2):
+            _best_of_row(half_scores[2 * head, token], knn, ordered, maxima, keys, best)
+            _unpack(best, scores1, indices1)
+            _best_of_row(half_scores[2 * head + 1, token], knn, ordered, maxima, keys, best)
+            _unpack(best, scores2, indices2)
+            count = _winning_pairs(scores1, indices1, scores2, indices2, num_sub_keys, True, keys)
+            if count < knn:  # infinities and NaN: the bound does not hold
+                count = _winning_pairs(scores1, indices1, scores2, indices2, num_sub_keys, False, keys)
+            _keep_best(keys, count, knn, best)
+            _unpack(best, scores[token, head], slots[token, head])
+
+
+@kernel
+def _best_of_row(row, knn, ordered, maxima, keys, best):  # type: ignore[no-untyped-def]
+    """Packs the knn best of a row of scores into `best`; the other arrays are scratch."""
+    size, groups = len(row), len(maxima)
+    for index in range(size):
+        ordered[index] = _as_integer(row[index])
+    ordered[size:] = _LOWEST
+    bound = _LOWEST
+    if size >= 2 * groups:
+        bound = _bound_from_groups(ordered, knn, maxima)
+    count = 0
+    for start in range(0, len(ordered), 64):
+        if count + 64 > len(keys):
+            _keep_best(keys, count, knn, best)
+            keys[:knn] = best[:knn]
+            count = knn
+            bound = np.int32(best[knn - 1] >> 32)
+        found = which_at_least(ordered, start, bound)
+        if start + 64 > size:
+            found &= (np.uint64(1) << np.uint64(size - start)) - np.uint64(1)
+        while found:
+            index = start + lowest_bit(found)
+            found &= found - np.uint64(1)
+            keys[count] = _packed(ordered[index], index)
+            count += 1
+    _keep_best(keys, count, knn, best)
+
+
+@kernel
+def _bound_from_groups(ordered, knn, maxima):  # type: ignore[no-untyped-def]
+    """A number that at least knn elements reach, and not many more: knn groups have a maximum that does."""
+    groups = len(maxima)
+    maxima[:] = ordered[:groups]
+    for start in range(groups, len(ordered) - groups + 1, groups):
+        part = ordered[start : start + groups]
+        for group in range(groups):
+            maxima[group] = max(maxima[group], part[group])
+    low, high = np.int64(maxima[0]), np.int64(maxima[0])
+    for group in range(groups):
+        low, high = min(low, np.int64(maxima[group])), max(high, np.int64(maxima[group]))
+    while low < high:  # at least knn maxima reach `low`
+        middle = (low + high + 1) >> 1
+        count = 0
+        for start in range(0, groups, 16):
+            count += count_above(maxima, start, np.int32(middle - 1))
+        if count < knn:
+            high = middle - 1
+        else:
+            low = middle
+            if count <= knn + knn // 8:
+                break
+    return np.int32(low)
+
+
+@kernel
+def _keep_best(keys, count, knn, best):  # type: ignore[no-untyped-def]
+    """Sorts the knn highest of keys[:count], all different, into best[:knn]: the rank is the number above."""
+    end = (count + 15) & ~15
+    keys[count:end] = _LOWEST_KEY
+    for index in range(count):
+        key = keys[index]
+        rank = 0
+        for start in range(0, end, 16):
+            rank += count_above(keys, start, key)
+        best[min(rank, knn)] = key
+
+
+@kernel
+def _winning_pairs(scores1, indices1, scores2, indices2, num_sub_keys, prune, keys):  # type: ignore[no-untyped-def]
+    """Packs the pairs of ranks (i, j) with (i + 1)(j + 1) <= knn into keys and returns their number.
+
+    With `prune` only those that reach a bound: the pair (i, j) and all before it, (i + 1)(j + 1) >= knn of
+    them, are at least as good as the pair (i, j).
+    """
+    knn = len(scores1)
+    bound = np.float32(-np.inf)
+    for i in range(knn):
+        bound = max(bound, scores1[i] + scores2[(knn + i) // (i + 1) - 1])
+    count = 0
+    for i in range(knn):
+        for j in range(knn // (i + 1)):
+            score = scores1[i] + scores2[j]
+            if prune and not score >= bound:
+                break
+            keys[count] = _packed(_as_integer(score), indices1[i] * num_sub_keys + indices2[j])
+            count += 1
+    return count
+
+
+@kernel
+def _unpack(best, scores, indices):  # type: ignore[no-untyped-def]
+    for rank in range(len(scores)):
+        bits = np.int32(best[rank] >> 32)
+        scores[rank] = np.int32(bits ^ ((bits >> 31) & np.int32(0x7FFFFFFF))).view(np.float32)
+        indices[rank] = _INDEX - (best[rank] & _INDEX)
+
+
+@kernel
+def _packed(ordered, index):  # type: ignore[no-untyped-def]
+    return (np.int64(ordered) << 32) | (_INDEX - index)
+
+
+@kernel
+def _as_integer(score):  # type: ignore[no-untyped-def]
+    """Integers ordered like the scores: sign and magnitude to two's complement; + 0.0 drops -0.0."""
+    bits = np.float32(score + np.float32(0.0)).view(np.int32)
+    return np.int32(bits ^ ((bits >> 31) & np.int32(0x7FFFFFFF)))
+
+
+@kernel
+def _up_to_64(size):  # type: ignore[no-untyped-def]
+    return (size + 63) & ~63

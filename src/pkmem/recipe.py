@@ -1,0 +1,160 @@
+"""What a training run is made of: the decoder, where its memories are, and how they are trained."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from pkmem.config import MemoryConfig
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A decoder of a Hugging Face family, and the blocks of it that get a memory.
+
+    Args:
+        family: a Hugging Face model type of a decoder: gpt2, llama, qwen3, mistral, gemma, gpt_neox, ...
+        num_layers: blocks, >= 1.
+        width: hidden width d, >= 1, a multiple of num_heads.
+        num_heads: attention heads, >= 1.
+        context_tokens: tokens of a training block and longest context, >= 2.
+        vocab_size: tokens of the byte-level BPE that is trained, >= 257.
+        dropout: of the decoder, in [0, 1).
+        memory_layers: blocks with a memory, counted from 0; empty for a dense model.
+        placement: "replace" the MLP, or "parallel" beside it.
+        share_values: one value table for all memories.
+    """
+
+    family: str = "gpt2"
+    num_layers: int = 4
+    width: int = 256
+    num_heads: int = 4
+    context_tokens: int = 256
+    vocab_size: int = 4096
+    dropout: float = 0.0
+    memory_layers: list[int] = field(default_factory=list)
+    placement: Literal["replace", "parallel"] = "replace"
+    share_values: bool = False
+
+    def __post_init__(self) -> None:
+        lowest = {"num_layers": 1, "width": 1, "num_heads": 1, "context_tokens": 2, "vocab_size": 257}
+        for name, low in lowest.items():
+            _require(getattr(self, name) >= low, f"model.{name}", getattr(self, name), f">= {low}")
+        _require(0 <= self.dropout < 1, "model.dropout", self.dropout, "in [0, 1)")
+        if self.width % self.num_heads:
+            raise ValueError(
+                f"model.width is {self.width} but must be a multiple of model.num_heads = {self.num_heads}: "
+                f"try width {self.width + self.num_heads - self.width % self.num_heads}"
+            )
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """How a model is trained.
+
+    Args:
+        num_tokens: training tokens in all.
+        batch_tokens: tokens of one update, a multiple of model.context_tokens.
+        micro_batches: backward passes an update is split into.
+        lr: peak learning rate of everything but the values.
+        value_lr: peak learning rate of the values (the paper's is 1e-3).
+        schedule: "cosine", "linear", "inverse_sqrt" or "constant", after the warm-up.
+        value_schedule: "same" as the rest, or "constant" as in the paper.
+        warmup_share: share of the updates that warm up, in [0, 1).
+        beta2: decay of Adam's second moment, in [0, 1).
+        weight_decay: of matrices other than values, >= 0.
+        max_norm: clip the gradient norm of everything but the values to this, > 0.
+        value_grad: "rows" trains the read rows alone, at a cost that does not grow with the table; "dense"
+            makes a gradient of the table's size, as several processes still need.
+        precision: "fp32", or "bf16" autocast.
+        seed: of weights, data order and dropout.
+        log_every_steps, eval_every_steps, checkpoint_every_steps: in updates, >= 1.
+        eval_tokens: held-out tokens of the evaluations during training.
+    """
+
+    num_tokens: int = 3_000_000
+    batch_tokens: int = 4096
+    micro_batches: int = 1
+    lr: float = 2e-3
+    value_lr: float = 2e-3
+    schedule: Literal["cosine", "linear", "inverse_sqrt", "constant"] = "cosine"
+    value_schedule: Literal["same", "constant"] = "same"
+    warmup_share: float = 0.05
+    beta2: float = 0.98
+    weight_decay: float = 0.0
+    max_norm: float = 1.0
+    value_grad: Literal["rows", "dense"] = "rows"
+    precision: Literal["fp32", "bf16"] = "fp32"
+    seed: int = 0
+    log_every_steps: int = 10
+    eval_every_steps: int = 100
+    checkpoint_every_steps: int = 500
+    eval_tokens: int = 65_536
+
+    def __post_init__(self) -> None:
+        for name in ("num_tokens", "batch_tokens", "micro_batches", "log_every_steps", "eval_every_steps"):
+            _require(getattr(self, name) >= 1, f"training.{name}", getattr(self, name), ">= 1")
+        for name in ("checkpoint_every_steps", "eval_tokens"):
+            _require(getattr(self, name) >= 1, f"training.{name}", getattr(self, name), ">= 1")
+        for name in ("lr", "value_lr", "max_norm"):
+            _require(getattr(self, name) > 0, f"training.{name}", getattr(self, name), "> 0")
+        for name in ("warmup_share", "beta2"):
+            _require(0 <= getattr(self, name) < 1, f"training.{name}", getattr(self, name), "in [0, 1)")
+        _require(self.weight_decay >= 0, "training.weight_decay", self.weight_decay, ">= 0")
+
+    @property
+    def num_steps(self) -> int:
+        """Updates in all, at least one."""
+        return max(1, self.num_tokens // self.batch_tokens)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One training run.
+
+    Args:
+        data: "python", "python+", a file, directory or glob, or "hf:NAME".
+        out: the run directory.
+        model: the decoder and where its memories are.
+        memory: the memories' shape and options; the width is the model's.
+        training: how it is trained.
+    """
+
+    data: str = "python"
+    out: Path = Path("runs/x")
+    model: ModelConfig = field(default_factory=ModelConfig)
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+
+    def __post_init__(self) -> None:
+        sequences, rest = divmod(self.training.batch_tokens, self.model.context_tokens)
+        if rest or sequences % self.training.micro_batches:
+            unit = self.model.context_tokens * self.training.micro_batches
+            near = max(1, round(self.training.batch_tokens / unit)) * unit
+            raise ValueError(
+                f"training.batch_tokens is {self.training.batch_tokens} but must be a multiple of "
+                f"context_tokens * micro_batches = {unit}: try {near}"
+            )
+        for layer in self.model.memory_layers:
+            if not 0 <= layer < self.model.num_layers:
+                raise ValueError(
+                    f"layer {layer} in model.memory_layers is outside [0, {self.model.num_layers}): "
+                    "layers are counted from 0"
+                )
+            if self.model.memory_layers.count(layer) > 1:
+                raise ValueError(f"layer {layer} is named twice in model.memory_layers")
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields as plain values, fit for YAML."""
+        return asdict(self) | {"out": str(self.out)}
+
+    @property
+    def micro_batch_sequences(self) -> int:
+        """Sequences of one backward pass."""
+        return self.training.batch_tokens // self.model.context_tokens // self.training.micro_batches
+
+
+def _require(holds: bool, name: str, number: Any, allowed: str) -> None:
+    if not holds:
+        raise ValueError(f"{name} is {number} but must be {allowed}")

@@ -1,0 +1,25 @@
+"""What every test shares: no network, a fixed seed, one thread per worker, and every backend."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when Hugging Face libraries are imported
+
+import pytest
+import torch
+
+from pkmem.ops import BACKENDS
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if hasattr(config, "workerinput"):  # a pytest-xdist worker
+        torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session", params=BACKENDS)  # session: Hypothesis may not rerun a narrower fixture
+def backend(request: pytest.FixtureRequest) -> str:
+    return request.param

@@ -1,0 +1,272 @@
+"""The reading log: grouping, lifetime, and what is computed from it row by row."""
+
+import copy
+import gc
+import pickle
+import weakref
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import oracle
+from pkmem.ops import backend_module, reference, weighted_sum
+from pkmem.ops.reading_log import ReadLog, SortedReads, sort_reads
+
+Pass = tuple[Tensor, Tensor, Tensor]  # slots (n, b), weights (n, b), grad_output (n, v)
+
+
+def random_pass(num_rows: int, width: int, n: int, b: int, dtype: torch.dtype = torch.float64) -> Pass:
+    return torch.randint(num_rows, (n, b)), torch.randn(n, b, dtype=dtype), torch.randn(n, width, dtype=dtype)
+
+
+def sorted_reads(passes: list[Pass]) -> SortedReads:
+    return sort_reads(*(list(part) for part in zip(*passes, strict=True)))
+
+
+def dense(gradients: dict[int, np.ndarray], num_rows: int, width: int) -> np.ndarray:
+    table = np.zeros((num_rows, width))
+    for row, gradient in gradients.items():
+        table[row] = gradient
+    return table
+
+
+# --- grouping ---------------------------------------------------------------------------------------------
+
+pass_sizes = st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), min_size=1, max_size=4)  # n, b of each
+
+
+@given(num_rows=st.integers(1, 9), sizes=pass_sizes)
+@settings(max_examples=60, deadline=None)
+def test_reads_are_grouped_by_row_in_the_order_of_reading(num_rows: int, sizes: list[tuple[int, int]]) -> None:
+    passes = [random_pass(num_rows, 2, n, b) for n, b in sizes]
+    reads = sorted_reads(passes)
+    offsets = reads.offsets.tolist()
+    grouped = {
+        row: list(zip(reads.tokens[begin:end].tolist(), reads.weights[begin:end].tolist(), strict=True))
+        for row, begin, end in zip(reads.rows.tolist(), offsets[:-1], offsets[1:], strict=True)
+    }
+    assert list(grouped.items()) == list(oracle.group_reads(passes).items())
+    assert torch.equal(reads.grad_output, torch.cat([grad_output for _, _, grad_output in passes]))
+
+
+def test_a_row_read_by_many_keeps_the_order_of_reading() -> None:
+    passes = [(torch.full((50, 8), 3), torch.randn(50, 8), torch.randn(50, 1)) for _ in range(3)]
+    reads = sorted_reads(passes)
+    assert reads.rows.tolist() == [3]
+    assert reads.offsets.tolist() == [0, 1200]
+    assert torch.equal(reads.weights, torch.cat([weights.flatten() for _, weights, _ in passes]))
+    assert torch.equal(reads.tokens, torch.arange(150).repeat_interleave(8))
+
+
+def test_reads_of_a_log_are_those_of_all_its_passes() -> None:
+    passes = [random_pass(9, 3, n, b) for n, b in ((4, 2), (0, 3), (5, 0), (1, 6))]
+    log = ReadLog()
+    for entry in passes:
+        log.append(*entry)
+    truth = dense(oracle.row_gradients(passes), 9, 3)
+    computed = reference.weighted_sum_grad_values(log.sorted(), 9)
+    assert np.abs(oracle.fp64(computed) - truth).max() <= 1e-12
+
+
+def test_a_log_without_reads_has_nothing_to_sort() -> None:
+    log = ReadLog()
+    assert log.sorted() is None
+    log.append(*random_pass(9, 3, 0, 4))
+    log.append(*random_pass(9, 3, 4, 0))
+    assert log.sorted() is None
+
+
+def test_a_cleared_log_has_forgotten_its_reads() -> None:
+    log = ReadLog()
+    entry = random_pass(9, 3, 4, 2)
+    freed = weakref.ref(entry[2])
+    log.append(*entry)
+    del entry
+    log.clear()
+    assert log.sorted() is None
+    assert freed() is None
+
+
+def test_the_log_of_accumulated_and_shared_reads_sums_to_the_dense_gradient(backend: str) -> None:
+    table = torch.randn(9, 3, dtype=torch.float64)
+    logged, accumulated = table.clone().requires_grad_(), table.clone().requires_grad_()
+    log = ReadLog()
+    for micro_batch in range(2):
+        for values, its_log in ((logged, log), (accumulated, None)):
+            torch.manual_seed(micro_batch)
+            outputs = [
+                weighted_sum(values, *random_pass(9, 3, n, b)[:2], log=its_log, backend=backend)
+                for n, b in ((4, 5), (7, 2))  # two layers that share the table
+            ]
+            sum(output.square().sum() for output in outputs).backward()
+    assert len(log.entries) == 4
+    gradient = backend_module(backend).weighted_sum_grad_values(log.sorted(), 9)
+    torch.testing.assert_close(gradient, accumulated.grad, rtol=1e-12, atol=1e-12)
+
+
+# --- lifetime ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "duplicate", [copy.deepcopy, copy.copy, lambda log: pickle.loads(pickle.dumps(log))], ids=["deep", "flat", "pickle"]
+)
+def test_a_copy_is_an_empty_log_with_a_handle_of_its_own(duplicate) -> None:
+    log = ReadLog()
+    log.append(*random_pass(9, 3, 4, 2))
+    log.counter.add_(1)
+    twin = duplicate(log)
+    assert twin.handle != log.handle
+    assert twin.entries == []
+    assert twin.counter.item() == 0
+    assert (len(log.entries), log.counter.item()) == (1, 1)
+    assert ReadLog.of(twin.handle) is twin
+    assert ReadLog.of(log.handle) is log
+
+
+def test_a_deepcopied_structure_shares_its_new_log_as_the_old_one_did() -> None:
+    log = ReadLog()
+    first, second = copy.deepcopy([log, log])
+    assert first is second
+
+
+def test_a_handle_dies_with_its_log() -> None:
+    log = ReadLog()
+    handle, died = log.handle, weakref.ref(log)
+    weighted_sum(torch.randn(5, 2, requires_grad=True), *random_pass(5, 2, 3, 2)[:2], log=log).sum().backward()
+    del log
+    gc.collect()
+    assert died() is None
+    with pytest.raises(KeyError, match=str(handle)):
+        ReadLog.of(handle)
+    assert ReadLog().handle != handle
+
+
+# --- row by row -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_read", [1, 7, 8, 9, 16, 19])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_row_gradients_are_exact_on_both_sides_of_a_chunk_border(num_read: int, dtype: torch.dtype) -> None:
+    width = 1 << 15  # 8 rows of fp32 fill a chunk of 1 MiB
+    chosen = torch.randperm(40)[:num_read]
+    slots = torch.cat([chosen, chosen[torch.randint(num_read, (20 - num_read,))]]).view(4, 5)
+    entry = (slots, torch.randint(-3, 4, (4, 5)).to(dtype), torch.randint(-3, 4, (4, width)).to(dtype))
+    truth = oracle.row_gradients([entry])
+    chunks = list(reference.row_gradients(sorted_reads([entry])))
+    assert len(chunks) == -(-num_read // 8)
+    assert all(gradients.dtype == torch.float32 for _, gradients in chunks)
+    assert torch.cat([rows for rows, _ in chunks]).tolist() == list(truth)
+    computed = torch.cat([gradients for _, gradients in chunks])
+    assert np.array_equal(oracle.fp64(computed), np.stack(list(truth.values())))
+
+
+def test_row_gradients_come_row_by_row_when_a_row_is_wider_than_a_chunk() -> None:
+    entry = random_pass(50, (1 << 18) + 1, 2, 3)
+    chunks = [(rows, gradients.clone()) for rows, gradients in reference.row_gradients(sorted_reads([entry]))]
+    truth = oracle.row_gradients([entry])
+    assert [rows.tolist() for rows, _ in chunks] == [[row] for row in truth]
+    for (_, gradients), expected in zip(chunks, truth.values(), strict=True):
+        assert np.abs(oracle.fp64(gradients[0]) - expected).max() <= 1e-12
+
+
+def test_row_gradients_of_no_reads_are_none() -> None:
+    assert list(reference.row_gradients(sorted_reads([random_pass(5, 3, 0, 2)]))) == []
+
+
+def test_row_gradient_norm_is_the_norm_of_the_dense_gradient(backend: str) -> None:
+    values = torch.randn(300, 5000, dtype=torch.float64, requires_grad=True)  # six chunks
+    slots, weights, grad_output = random_pass(300, 5000, 60, 8)
+    (values[slots] * weights[..., None]).sum(1).backward(grad_output)
+    norm = backend_module(backend).row_gradient_norm(sorted_reads([(slots, weights, grad_output)]))
+    assert norm.dtype == torch.float64
+    assert abs(norm.item() / torch.linalg.vector_norm(values.grad).item() - 1) <= 1e-12
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_row_gradient_norm_of_a_non_finite_gradient_is_not_finite(backend: str, bad: float, dtype: torch.dtype) -> None:
+    slots, weights, grad_output = random_pass(9, 3, 4, 2, dtype)
+    grad_output[2, 1] = bad
+    norm = backend_module(backend).row_gradient_norm(sorted_reads([(slots, weights, grad_output)]))
+    assert not norm.isfinite()
+
+
+# --- Adam on the rows read --------------------------------------------------------------------------------
+
+ADAM = {"lr": 1e-2, "betas": (0.9, 0.98), "eps": 1e-8}
+
+
+def adam_run(
+    backend: str, values: Tensor, moments: Tensor, passes: list[list[Pass]], scale: float = 1.0
+) -> tuple[list[Tensor], list[np.ndarray]]:
+    """Table and moments after the updates, by pkmem and by the oracle, from the same start."""
+    computed = [values.clone(), moments.clone(), moments.clone()]
+    truth = [oracle.fp64(tensor) for tensor in computed]
+    for step, update in enumerate(passes, start=1):
+        backend_module(backend).adam_rows(*computed, sorted_reads(update), **ADAM, step=step, scale=scale)
+        gradients = {row: scale * gradient for row, gradient in oracle.row_gradients(update).items()}
+        oracle.adam(*truth, gradients, **ADAM, step=step)
+    return computed, truth
+
+
+def five_updates(num_rows: int, width: int, dtype: torch.dtype) -> list[list[Pass]]:
+    return [[random_pass(num_rows, width, n, 3, dtype) for n in (2, 0, 3)] for _ in range(5)]
+
+
+def test_adam_rows_in_fp64_equals_the_oracle(backend: str) -> None:
+    values, moments = torch.randn(23, 7, dtype=torch.float64), torch.zeros(23, 7, dtype=torch.float64)
+    computed, truth = adam_run(backend, values, moments, five_updates(23, 7, torch.float64), scale=0.3)
+    for ours, theirs in zip(computed, truth, strict=True):
+        assert np.abs(oracle.fp64(ours) - theirs).max() <= 1e-12
+
+
+def test_adam_rows_in_fp32_equals_the_oracle_to_fp32_rounding(backend: str) -> None:
+    computed, truth = adam_run(backend, torch.randn(23, 7), torch.zeros(23, 7), five_updates(23, 7, torch.float32))
+    for ours, theirs in zip(computed, truth, strict=True):
+        assert np.abs(oracle.fp64(ours) - theirs).max() <= 1e-6
+
+
+def test_adam_rows_across_many_chunks_equals_the_oracle(backend: str) -> None:
+    width = 1 << 14  # 16 rows to a chunk
+    passes = [[(torch.randperm(40).view(8, 5), torch.randn(8, 5), torch.randn(8, width))]]
+    computed, truth = adam_run(backend, torch.randn(40, width), torch.zeros(40, width), passes)
+    assert np.abs(oracle.fp64(computed[0]) - truth[0]).max() <= 1e-6
+
+
+def test_adam_rows_on_a_bf16_table_errs_by_less_than_one_bf16_step(backend: str) -> None:
+    values, moments = torch.randn(23, 7).bfloat16(), torch.zeros(23, 7)
+    computed, truth = adam_run(backend, values, moments, five_updates(23, 7, torch.bfloat16)[:1])
+    assert [tensor.dtype for tensor in computed] == [torch.bfloat16, torch.float32, torch.float32]
+    assert (np.abs(oracle.fp64(computed[0]) - truth[0]) <= 2.0**-7 * np.abs(truth[0])).all()
+    assert not torch.equal(computed[0], values)
+    for ours, theirs in zip(computed[1:], truth[1:], strict=True):
+        assert np.abs(oracle.fp64(ours) - theirs).max() <= 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_adam_rows_leaves_every_other_row_bit_identical(backend: str, dtype: torch.dtype) -> None:
+    values, moments = torch.randn(23, 7).to(dtype), torch.rand(23, 7)
+    slots, weights, grad_output = random_pass(23, 7, 3, 3, dtype)
+    computed, _ = adam_run(backend, values, moments, [[(slots, weights, grad_output)]])
+    touched = torch.zeros(23, dtype=torch.bool)
+    touched[slots] = True
+    for before, after in zip((values, moments, moments), computed, strict=True):
+        assert torch.equal(before[~touched], after[~touched])
+        assert (before[touched] != after[touched]).any(1).all()
+
+
+def test_adam_rows_over_all_rows_is_the_adam_of_torch(backend: str) -> None:
+    values = torch.randn(6, 4, dtype=torch.float64)
+    parameter = values.clone().requires_grad_()
+    optimizer = torch.optim.Adam([parameter], **ADAM)
+    passes = [[(torch.randperm(6).view(3, 2), *random_pass(6, 4, 3, 2)[1:])] for _ in range(5)]
+    for update in passes:
+        parameter.grad = torch.from_numpy(dense(oracle.row_gradients(update), 6, 4))
+        optimizer.step()
+    computed, truth = adam_run(backend, values, torch.zeros_like(values), passes)
+    for updated in (computed[0], truth[0]):
+        assert np.abs(oracle.fp64(updated) - oracle.fp64(parameter)).max() <= 1e-12
