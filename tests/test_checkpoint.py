@@ -20,27 +20,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from pkmem import checkpoint
-from pkmem.checkpoint import (
-    CheckpointError,
-    latest_checkpoint,
-    load_json,
-    load_state,
-    refuse_pickles,
-    rng_state,
-    save_checkpoint,
-    save_json,
-    save_state,
-    set_rng_state,
-    verify_checkpoint,
-)
+from pkmem import state
+from pkmem.checkpoint import latest_checkpoint, refuse_pickles, save_checkpoint, verify_checkpoint
+from pkmem.state import CheckpointError, load_json, load_state, rng_state, save_json, save_state, set_rng_state
 
 # Run in a subprocess: writers that get half way, then wait to be killed or meet the limit on file size.
 WRITER = """
 import resource, sys, time
 from pathlib import Path
 import torch
-from pkmem.checkpoint import CheckpointError, save_checkpoint, save_state
+from pkmem.checkpoint import save_checkpoint
+from pkmem.state import CheckpointError, save_state
 
 def wait(folder):
     save_state(folder / "half", {"x": torch.ones(1000)})
@@ -283,7 +273,7 @@ def test_json_is_atomic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     def full(_handle: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(checkpoint.os, "fsync", full)
+    monkeypatch.setattr(state.os, "fsync", full)
     with pytest.raises(OSError, match="No space left"):
         save_json(file, {"loss": 3.5})
     assert load_json(file) == {"loss": 2.5}

@@ -504,11 +504,12 @@ def test_other_contents_splits_and_tokenizers_have_their_own_tokens(tmp_path, to
 
 
 def test_where_a_document_ends_is_part_of_the_contents(tmp_path, tokenizer):
-    path = tmp_path / "data.jsonl"
-    write(path, json_lines(["ab", "c"] * 20))
-    first = tokenize(str(path), "train", tokenizer, tmp_path / "cache", progress=False)
-    write(path, json_lines(["a", "bc"] * 20))
-    assert tokenize(str(path), "train", tokenizer, tmp_path / "cache", progress=False).path != first.path
+    paths = set()
+    for texts in (["ab", "c"], ["a", "bc"]):
+        path = write(tmp_path / "data.jsonl", json_lines(texts))
+        assert read(path, "train") == texts
+        paths.add(tokenize(str(path), "train", tokenizer, tmp_path / "cache", progress=False).path)
+    assert len(paths) == 2
 
 
 def test_what_is_skipped_is_counted_once(tmp_path, tokenizer):

@@ -160,7 +160,7 @@ class CombinedOptimizer(Optimizer):
         self.param_groups = groups  # the very dicts, so that a scheduler's lr reaches the parts
 
     @property
-    def state(self) -> Any:  # type: ignore[override]
+    def state(self) -> Any:
         """The states of all parts, by parameter."""
         return {key: value for part in self.optimizers for key, value in part.state.items()}
 

@@ -116,6 +116,7 @@ class Recipe:
     Args:
         data: "python", "python+", a file, directory or glob, or "hf:NAME".
         out: the run directory.
+        tokenizer: a saved tokenizer's directory, or a name on the Hugging Face Hub; None trains a byte-level BPE.
         model: the decoder and where its memories are.
         memory: the memories' shape and options; the width is the model's.
         training: how it is trained.
@@ -123,6 +124,7 @@ class Recipe:
 
     data: str = "python"
     out: Path = Path("runs/x")
+    tokenizer: str | None = None
     model: ModelConfig = field(default_factory=ModelConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)

@@ -42,23 +42,13 @@ from transformers import (
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback
 
-from pkmem.checkpoint import (
-    CheckpointError,
-    latest_checkpoint,
-    load_json,
-    load_state,
-    rng_state,
-    save_checkpoint,
-    save_json,
-    save_state,
-    set_rng_state,
-    verify_checkpoint,
-)
+from pkmem.checkpoint import CheckpointError, latest_checkpoint, save_checkpoint, verify_checkpoint
 from pkmem.evaluation import count_parameters, evaluate, usage_figures, watching
 from pkmem.huggingface import build_model
 from pkmem.memory import tables_in
 from pkmem.optim import CombinedOptimizer, RowAdam, dense_parameters
 from pkmem.recipe import Recipe, TrainingConfig
+from pkmem.state import load_json, load_state, rng_state, save_json, save_state, set_rng_state
 from pkmem.text import TokenBlocks, TokenFile, read_documents, tokenize, train_tokenizer
 
 _TOKENIZER_CHARS = 50_000_000  # text a tokenizer is trained on; more changes little and takes minutes
@@ -120,12 +110,12 @@ def prepare_text(recipe: Recipe, progress: bool) -> tuple[PreTrainedTokenizerBas
         ValueError: no text, or too little of it, in `recipe.data`.
     """
     folder = recipe.out / "tokenizer"
-    if folder.exists():
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+    if folder.exists() or recipe.tokenizer is not None:
+        tokenizer = AutoTokenizer.from_pretrained(folder if folder.exists() else recipe.tokenizer)
     else:
         _say(progress, f"training a byte-level BPE of {recipe.model.vocab_size} tokens on {recipe.data}")
         tokenizer = train_tokenizer(_first_chars(read_documents(recipe.data, "train")), recipe.model.vocab_size)
-        tokenizer.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     train_file = tokenize(recipe.data, "train", tokenizer, progress=progress)
     held_out_file = tokenize(recipe.data, "validation", tokenizer, progress=progress)
     if skipped := train_file.num_skipped + held_out_file.num_skipped:
@@ -218,6 +208,8 @@ def build_schedule(optimizer: CombinedOptimizer, config: TrainingConfig) -> torc
 
 class MemoryTrainer(Trainer):
     """Hugging Face's Trainer with row-wise values and checkpoints that are complete, verified and free of pickle."""
+
+    optimizer: Any  # accelerate wraps it on the way
 
     def __init__(
         self,

@@ -201,7 +201,7 @@ def write_gradients(rows, offsets, tokens, weights, grad_output, dense, first, l
 
 
 @kernel
-def sum_squares(rows, offsets, tokens, weights, grad_output, squares, first, last):  # type: ignore[no-untyped-def]  # noqa: ARG001
+def sum_squares(rows, offsets, tokens, weights, grad_output, squares, first, last):  # type: ignore[no-untyped-def]
     """Writes squares[first:last]."""
     width = grad_output.shape[1]
     gradient, piece = np.empty(width, np.float32), np.empty(width, np.float32)

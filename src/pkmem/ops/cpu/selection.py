@@ -14,8 +14,6 @@ import torch
 from torch import Tensor
 
 from pkmem.ops import reference
-from pkmem.ops.cpu.bag import weighted_sum
-from pkmem.ops.cpu.rows import sort_reads, weighted_sum_grad_values
 from pkmem.ops.cpu.threads import run_over
 from pkmem.ops.cpu.vectors import array, count_above, kernel, lowest_bit, which_at_least
 
@@ -34,7 +32,7 @@ def product_key_topk(query: Tensor, sub_keys: Tensor, knn: int) -> tuple[Tensor,
     scores = torch.empty(num_tokens, heads, knn)
     slots = torch.empty(num_tokens, heads, knn, dtype=torch.int64)
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
-        queries = _halves(query.to(torch.float32)).transpose(0, 1)  # (2h, n, q / 2)
+        queries = query_halves(query).transpose(0, 1)  # (2h, n, q / 2)
         keys = sub_keys.to(torch.float32).flatten(0, 1).mT  # (2h, q / 2, s)
         block = max(64, _SCORE_BYTES // (8 * heads * num_sub_keys + 1))
         for first in range(0, num_tokens, block):
@@ -45,32 +43,9 @@ def product_key_topk(query: Tensor, sub_keys: Tensor, knn: int) -> tuple[Tensor,
     return scores, slots
 
 
-def product_key_topk_backward(
-    grad_scores: Tensor, query: Tensor, sub_keys: Tensor, slots: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Gradients of the scores of chosen slots in query and sub_keys, in their shapes and dtypes.
-
-    A score is the sum of two rows of sub-keys times a query half: the gradients are those of a weighted sum
-    with grad_scores for weights, in which the sub-keys of all heads are one table.
-    """
-    if query.dtype == torch.float64:
-        return reference.product_key_topk_backward(grad_scores, query, sub_keys, slots)
-    num_tokens, heads, knn = slots.shape
-    num_sub_keys = sub_keys.shape[2]
-    table = sub_keys.to(torch.float32).flatten(0, 2)  # (h * 2 * s, q / 2)
-    first_rows = torch.arange(2 * heads).view(heads, 2, 1) * num_sub_keys
-    rows = torch.stack((slots // num_sub_keys, slots % num_sub_keys), 2) + first_rows
-    rows = rows.view(num_tokens * heads * 2, knn)
-    weights = grad_scores.to(torch.float32).unsqueeze(2).expand(-1, -1, 2, -1).reshape(rows.shape)
-    grad_query = weighted_sum(table, rows, weights)
-    halves = _halves(query.to(torch.float32)).flatten(0, 1)
-    grad_table = weighted_sum_grad_values(sort_reads([rows], [weights], [halves]), len(table))
-    return grad_query.view(query.shape).to(query.dtype), grad_table.view(sub_keys.shape).to(sub_keys.dtype)
-
-
-def _halves(query: Tensor) -> Tensor:
-    """(n, h, q) as (n, 2h, q / 2)."""
-    return query.reshape(query.shape[0], 2 * query.shape[1], query.shape[2] // 2)
+def query_halves(query: Tensor) -> Tensor:
+    """Queries (n, h, q) as their halves (n, 2h, q / 2), fp32."""
+    return query.to(torch.float32).reshape(query.shape[0], 2 * query.shape[1], query.shape[2] // 2)
 
 
 @lru_cache(maxsize=64)
@@ -95,9 +70,7 @@ def select(half_scores, knn, num_pairs, scores, slots, first, last):  # type: ig
             _unpack(best, scores1, indices1)
             _best_of_row(half_scores[2 * head + 1, token], knn, ordered, maxima, keys, best)
             _unpack(best, scores2, indices2)
-            count = _winning_pairs(scores1, indices1, scores2, indices2, num_sub_keys, True, keys)
-            if count < knn:  # infinities and NaN: the bound does not hold
-                count = _winning_pairs(scores1, indices1, scores2, indices2, num_sub_keys, False, keys)
+            count = _winning_pairs(scores1, indices1, scores2, indices2, num_sub_keys, keys)
             _keep_best(keys, count, knn, best)
             _unpack(best, scores[token, head], slots[token, head])
 
@@ -170,13 +143,14 @@ def _keep_best(keys, count, knn, best):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def _winning_pairs(scores1, indices1, scores2, indices2, num_sub_keys, prune, keys):  # type: ignore[no-untyped-def]
+def _winning_pairs(scores1, indices1, scores2, indices2, num_sub_keys, keys):  # type: ignore[no-untyped-def]
     """Packs the pairs of ranks (i, j) with (i + 1)(j + 1) <= knn into keys and returns their number.
 
-    With `prune` only those that reach a bound: the pair (i, j) and all before it, (i + 1)(j + 1) >= knn of
-    them, are at least as good as the pair (i, j).
+    Left out are pairs below a bound: if (i + 1)(j + 1) >= knn, then knn pairs are at least as good as (i, j).
     """
     knn = len(scores1)
+    ends = abs(scores1[0]) + abs(scores1[-1]) + abs(scores2[0]) + abs(scores2[-1])
+    prune = ends < np.float32(np.inf)  # all are finite: no sum is NaN
     bound = np.float32(-np.inf)
     for i in range(knn):
         bound = max(bound, scores1[i] + scores2[(knn + i) // (i + 1) - 1])
@@ -184,7 +158,7 @@ def _winning_pairs(scores1, indices1, scores2, indices2, num_sub_keys, prune, ke
     for i in range(knn):
         for j in range(knn // (i + 1)):
             score = scores1[i] + scores2[j]
-            if prune and not score >= bound:
+            if prune and score < bound:
                 break
             keys[count] = _packed(_as_integer(score), indices1[i] * num_sub_keys + indices2[j])
             count += 1

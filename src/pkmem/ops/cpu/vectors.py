@@ -134,11 +134,11 @@ def narrow_at_random(number: Any, like: Any, row: Any, column: Any) -> Any:
 
 
 @overload(narrow_at_random, inline="always")
-def _narrow_at_random(number: Any, like: Any, row: Any, column: Any) -> Any:  # noqa: ARG001
-    def rounded(number: Any, like: Any, row: Any, column: Any) -> Any:  # noqa: ARG001
+def _narrow_at_random(number: Any, like: Any, row: Any, column: Any) -> Any:
+    def rounded(number: Any, like: Any, row: Any, column: Any) -> Any:
         return narrow(number, like)
 
-    def bf16(number: Any, like: Any, row: Any, column: Any) -> Any:  # noqa: ARG001
+    def bf16(number: Any, like: Any, row: Any, column: Any) -> Any:
         return _to_bf16_at_random(number, mixed(row ^ np.uint32(column)))
 
     return bf16 if like == types.uint16 else rounded

@@ -1,0 +1,259 @@
+"""The command line. Heavy imports stand inside the verbs, so that `--help` answers at once."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+from jsonargparse import ActionYesNo, ArgumentParser, Namespace
+
+from pkmem.recipe import Recipe
+
+_ASSIGNMENT = re.compile(r"[a-z_]+(\.[a-z_]+)*=")
+_USER_ERROR = 2
+
+
+class _Parser(ArgumentParser):
+    """Errors are one line that names the fix."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        _fail(_explain(message, self))
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Runs one verb; exits with 2 where the user can mend what went wrong, 130 after Ctrl-C."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    arguments = [f"--{text}" if _ASSIGNMENT.match(text) else text for text in arguments]
+    parser = build_parser()
+    chosen = parser.parse_args(arguments or ["--help"])
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    try:
+        _VERBS[chosen.subcommand](chosen[chosen.subcommand])
+    except (ValueError, FileNotFoundError, PermissionError) as error:
+        _fail(" ".join(str(error).split()))
+    except OSError as error:
+        _fail(f"{error.strerror or error}: {error.filename or ''}".rstrip(": "))
+    except KeyboardInterrupt as stop:
+        print(f"pkmem: {stop or 'interrupted'}", file=sys.stderr)
+        sys.exit(130)
+
+
+def build_parser() -> ArgumentParser:
+    """The parser of all verbs."""
+    parser = _Parser(prog="pkmem", description="Language models with product-key memories (Lample et al. 2019).")
+    verbs = parser.add_subcommands(title="verbs", metavar="VERB")
+    for name, (add, text) in _ARGUMENTS.items():
+        verb = _Parser(description=text)
+        add(verb)
+        verbs.add_subcommand(name, verb, help=text.split(". ")[0].rstrip("."))
+    return parser
+
+
+# Verbs and their arguments ------------------------------------------------------------------------------
+
+
+def _train_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("--config", action="config", help="a recipe, such as configs/tiny.yaml; options override it")
+    parser.add_class_arguments(Recipe, as_group=False)
+    parser.add_argument("--resume", action=ActionYesNo, default=False, help="go on from the newest checkpoint of OUT")
+    parser.add_argument("--overwrite", action=ActionYesNo, default=False, help="replace OUT if it is there")
+
+
+def _train(options: Namespace) -> None:
+    from pkmem.training import train
+
+    if options.resume:
+        options = _recorded_options(Path(options.out), options)
+    recipe = _recipe(options)
+    summary = train(recipe, resume=options.resume, overwrite=options.overwrite)
+    for name, figure in summary.items():
+        print(f"{name:28} {figure:,.4f}" if isinstance(figure, float) else f"{name:28} {figure:,}")
+    print(f"model: {recipe.out / 'model'}   metrics: {recipe.out / 'metrics.jsonl'}")
+
+
+def _recorded_options(out: Path, options: Namespace) -> Namespace:
+    """The options a run was started with: a resumed run is the same run."""
+    recorded = out / "config.yaml"
+    if not recorded.exists():
+        raise ValueError(f"{out} has no config.yaml to resume from: start the run without --resume")
+    parser = _Parser()
+    _train_arguments(parser)
+    again: Namespace = parser.parse_args(["--config", str(recorded), "--out", str(out), "--resume"])
+    asked, kept = (_recipe(o).to_dict() for o in (options, again))
+    default = Recipe(out=out).to_dict()
+    changed = [key for key in asked if asked[key] not in (kept[key], default[key])]
+    if changed:
+        raise ValueError(f"{changed[0]} cannot change when resuming {out}: leave it out, or start a new --out")
+    return again
+
+
+def _recipe(options: Namespace) -> Recipe:
+    parser = _Parser()
+    parser.add_class_arguments(Recipe, "recipe")
+    fields = {name: options[name] for name in ("data", "out", "tokenizer", "model", "memory", "training")}
+    recipe: Recipe = parser.instantiate(Namespace(recipe=Namespace(**fields))).recipe
+    return recipe
+
+
+def _eval_arguments(parser: ArgumentParser) -> None:
+    _model_argument(parser)
+    parser.add_argument("--data", type=str, default="python", help="text, as in `pkmem train --data`")
+    parser.add_argument("--split", type=str, default="validation", help="train or validation")
+    parser.add_argument("--max_tokens", type=int | None, default=None, help="evaluate about this many tokens")
+    parser.add_argument(
+        "--context_tokens", type=int | None, default=None, help="tokens a block; the model's if left out"
+    )
+    parser.add_argument("--speed", action=ActionYesNo, default=False, help="measure prefill and decode as well")
+
+
+def _eval(options: Namespace) -> None:
+    import json
+
+    from pkmem.evaluation import count_parameters, evaluate, measure_speed
+    from pkmem.saved import load_saved
+    from pkmem.text import TokenBlocks, tokenize
+
+    model, tokenizer = load_saved(Path(options.model))
+    context = options.context_tokens or model.config.get_text_config().max_position_embeddings
+    file = tokenize(options.data, options.split, tokenizer)
+    if file.num_skipped:
+        print(f"skipped {file.num_skipped} files or lines that are not readable text", file=sys.stderr)
+    figures = count_parameters(model) | evaluate(
+        model, TokenBlocks(file, context), file.bytes_per_token, max_tokens=options.max_tokens, progress=True
+    )
+    if options.speed:
+        figures |= measure_speed({"model": model}, context)["model"]
+    print(json.dumps(figures, indent=2))
+
+
+def _generate_arguments(parser: ArgumentParser) -> None:
+    _model_argument(parser)
+    parser.add_argument("--prompt", type=str, default="def ", help="text to continue")
+    parser.add_argument("--max_new_tokens", type=int, default=100, help="tokens to write")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token every time")
+    parser.add_argument("--top_k", type=int, default=50, help="draw among this many likeliest tokens")
+    parser.add_argument("--seed", type=int, default=0, help="of the draws")
+
+
+def _generate(options: Namespace) -> None:
+    from transformers import TextStreamer, set_seed
+
+    from pkmem.saved import load_saved
+
+    if options.max_new_tokens < 1 or options.temperature < 0 or options.top_k < 1:
+        raise ValueError("max_new_tokens and top_k must be >= 1, temperature >= 0")
+    model, tokenizer = load_saved(Path(options.model))
+    set_seed(options.seed)
+    inputs = tokenizer(options.prompt or tokenizer.bos_token, return_tensors="pt", return_token_type_ids=False)
+    context = model.config.get_text_config().max_position_embeddings
+    room = context - inputs["input_ids"].shape[1]
+    if room < 1:
+        raise ValueError(f"the prompt has {context - room} tokens but the model's context is {context}: shorten it")
+    draws = {"do_sample": True, "temperature": options.temperature, "top_k": options.top_k}
+    model.generate(
+        **inputs,
+        max_new_tokens=min(options.max_new_tokens, room),
+        streamer=TextStreamer(tokenizer, skip_special_tokens=True),
+        **(draws if options.temperature else {"do_sample": False}),
+    )
+
+
+def _inspect_arguments(parser: ArgumentParser) -> None:
+    _model_argument(parser)
+    parser.add_argument(
+        "--data", type=str | None, default=None, help="read this text and say how the memories are used"
+    )
+    parser.add_argument("--max_tokens", type=int, default=100_000, help="tokens of it to read")
+    parser.add_argument(
+        "--hottest", type=int, default=5, help="slots to show per memory, with the tokens that read them"
+    )
+
+
+def _inspect(options: Namespace) -> None:
+    from pkmem.inspection import describe_memories, describe_reads
+    from pkmem.saved import load_saved
+    from pkmem.text import TokenBlocks, tokenize
+
+    model, tokenizer = load_saved(Path(options.model))
+    print(describe_memories(model))
+    if options.data is not None:
+        context = model.config.get_text_config().max_position_embeddings
+        blocks = TokenBlocks(tokenize(options.data, "validation", tokenizer), context)
+        print(describe_reads(model, tokenizer, blocks, options.max_tokens, options.hottest))
+
+
+def _demo_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("--out", type=str, default="runs/demo", help="where everything goes")
+    parser.add_argument("--data", type=str, default="python", help="text to learn, as in `pkmem train --data`")
+    parser.add_argument("--seed", type=int, default=0, help="of weights and data order")
+    parser.add_argument("--overwrite", action=ActionYesNo, default=False, help="replace OUT if it is there")
+
+
+def _demo(options: Namespace) -> None:
+    from pkmem.demo import demo
+
+    demo(Path(options.out), options.overwrite, options.data, options.seed)
+
+
+def _model_argument(parser: ArgumentParser) -> None:
+    parser.add_argument("model", type=str, help="a run directory, one of its checkpoints, or any saved model directory")
+
+
+_ARGUMENTS = {
+    "train": (
+        _train_arguments,
+        "Train a language model, with memories where model.memory_layers says. "
+        "Example: pkmem train --config configs/tiny.yaml --data python --out runs/x memory.knn=16",
+    ),
+    "eval": (
+        _eval_arguments,
+        "Perplexity, bits per byte and use of the memories on held-out text. Example: pkmem eval runs/x --data python",
+    ),
+    "generate": (_generate_arguments, "Continue a text. Example: pkmem generate runs/x --prompt 'def main'"),
+    "inspect": (
+        _inspect_arguments,
+        "Look inside the memories: sizes, values, who reads what. Example: pkmem inspect runs/x --data python",
+    ),
+    "demo": (
+        _demo_arguments,
+        "The paper's claim at laptop size, in about ten minutes: L layers with a memory against L and 2L without. "
+        "Example: pkmem demo --out runs/demo",
+    ),
+}
+_VERBS = {"train": _train, "eval": _eval, "generate": _generate, "inspect": _inspect, "demo": _demo}
+
+
+# Errors -------------------------------------------------------------------------------------------------
+
+
+def _explain(message: str, parser: ArgumentParser) -> str:
+    """One line; an unknown key comes with the nearest one that exists."""
+    line = " ".join(message.split())
+    found = re.search(r"[Uu]nrecognized arguments: --(\S+?)(?:[= ]|$)|[Kk]ey '([\w.]+)' is not expected", line)
+    if found is None:
+        return line
+    unknown = (found[1] or found[2]).split("=")[0]
+    near = difflib.get_close_matches(unknown, _known_keys(), 1, 0.5)
+    return f"unknown option {unknown!r}" + (f": did you mean {near[0]!r}?" if near else "; see --help")
+
+
+def _known_keys() -> list[str]:
+    keys = []
+    for add, _ in _ARGUMENTS.values():
+        parser = _Parser()
+        add(parser)
+        keys += [action.dest for action in parser._actions if action.dest != "help"]
+    return keys
+
+
+def _fail(message: str) -> NoReturn:
+    print(f"pkmem: error: {message}", file=sys.stderr)
+    sys.exit(_USER_ERROR)
+
+
+if __name__ == "__main__":
+    main()
