@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.abc
-import importlib.util
 import sys
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -29,8 +28,9 @@ class _Watcher(importlib.abc.MetaPathFinder):
     def find_spec(self, name: str, path: Any, target: ModuleType | None = None) -> ModuleSpec | None:
         if name != _WATCHED:
             return None
-        sys.meta_path.remove(self)  # before asking the others, or this would ask itself
-        spec = importlib.util.find_spec(name)
+        # Asked does not mean imported: many libraries only look whether it is there, so the watch goes on.
+        others = (finder for finder in sys.meta_path if not isinstance(finder, _Watcher))
+        spec = next((spec for finder in others if (spec := finder.find_spec(name, path, target))), None)
         if spec is not None and spec.loader is not None:
             spec.loader = _LoadThenRegister(spec.loader)
         return spec
@@ -45,5 +45,8 @@ class _LoadThenRegister(importlib.abc.Loader):
         return created
 
     def exec_module(self, module: ModuleType) -> None:
+        assert module.__spec__ is not None
+        module.__spec__.loader = module.__loader__ = self._loader
         self._loader.exec_module(module)
+        sys.meta_path[:] = [finder for finder in sys.meta_path if not isinstance(finder, _Watcher)]
         importlib.import_module("pkmem.huggingface")

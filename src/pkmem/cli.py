@@ -13,32 +13,43 @@ from jsonargparse import ActionYesNo, ArgumentParser, Namespace
 
 from pkmem.recipe import Recipe
 
-_ASSIGNMENT = re.compile(r"[a-z_]+(\.[a-z_]+)*=")
+_ASSIGNMENT = re.compile(r"[a-z]\w*(\.\w+)*=")
 _USER_ERROR = 2
+_CALM = {  # read when the libraries are imported: pkmem says itself what a user needs to know
+    "TOKENIZERS_PARALLELISM": "true",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+}
 
 
 class _Parser(ArgumentParser):
     """Errors are one line that names the fix."""
 
+    verb: str | None = None
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        _fail(_explain(message, self))
+        _fail(_explain(message, self.verb))
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs one verb; exits with 2 where the user can mend what went wrong, 130 after Ctrl-C."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    arguments = [f"--{text}" if _ASSIGNMENT.match(text) else text for text in arguments]
+    if arguments[:1] == ["train"]:
+        arguments = [f"--{text}" if _ASSIGNMENT.match(text) else text for text in arguments]
     parser = build_parser()
     chosen = parser.parse_args(arguments or ["--help"])
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    for name, setting in _CALM.items():
+        os.environ.setdefault(name, setting)
     try:
+        if chosen.subcommand == "train" and chosen.train.resume:
+            chosen.train = _recorded_options(chosen.train.out, parser.parse_args(arguments, defaults=False).train)
         _VERBS[chosen.subcommand](chosen[chosen.subcommand])
-    except (ValueError, FileNotFoundError, PermissionError) as error:
-        _fail(" ".join(str(error).split()))
+    except ValueError as error:
+        _fail(str(error))
     except OSError as error:
         _fail(f"{error.strerror or error}: {error.filename or ''}".rstrip(": "))
     except KeyboardInterrupt as stop:
-        print(f"pkmem: {stop or 'interrupted'}", file=sys.stderr)
+        print(f"pkmem: {str(stop) or 'interrupted'}", file=sys.stderr)
         sys.exit(130)
 
 
@@ -48,6 +59,7 @@ def build_parser() -> ArgumentParser:
     verbs = parser.add_subcommands(title="verbs", metavar="VERB")
     for name, (add, text) in _ARGUMENTS.items():
         verb = _Parser(description=text)
+        verb.verb = name
         add(verb)
         verbs.add_subcommand(name, verb, help=text.split(". ")[0].rstrip("."))
     return parser
@@ -66,8 +78,6 @@ def _train_arguments(parser: ArgumentParser) -> None:
 def _train(options: Namespace) -> None:
     from pkmem.training import train
 
-    if options.resume:
-        options = _recorded_options(Path(options.out), options)
     recipe = _recipe(options)
     summary = train(recipe, resume=options.resume, overwrite=options.overwrite)
     for name, figure in summary.items():
@@ -75,26 +85,29 @@ def _train(options: Namespace) -> None:
     print(f"model: {recipe.out / 'model'}   metrics: {recipe.out / 'metrics.jsonl'}")
 
 
-def _recorded_options(out: Path, options: Namespace) -> Namespace:
-    """The options a run was started with: a resumed run is the same run."""
+def _recorded_options(out: Path, given: Namespace) -> Namespace:
+    """The options a run was started with: a resumed run is the same run, so none of those given may differ."""
     recorded = out / "config.yaml"
     if not recorded.exists():
         raise ValueError(f"{out} has no config.yaml to resume from: start the run without --resume")
     parser = _Parser()
     _train_arguments(parser)
-    again: Namespace = parser.parse_args(["--config", str(recorded), "--out", str(out), "--resume"])
-    asked, kept = (_recipe(o).to_dict() for o in (options, again))
-    default = Recipe(out=out).to_dict()
-    changed = [key for key in asked if asked[key] not in (kept[key], default[key])]
-    if changed:
-        raise ValueError(f"{changed[0]} cannot change when resuming {out}: leave it out, or start a new --out")
-    return again
+    kept: Namespace = parser.parse_args(["--config", str(recorded), "--out", str(out), "--resume"])
+    for key, option in given.items():
+        if key not in ("config", "resume", "overwrite") and kept.get(key) != option:
+            raise ValueError(
+                f"{key} is {kept.get(key)} in {recorded} and cannot become {option}: leave it out, or start a new --out"
+            )
+    return kept
 
 
 def _recipe(options: Namespace) -> Recipe:
     parser = _Parser()
     parser.add_class_arguments(Recipe, "recipe")
     fields = {name: options[name] for name in ("data", "out", "tokenizer", "model", "memory", "training")}
+    for name in ("model", "memory", "training"):
+        if not isinstance(fields[name], Namespace):
+            raise ValueError(f"{name} is {fields[name]!r} but must hold options, as `pkmem train --print_config` shows")
     recipe: Recipe = parser.instantiate(Namespace(recipe=Namespace(**fields))).recipe
     return recipe
 
@@ -114,16 +127,24 @@ def _eval(options: Namespace) -> None:
     import json
 
     from pkmem.evaluation import count_parameters, evaluate, measure_speed
-    from pkmem.saved import load_saved
+    from pkmem.saved import context_tokens, load_saved
     from pkmem.text import TokenBlocks, tokenize
 
     model, tokenizer = load_saved(Path(options.model))
-    context = options.context_tokens or model.config.get_text_config().max_position_embeddings
+    longest = context_tokens(model)
+    context = longest if options.context_tokens is None else options.context_tokens
+    if not 2 <= context <= longest:
+        raise ValueError(f"context_tokens is {context} but must be in [2, {longest}], the model's")
     file = tokenize(options.data, options.split, tokenizer)
     if file.num_skipped:
         print(f"skipped {file.num_skipped} files or lines that are not readable text", file=sys.stderr)
     figures = count_parameters(model) | evaluate(
-        model, TokenBlocks(file, context), file.bytes_per_token, max_tokens=options.max_tokens, progress=True
+        model,
+        TokenBlocks(file, context),
+        file.bytes_per_token,
+        batch_sequences=max(1, min(8, 8192 // context)),
+        max_tokens=options.max_tokens,
+        progress=True,
     )
     if options.speed:
         figures |= measure_speed({"model": model}, context)["model"]
@@ -142,14 +163,15 @@ def _generate_arguments(parser: ArgumentParser) -> None:
 def _generate(options: Namespace) -> None:
     from transformers import TextStreamer, set_seed
 
-    from pkmem.saved import load_saved
+    from pkmem.saved import context_tokens, load_saved
 
     if options.max_new_tokens < 1 or options.temperature < 0 or options.top_k < 1:
         raise ValueError("max_new_tokens and top_k must be >= 1, temperature >= 0")
     model, tokenizer = load_saved(Path(options.model))
     set_seed(options.seed)
-    inputs = tokenizer(options.prompt or tokenizer.bos_token, return_tensors="pt", return_token_type_ids=False)
-    context = model.config.get_text_config().max_position_embeddings
+    prompt = options.prompt or tokenizer.bos_token or tokenizer.eos_token
+    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+    context = context_tokens(model)
     room = context - inputs["input_ids"].shape[1]
     if room < 1:
         raise ValueError(f"the prompt has {context - room} tokens but the model's context is {context}: shorten it")
@@ -175,14 +197,15 @@ def _inspect_arguments(parser: ArgumentParser) -> None:
 
 def _inspect(options: Namespace) -> None:
     from pkmem.inspection import describe_memories, describe_reads
-    from pkmem.saved import load_saved
+    from pkmem.saved import context_tokens, load_saved
     from pkmem.text import TokenBlocks, tokenize
 
+    if options.hottest < 0:
+        raise ValueError(f"hottest is {options.hottest} but must be >= 0")
     model, tokenizer = load_saved(Path(options.model))
     print(describe_memories(model))
     if options.data is not None:
-        context = model.config.get_text_config().max_position_embeddings
-        blocks = TokenBlocks(tokenize(options.data, "validation", tokenizer), context)
+        blocks = TokenBlocks(tokenize(options.data, "validation", tokenizer), context_tokens(model))
         print(describe_reads(model, tokenizer, blocks, options.max_tokens, options.hottest))
 
 
@@ -230,28 +253,32 @@ _VERBS = {"train": _train, "eval": _eval, "generate": _generate, "inspect": _ins
 # Errors -------------------------------------------------------------------------------------------------
 
 
-def _explain(message: str, parser: ArgumentParser) -> str:
-    """One line; an unknown key comes with the nearest one that exists."""
+def _explain(message: str, verb: str | None) -> str:
+    """One line; an unknown key comes with the nearest one that the verb has."""
     line = " ".join(message.split())
-    found = re.search(r"[Uu]nrecognized arguments: --(\S+?)(?:[= ]|$)|[Kk]ey '([\w.]+)' is not expected", line)
+    mistyped = re.match(r'Parser key "([\w.]+)": (.+?)(?:\. Got| Errors: .* Given) value: (.*)', line)
+    if mistyped:
+        key, expected, given = mistyped.groups()
+        choices, types = re.search(r"Literal\[(.+)\]", expected), re.findall(r"<class '(\w+)'>", expected)
+        allowed = f"one of {choices[1]}" if choices else f"of type {' or '.join(types)}".replace("NoneType", "null")
+        return f"{key} is {given} but must be {allowed}"
+    found = re.search(r"[Uu]nrecognized arguments: --([^= ]+)|'(\w+)' does not accept option '([\w.]+)'", line)
     if found is None:
         return line
-    unknown = (found[1] or found[2]).split("=")[0]
-    near = difflib.get_close_matches(unknown, _known_keys(), 1, 0.5)
+    unknown = found[1] or found[3]
+    near = difflib.get_close_matches(unknown, _known_keys(verb or found[2]), 1, 0.5)
     return f"unknown option {unknown!r}" + (f": did you mean {near[0]!r}?" if near else "; see --help")
 
 
-def _known_keys() -> list[str]:
-    keys = []
-    for add, _ in _ARGUMENTS.values():
-        parser = _Parser()
-        add(parser)
-        keys += [action.dest for action in parser._actions if action.dest != "help"]
-    return keys
+def _known_keys(verb: str | None) -> list[str]:
+    parser = _Parser()
+    if verb in _ARGUMENTS:
+        _ARGUMENTS[verb][0](parser)
+    return [action.dest for action in parser._actions]
 
 
 def _fail(message: str) -> NoReturn:
-    print(f"pkmem: error: {message}", file=sys.stderr)
+    print(f"pkmem: error: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(_USER_ERROR)
 
 

@@ -83,9 +83,10 @@ def demo(out: Path, overwrite: bool = False, data: str = "python", seed: int = 0
     Raises:
         ValueError: `out` exists, or the data cannot be used.
     """
+    documents = read_documents(data, "train")
     _make_room(out, overwrite)
     runs = recipes(out, data, seed)
-    tokenizer = train_tokenizer(read_documents(data, "train"), runs["dense"].model.vocab_size)
+    tokenizer = train_tokenizer(documents, runs["dense"].model.vocab_size)
     tokenizer.save_pretrained(out / "tokenizer")
     summaries = {name: train(recipe) for name, recipe in runs.items()}
     models = {name: AutoModelForCausalLM.from_pretrained(recipe.out / "model") for name, recipe in runs.items()}

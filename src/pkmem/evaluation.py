@@ -57,7 +57,7 @@ def evaluate(
         "loss": loss,
         "perplexity": math.exp(loss) if loss < 700 else math.inf,
         "bits_per_byte": loss / math.log(2) / bytes_per_token,
-        "num_tokens": float(count),
+        "num_tokens": count,
     }
     return result | usage_figures(usages)
 
@@ -101,7 +101,7 @@ def measure_speed(
 
     Args:
         models: by name, causal language models with one vocabulary.
-        context_tokens: tokens per sequence in prefill; decode continues half as many.
+        context_tokens: tokens per sequence in prefill, >= 2; decode continues half as many.
         batch_sequences: sequences prefilled at once; decode is one sequence, one token a step.
         repeats: turns; the medians are returned.
 
@@ -113,7 +113,7 @@ def measure_speed(
         for name, model in models.items():
             with _in_eval_mode(model):
                 prefill = _seconds(lambda model=model: _prefill(model, batch_sequences, context_tokens))  # type: ignore[misc]
-                decode = _decode_seconds(model, context_tokens // 2, num_steps=32)
+                decode = _decode_seconds(model, context_tokens // 2, min(32, context_tokens // 2))
             if turn:  # the first turn warms up
                 timings[name]["prefill"].append(batch_sequences * context_tokens / prefill)
                 timings[name]["decode"].append(1 / decode)

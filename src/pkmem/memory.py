@@ -133,9 +133,9 @@ class MaskedBatchNorm(nn.BatchNorm1d):
             return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
         if mask is None:
             return super().forward(x)
-        share = mask.to(torch.float32).unsqueeze(-1)
+        exact = x.to(torch.promote_types(x.dtype, torch.float32))
+        share = mask.to(exact.dtype).unsqueeze(-1)
         count = share.sum().clamp_min(1.0)
-        exact = x.to(torch.float32)
         mean = (exact * share).sum(0) / count
         variance = ((exact - mean).square() * share).sum(0) / count
         self._follow(mean.detach(), variance.detach(), count)
@@ -150,8 +150,9 @@ class MaskedBatchNorm(nn.BatchNorm1d):
         assert self.momentum is not None
         unbiased = variance * (count / (count - 1).clamp_min(1.0))
         self.num_batches_tracked.add_(1)
-        self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
-        self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)
+        share = self.momentum * (count > 1).to(self.running_mean.dtype)  # one token has no variance to follow
+        self.running_mean.lerp_(mean.to(self.running_mean.dtype), share)
+        self.running_var.lerp_(unbiased.to(self.running_var.dtype), share)
 
 
 class ProductKeys(nn.Module):

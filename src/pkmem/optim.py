@@ -101,6 +101,18 @@ class RowAdam(Optimizer):
             assert table.log is not None
             table.log.clear()
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restores what `state_dict` gave, the moments in fp32 where torch would take the table's dtype."""
+        super().load_state_dict(state_dict)
+        saved = [index for group in state_dict["param_groups"] for index in group["params"]]
+        for index, weight in zip(saved, self._weights(), strict=True):
+            for name in ("exp_avg", "exp_avg_sq"):
+                if index in state_dict["state"]:
+                    self.state[weight][name] = state_dict["state"][index][name].to(weight.device)
+
+    def _weights(self) -> list[Tensor]:
+        return [weight for group in self.param_groups for weight in group["params"]]
+
     def _sorted_reads(self) -> dict[ValueTable, SortedReads]:
         sorted_reads = {table: table.log.sorted() for table in self._tables if table.log is not None}
         return {table: reads for table, reads in sorted_reads.items() if reads is not None}

@@ -68,9 +68,11 @@ class TrainingConfig:
         value_grad: "rows" trains the read rows alone, at a cost that does not grow with the table; "dense"
             makes a gradient of the table's size, as several processes still need.
         precision: "fp32", or "bf16" autocast.
-        seed: of weights, data order and dropout.
-        log_every_steps, eval_every_steps, checkpoint_every_steps: in updates, >= 1.
-        eval_tokens: held-out tokens of the evaluations during training.
+        seed: of weights, data order and dropout, >= 0.
+        log_every_steps: updates from record to record, >= 1.
+        eval_every_steps: updates from evaluation to evaluation, >= 1.
+        checkpoint_every_steps: updates from checkpoint to checkpoint, >= 1.
+        eval_tokens: held-out tokens of the evaluations during training, >= 1.
     """
 
     num_tokens: int = 3_000_000
@@ -101,7 +103,8 @@ class TrainingConfig:
             _require(getattr(self, name) > 0, f"training.{name}", getattr(self, name), "> 0")
         for name in ("warmup_share", "beta2"):
             _require(0 <= getattr(self, name) < 1, f"training.{name}", getattr(self, name), "in [0, 1)")
-        _require(self.weight_decay >= 0, "training.weight_decay", self.weight_decay, ">= 0")
+        for name in ("weight_decay", "seed"):
+            _require(getattr(self, name) >= 0, f"training.{name}", getattr(self, name), ">= 0")
 
     @property
     def num_steps(self) -> int:

@@ -38,7 +38,9 @@ def load_saved(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """
     folder = find_saved(path)
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True)
+        model, info = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True, output_loading_info=True)
+        if info["missing_keys"]:
+            raise ValueError(f"weights are missing, {min(info['missing_keys'])} among them")
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # safetensors, tokenizers and transformers each raise their own kinds
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -46,3 +48,9 @@ def load_saved(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
             f"cannot load the model in {folder}: {reason}; save it again, or use another checkpoint"
         ) from error
     return model.eval(), tokenizer
+
+
+def context_tokens(model: PreTrainedModel) -> int:
+    """The longest context a model takes, by its config; 1024 where that names none."""
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return longest or 1024

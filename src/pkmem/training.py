@@ -10,6 +10,7 @@ RUN/summary.json      held-out figures of the trained model
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import shutil
@@ -77,9 +78,8 @@ def train(recipe: Recipe, resume: bool = False, overwrite: bool = False, progres
         NonFiniteLossError: the loss became NaN or infinite.
         KeyboardInterrupt: ended by Ctrl-C, with a checkpoint.
     """
-    _prepare_run_directory(recipe.out, resume, overwrite)
-    (recipe.out / "config.yaml").write_text(yaml.safe_dump(recipe.to_dict(), sort_keys=False))
-    tokenizer, train_file, held_out_file = prepare_text(recipe, progress)
+    _check_run_directory(recipe.out, resume, overwrite)
+    tokenizer, train_file, held_out_file = prepare_text(recipe, resume, progress)
     blocks = TokenBlocks(
         train_file,
         recipe.model.context_tokens,
@@ -89,11 +89,13 @@ def train(recipe: Recipe, resume: bool = False, overwrite: bool = False, progres
     held_out = TokenBlocks(held_out_file, recipe.model.context_tokens)
     set_seed(recipe.training.seed)
     model = build_model(recipe.model, recipe.memory, len(tokenizer), tokenizer.eos_token_id)
+    if not resume:
+        _make_run_directory(recipe, tokenizer)
     with watching(model) as usages:
         journal = Journal(recipe, progress, held_out, train_file.bytes_per_token, held_out_file.bytes_per_token, usages)
         trainer = MemoryTrainer(recipe, model, blocks, tokenizer, journal)
         checkpoint = _checkpoint_to_resume(recipe.out) if resume else None
-        with _finishing_the_step_on_ctrl_c(journal):
+        with contextlib.closing(journal), _finishing_the_step_on_ctrl_c(journal):
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     if journal.interrupted:
         raise KeyboardInterrupt(f"stopped at step {trainer.state.global_step}; continue with --resume")
@@ -103,23 +105,24 @@ def train(recipe: Recipe, resume: bool = False, overwrite: bool = False, progres
     return summary
 
 
-def prepare_text(recipe: Recipe, progress: bool) -> tuple[PreTrainedTokenizerBase, TokenFile, TokenFile]:
-    """The run's tokenizer, trained if it has none yet, and the tokens of both splits.
+def prepare_text(
+    recipe: Recipe, resume: bool, progress: bool
+) -> tuple[PreTrainedTokenizerBase, TokenFile, TokenFile]:
+    """The run's tokenizer, trained if none is named or there to resume with, and the tokens of both splits.
 
     Raises:
         ValueError: no text, or too little of it, in `recipe.data`.
     """
-    folder = recipe.out / "tokenizer"
-    if folder.exists() or recipe.tokenizer is not None:
-        tokenizer = AutoTokenizer.from_pretrained(folder if folder.exists() else recipe.tokenizer)
+    if resume or recipe.tokenizer is not None:
+        tokenizer = AutoTokenizer.from_pretrained(recipe.out / "tokenizer" if resume else recipe.tokenizer)
     else:
         _say(progress, f"training a byte-level BPE of {recipe.model.vocab_size} tokens on {recipe.data}")
         tokenizer = train_tokenizer(_first_chars(read_documents(recipe.data, "train")), recipe.model.vocab_size)
-    tokenizer.save_pretrained(folder)
     train_file = tokenize(recipe.data, "train", tokenizer, progress=progress)
     held_out_file = tokenize(recipe.data, "validation", tokenizer, progress=progress)
-    if skipped := train_file.num_skipped + held_out_file.num_skipped:
-        _say(True, f"skipped {skipped} files or lines that are not readable text")
+    for split, file in (("training", train_file), ("held-out", held_out_file)):
+        if file.num_skipped:
+            _say(True, f"skipped {file.num_skipped} files or lines of the {split} text that are not readable")
     return tokenizer, train_file, held_out_file
 
 
@@ -132,7 +135,7 @@ def _first_chars(documents: Iterable[str]) -> Iterator[str]:
             return
 
 
-def _prepare_run_directory(out: Path, resume: bool, overwrite: bool) -> None:
+def _check_run_directory(out: Path, resume: bool, overwrite: bool) -> None:
     if resume:
         if latest_checkpoint(out) is None:
             raise CheckpointError(f"{out} has no checkpoint to resume from: start it without --resume")
@@ -141,8 +144,15 @@ def _prepare_run_directory(out: Path, resume: bool, overwrite: bool) -> None:
             raise ValueError(f"{out} already exists: choose another --out, or --overwrite it, or --resume it")
         if not (out / "config.yaml").exists():
             raise ValueError(f"{out} is not a run directory (it has no config.yaml): choose another --out")
-        shutil.rmtree(out)
-    out.mkdir(parents=True, exist_ok=True)
+
+
+def _make_run_directory(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> None:
+    """In place of the one to overwrite; made when all else is ready, so that a bad recipe leaves nothing behind."""
+    if (recipe.out / "config.yaml").exists():
+        shutil.rmtree(recipe.out)
+    recipe.out.mkdir(parents=True, exist_ok=True)
+    (recipe.out / "config.yaml").write_text(yaml.safe_dump(recipe.to_dict(), sort_keys=False))
+    tokenizer.save_pretrained(recipe.out / "tokenizer")
 
 
 def _checkpoint_to_resume(out: Path) -> Path | None:
@@ -268,7 +278,7 @@ class MemoryTrainer(Trainer):
         if not torch.isfinite(loss):
             raise NonFiniteLossError(
                 f"the loss is {loss.item()} at step {self.state.global_step + 1}; nothing was updated with it: "
-                "lower training.lr or training.value_lr, and --resume from the last checkpoint"
+                "start a new --out with a lower training.lr or training.value_lr"
             )
         self.journal.add_loss(loss.item())
         return loss
@@ -315,6 +325,7 @@ class Journal(TrainerCallback):
         self.train_bytes_per_token, self.held_out_bytes_per_token = train_bytes_per_token, held_out_bytes_per_token
         self.path = recipe.out / "metrics.jsonl"
         self.interrupted = False
+        self._open = contextlib.ExitStack()
         self.seconds = 0.0  # of training alone, over all sittings
         self._losses: list[float] = []  # of the updates since the last record
         self._step_loss = 0.0
@@ -344,6 +355,8 @@ class Journal(TrainerCallback):
             unit_scale=True,
             disable=not self.progress,
         )
+        for opened in (self._board, self._bar):
+            self._open.callback(opened.close)
 
     def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._step_start = time.perf_counter()
@@ -363,9 +376,9 @@ class Journal(TrainerCallback):
         if self.interrupted:
             control.should_save = control.should_training_stop = True
 
-    def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self._bar.close()
-        self._board.close()
+    def close(self) -> None:
+        """Closes the bar and the TensorBoard file, however the run ended."""
+        self._open.close()
 
     def _record_training(self, step: int, optimizer: Any) -> None:
         loss = sum(self._losses) / len(self._losses)
@@ -419,7 +432,9 @@ def _drop_records_after(path: Path, step: int) -> None:
     """Forgets what was recorded after the checkpoint a run goes on from."""
     if path.exists():
         kept = [json.dumps(record) for record in read_metrics(path.parent) if record["step"] <= step]
-        path.write_text("".join(line + "\n" for line in kept))
+        tmp = path.with_suffix(".tmp")
+        tmp.write_text("".join(line + "\n" for line in kept))
+        tmp.replace(path)  # at once: a kill here loses no record
 
 
 class _finishing_the_step_on_ctrl_c:

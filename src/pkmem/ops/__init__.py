@@ -106,14 +106,16 @@ def weighted_sum(
         (n, v) in the dtype of values, accumulated in fp32 (fp64 for fp64 values).
 
     Raises:
-        ValueError: the shapes disagree, a slot is outside [0, m) (checked on the CPU), or the backend is
-            unknown.
+        ValueError: the shapes disagree, slots are not int64, a slot is outside [0, m) (checked on the CPU), or
+            the backend is unknown.
     """
     if values.dim() != 2 or slots.dim() != 2 or slots.shape != weights.shape:
         raise ValueError(
             "values must be (m, v), slots and weights (n, b), not "
             f"{tuple(values.shape)}, {tuple(slots.shape)} and {tuple(weights.shape)}"
         )
+    if slots.dtype != torch.int64:
+        raise ValueError(f"slots are {slots.dtype} but must be torch.int64: use slots.long()")
     chosen = choose_backend(values.device, backend)
     if log is None:
         return _bag(values, slots, weights, chosen)

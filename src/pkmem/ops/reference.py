@@ -101,6 +101,8 @@ def _pairs_that_can_win(knn: int, device: torch.device) -> tuple[Tensor, Tensor]
 
 def weighted_sum(values: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
     """Sums of weighted rows (eq. 3), see `pkmem.ops.weighted_sum`."""
+    if slots.numel() == 0:  # embedding_bag refuses bags of nothing
+        return values.new_zeros(slots.shape[0], values.shape[1])
     if values.dtype in (torch.float32, torch.float64):
         return F.embedding_bag(slots, values, mode="sum", per_sample_weights=weights.to(values.dtype))
     summed = values.new_empty(slots.shape[0], values.shape[1])

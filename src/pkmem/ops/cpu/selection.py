@@ -7,6 +7,7 @@ like any other then: above infinity, or below minus infinity if its sign is set.
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 
 import numpy as np
@@ -15,12 +16,11 @@ from torch import Tensor
 
 from pkmem.ops import reference
 from pkmem.ops.cpu.threads import run_over
-from pkmem.ops.cpu.vectors import array, count_above, kernel, lowest_bit, which_at_least
+from pkmem.ops.cpu.vectors import array, count_above, kernel, lowest_bit, rank_all, which_at_least
 
-_SCORE_BYTES = 32 << 20  # scores in memory at once; smaller blocks starve the matrix product
+_SCORE_BYTES = 8 << 20  # scores in memory at once: few enough for the cache, enough for the matrix product
 _INDEX = np.int64(0xFFFFFFFF)
 _LOWEST = np.int32(-(1 << 31))
-_LOWEST_KEY = np.int64(-(1 << 63))
 
 
 def product_key_topk(query: Tensor, sub_keys: Tensor, knn: int) -> tuple[Tensor, Tensor]:
@@ -31,15 +31,19 @@ def product_key_topk(query: Tensor, sub_keys: Tensor, knn: int) -> tuple[Tensor,
         return reference.product_key_topk(query, sub_keys, knn)
     scores = torch.empty(num_tokens, heads, knn)
     slots = torch.empty(num_tokens, heads, knn, dtype=torch.int64)
+    token_bytes = 8 * heads * num_sub_keys
+    block = max(1, min(num_tokens, max(64, _SCORE_BYTES // (1 + token_bytes))))
+    memory = torch.empty(block * token_bytes // 4)
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
         queries = query_halves(query).transpose(0, 1)  # (2h, n, q / 2)
         keys = sub_keys.to(torch.float32).flatten(0, 1).mT  # (2h, q / 2, s)
-        block = max(64, _SCORE_BYTES // (8 * heads * num_sub_keys + 1))
         for first in range(0, num_tokens, block):
-            last = first + block
-            half_scores = torch.bmm(queries[:, first:last], keys)
-            arguments = (array(half_scores), knn, _num_pairs(knn), array(scores[first:last]), array(slots[first:last]))
-            run_over(select, arguments, half_scores.shape[1], 1 + 64 // (heads + 1))
+            part = slice(first, min(first + block, num_tokens))
+            shape = (2 * heads, part.stop - first, num_sub_keys)
+            half_scores = memory[: math.prod(shape)].view(shape)
+            torch.bmm(queries[:, part], keys, out=half_scores)
+            arguments = (array(half_scores), knn, _num_pairs(knn), array(scores[part]), array(slots[part]))
+            run_over(select, arguments, shape[1], 1 + 64 // (heads + 1))
     return scores, slots
 
 
@@ -58,53 +62,69 @@ def _num_pairs(knn: int) -> int:
 def select(half_scores, knn, num_pairs, scores, slots, first, last):  # type: ignore[no-untyped-def]
     """Writes scores[first:last] and slots[first:last], (n, h, knn), from half_scores (2h, n, s)."""
     num_sub_keys = half_scores.shape[2]
-    ordered = np.empty(_up_to_64(num_sub_keys), np.int32)
-    maxima = np.empty(_up_to_64(2 * knn), np.int32)
-    keys = np.empty(_up_to_64(max(2 * knn + 64, num_pairs)), np.int64)
+    capacity = _up_to_64(max(2 * knn + 64, num_pairs))
+    ordered, maxima = np.empty(_up_to_64(num_sub_keys), np.int32), np.empty(_up_to_64(2 * knn), np.int32)
+    candidates = np.empty(capacity, np.int32), np.empty(capacity, np.int64), np.empty(capacity, np.int32)
     best = np.empty(knn + 1, np.int64)
     scores1, scores2 = np.empty(knn, np.float32), np.empty(knn, np.float32)
     indices1, indices2 = np.empty(knn, np.int64), np.empty(knn, np.int64)
+    row_lengths, row_ends = np.empty(knn, np.int64), np.empty(knn, np.int64)
+    for i in range(knn):
+        row_lengths[i] = knn // (i + 1)
+        row_ends[i] = (knn - 1) // (i + 1)
     for token in range(first, last):
         for head in range(half_scores.shape[0] // 2):
-            _best_of_row(half_scores[2 * head, token], knn, ordered, maxima, keys, best)
+            _best_of_row(half_scores[2 * head, token], knn, ordered, maxima, candidates, best)
             _unpack(best, scores1, indices1)
-            _best_of_row(half_scores[2 * head + 1, token], knn, ordered, maxima, keys, best)
+            _best_of_row(half_scores[2 * head + 1, token], knn, ordered, maxima, candidates, best)
             _unpack(best, scores2, indices2)
-            count = _winning_pairs(scores1, indices1, scores2, indices2, num_sub_keys, keys)
-            _keep_best(keys, count, knn, best)
+            bound = _bound_of_pairs(scores1, scores2, row_ends)
+            count = 0
+            for i in range(knn):
+                score1, first_slot = scores1[i], indices1[i] * num_sub_keys
+                for j in range(row_lengths[i]):
+                    number = _as_integer(score1 + scores2[j])
+                    candidates[0][count] = number
+                    candidates[1][count] = _packed(number, first_slot + indices2[j])
+                    count += number >= bound
+            _keep_best(candidates, count, knn, best)
             _unpack(best, scores[token, head], slots[token, head])
 
 
 @kernel
-def _best_of_row(row, knn, ordered, maxima, keys, best):  # type: ignore[no-untyped-def]
+def _best_of_row(row, knn, ordered, maxima, candidates, best):  # type: ignore[no-untyped-def]
     """Packs the knn best of a row of scores into `best`; the other arrays are scratch."""
     size, groups = len(row), len(maxima)
+    numbers, keys, _ = candidates
     for index in range(size):
         ordered[index] = _as_integer(row[index])
     ordered[size:] = _LOWEST
     bound = _LOWEST
     if size >= 2 * groups:
-        bound = _bound_from_groups(ordered, knn, maxima)
+        bound = _bound_of_row(ordered, knn, maxima)
     count = 0
     for start in range(0, len(ordered), 64):
         if count + 64 > len(keys):
-            _keep_best(keys, count, knn, best)
-            keys[:knn] = best[:knn]
+            _keep_best(candidates, count, knn, best)
             count = knn
-            bound = np.int32(best[knn - 1] >> 32)
+            keys[:knn] = best[:knn]
+            for rank in range(knn):
+                numbers[rank] = best[rank] >> 32
+            bound = numbers[knn - 1]
         found = which_at_least(ordered, start, bound)
         if start + 64 > size:
             found &= (np.uint64(1) << np.uint64(size - start)) - np.uint64(1)
         while found:
             index = start + lowest_bit(found)
             found &= found - np.uint64(1)
+            numbers[count] = ordered[index]
             keys[count] = _packed(ordered[index], index)
             count += 1
-    _keep_best(keys, count, knn, best)
+    _keep_best(candidates, count, knn, best)
 
 
 @kernel
-def _bound_from_groups(ordered, knn, maxima):  # type: ignore[no-untyped-def]
+def _bound_of_row(ordered, knn, maxima):  # type: ignore[no-untyped-def]
     """A number that at least knn elements reach, and not many more: knn groups have a maximum that does."""
     groups = len(maxima)
     maxima[:] = ordered[:groups]
@@ -130,39 +150,35 @@ def _bound_from_groups(ordered, knn, maxima):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def _keep_best(keys, count, knn, best):  # type: ignore[no-untyped-def]
-    """Sorts the knn highest of keys[:count], all different, into best[:knn]: the rank is the number above."""
-    end = (count + 15) & ~15
-    keys[count:end] = _LOWEST_KEY
-    for index in range(count):
-        key = keys[index]
-        rank = 0
-        for start in range(0, end, 16):
-            rank += count_above(keys, start, key)
-        best[min(rank, knn)] = key
+def _bound_of_pairs(scores1, scores2, row_ends):  # type: ignore[no-untyped-def]
+    """A number that knn pairs reach: all up to the pair of ranks (i, j), if (i + 1)(j + 1) >= knn."""
+    ends = abs(scores1[0]) + abs(scores1[-1]) + abs(scores2[0]) + abs(scores2[-1])
+    if not ends < np.float32(np.inf):  # a sum may be NaN, and the order of the pairs lost
+        return _LOWEST
+    bound = np.float32(-np.inf)
+    for i in range(len(scores1)):
+        bound = max(bound, scores1[i] + scores2[row_ends[i]])
+    return _as_integer(bound)
 
 
 @kernel
-def _winning_pairs(scores1, indices1, scores2, indices2, num_sub_keys, keys):  # type: ignore[no-untyped-def]
-    """Packs the pairs of ranks (i, j) with (i + 1)(j + 1) <= knn into keys and returns their number.
+def _keep_best(candidates, count, knn, best):  # type: ignore[no-untyped-def]
+    """Sorts the knn highest of the first `count` keys into best[:knn]: a rank is the number of keys above.
 
-    Left out are pairs below a bound: if (i + 1)(j + 1) >= knn, then knn pairs are at least as good as (i, j).
+    Args:
+        candidates: scores as numbers, keys (the same, packed with an index) and scratch, 16 more than count.
+        count: at least knn.
+        best: (knn + 1,) keys; the last takes what is left over.
     """
-    knn = len(scores1)
-    ends = abs(scores1[0]) + abs(scores1[-1]) + abs(scores2[0]) + abs(scores2[-1])
-    prune = ends < np.float32(np.inf)  # all are finite: no sum is NaN
-    bound = np.float32(-np.inf)
-    for i in range(knn):
-        bound = max(bound, scores1[i] + scores2[(knn + i) // (i + 1) - 1])
-    count = 0
-    for i in range(knn):
-        for j in range(knn // (i + 1)):
-            score = scores1[i] + scores2[j]
-            if prune and score < bound:
-                break
-            keys[count] = _packed(_as_integer(score), indices1[i] * num_sub_keys + indices2[j])
-            count += 1
-    return count
+    numbers, keys, ranks = candidates
+    rank_all(numbers, count, ranks)
+    total = 0
+    for place in range(count):
+        total += ranks[place]
+    if total != count * (count - 1) // 2:  # some numbers are equal, keys never
+        rank_all(keys, count, ranks)
+    for place in range(count):
+        best[min(ranks[place], knn)] = keys[place]
 
 
 @kernel

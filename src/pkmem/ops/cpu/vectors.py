@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from llvmlite import ir
 from numba import njit, types
+from numba.core import cgutils
 from numba.extending import intrinsic, overload
 from torch import Tensor
 
@@ -42,49 +43,87 @@ def array(tensor: Tensor) -> np.ndarray:
 # --- vector instructions --------------------------------------------------------------------------------
 
 
-def _compared(context: Any, builder: Any, array_type: Any, arguments: Any, sign: str, lanes: int) -> Any:
-    """Compares `lanes` elements of an array, from a start, with a number: an integer of `lanes` bits."""
-    element = context.get_data_type(array_type.dtype)
-    data = context.make_array(array_type)(context, builder, arguments[0]).data
-    vector = ir.VectorType(element, lanes)
-    elements = builder.load(builder.bitcast(builder.gep(data, [arguments[1]]), vector.as_pointer()))
+def _pointer(context: Any, builder: Any, array_type: Any, values: Any, start: Any, lanes: int) -> Any:
+    """Where the vector values[start : start + lanes] is."""
+    data = context.make_array(array_type)(context, builder, values).data
+    vector = ir.VectorType(context.get_data_type(array_type.dtype), lanes)
+    return builder.bitcast(builder.gep(data, [start]), vector.as_pointer())
+
+
+def _load(context: Any, builder: Any, array_type: Any, values: Any, start: Any, lanes: int) -> Any:
+    elements = builder.load(_pointer(context, builder, array_type, values, start, lanes))
     elements.align = array_type.dtype.bitwidth // 8
+    return elements
+
+
+def _spread(builder: Any, number: Any, lanes: int) -> Any:
+    """A number in every lane."""
     index = ir.IntType(32)
-    empty = ir.Constant(vector, ir.Undefined)
-    first_lane = builder.insert_element(empty, arguments[2], index(0))
-    bound = builder.shuffle_vector(first_lane, empty, ir.Constant(ir.VectorType(index, lanes), [0] * lanes))
-    return builder.bitcast(builder.icmp_signed(sign, elements, bound), ir.IntType(lanes))
+    empty = ir.Constant(ir.VectorType(number.type, lanes), ir.Undefined)
+    first = builder.insert_element(empty, number, index(0))
+    return builder.shuffle_vector(first, empty, ir.Constant(ir.VectorType(index, lanes), [0] * lanes))
 
 
 @intrinsic
-def which_at_least(_: Any, values: Any, start: Any, bound: Any) -> Any:
+def which_at_least(_: Any, values: Any, start: Any, bound: Any) -> Any:  # noqa: ARG001
     """Which of the 64 integers values[start : start + 64] are >= bound, as the bits of a uint64."""
 
     def codegen(context: Any, builder: Any, _: Any, arguments: Any) -> Any:
-        return _compared(context, builder, values, arguments, ">=", 64)
+        elements = _load(context, builder, values, *arguments[:2], 64)
+        found = builder.icmp_signed(">=", elements, _spread(builder, arguments[2], 64))
+        return builder.bitcast(found, ir.IntType(64))
 
     return types.uint64(values, types.intp, values.dtype), codegen
 
 
 @intrinsic
-def count_above(_: Any, values: Any, start: Any, bound: Any) -> Any:
-    """How many of the 16 integers values[start : start + 16] are > bound."""
-
-    def codegen(context: Any, builder: Any, _: Any, arguments: Any) -> Any:
-        found = _compared(context, builder, values, arguments, ">", 16)
-        return builder.zext(builder.ctpop(found), ir.IntType(64))
-
-    return types.int64(values, types.intp, values.dtype), codegen
-
-
-@intrinsic
-def lowest_bit(_: Any, bits: Any) -> Any:
+def lowest_bit(_: Any, bits: Any) -> Any:  # noqa: ARG001
     """The position of the lowest bit set in a uint64 that is not zero."""
 
     def codegen(_context: Any, builder: Any, _: Any, arguments: Any) -> Any:
         return builder.cttz(arguments[0], ir.IntType(1)(1))
 
     return types.int64(types.uint64), codegen
+
+
+@intrinsic
+def count_above(_: Any, values: Any, start: Any, bound: Any) -> Any:  # noqa: ARG001
+    """How many of the 16 integers values[start : start + 16] are > bound."""
+
+    def codegen(context: Any, builder: Any, _: Any, arguments: Any) -> Any:
+        elements = _load(context, builder, values, *arguments[:2], 16)
+        found = builder.icmp_signed(">", elements, _spread(builder, arguments[2], 16))
+        return builder.zext(builder.ctpop(builder.bitcast(found, ir.IntType(16))), ir.IntType(64))
+
+    return types.int64(values, types.intp, values.dtype), codegen
+
+
+@intrinsic
+def _rank_16(_: Any, values: Any, count: Any, start: Any, ranks: Any) -> Any:  # noqa: ARG001
+    """Writes ranks[start : start + 16]: how many of the integers values[:count] are above values[start], ..."""
+
+    def codegen(context: Any, builder: Any, _: Any, arguments: Any) -> Any:
+        data = context.make_array(values)(context, builder, arguments[0]).data
+        elements = _load(context, builder, values, arguments[0], arguments[2], 16)
+        above = cgutils.alloca_once_value(builder, ir.Constant(elements.type, None))
+        with cgutils.for_range(builder, arguments[1]) as loop:
+            other = _spread(builder, builder.load(builder.gep(data, [loop.index])), 16)
+            higher = builder.zext(builder.icmp_signed(">", other, elements), elements.type)
+            builder.store(builder.add(builder.load(above), higher), above)
+        result = builder.load(above)
+        if values.dtype.bitwidth > 32:
+            result = builder.trunc(result, ir.VectorType(ir.IntType(32), 16))
+        builder.store(result, _pointer(context, builder, ranks, *arguments[3:1:-1], 16)).align = 4
+        return context.get_dummy_value()
+
+    return types.void(values, types.intp, types.intp, ranks), codegen
+
+
+@njit
+def rank_all(values: Any, count: Any, ranks: Any) -> None:
+    """Writes the ranks (int32) of the integers values[:count], the highest 0; uses 15 more of both arrays."""
+    for start in range(0, count, 16):
+        _rank_16(values, count, start, ranks)
 
 
 # --- 16-bit floats: bf16 comes as uint16, fp16 as int16 -------------------------------------------------

@@ -1,0 +1,107 @@
+"""Which learning rates suit the demo's three models, and does its result hold over seeds?
+
+    python benchmarks/demo_sweep.py rates    # every model over learning rates -> experiments/results/demo_rates.json
+    python benchmarks/demo_sweep.py seeds    # the demo's own recipes, seeds 0-2 -> experiments/results/demo_seeds.json
+
+Cells run one thread each, two at a time; finished ones are kept, so an interrupted sweep goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+RESULTS = Path(__file__).parents[1] / "experiments" / "results"
+RATES = {
+    "dense": [{"lr": lr} for lr in (1e-3, 2e-3, 4e-3, 8e-3)],
+    "deep": [{"lr": lr} for lr in (1e-3, 2e-3, 4e-3, 8e-3)],
+    "memory": [{"lr": lr, "value_lr": value_lr} for lr in (2e-3, 4e-3, 8e-3) for value_lr in (lr, 4 * lr)],
+}
+KEPT = ("bits_per_byte", "perplexity", "train_tokens_per_s", "memory_0/usage", "memory_0/top1_usage", "memory_0/kl")
+
+
+def main() -> None:
+    """Runs the missing cells of a sweep and prints its table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("sweep", choices=("rates", "seeds", "cell"))
+    parser.add_argument("cell", nargs="?", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.sweep == "cell":
+        print(json.dumps(run_cell(json.loads(options.cell))))
+        return
+    path = RESULTS / f"demo_{options.sweep}.json"
+    run_missing(path, rate_cells() if options.sweep == "rates" else seed_cells())
+    print(table(json.loads(path.read_text())["cells"]))
+
+
+def rate_cells() -> list[dict[str, Any]]:
+    """One cell per model and learning rate, seed 0."""
+    return [{"model": model, "seed": 0, **rates} for model, choices in RATES.items() for rates in choices]
+
+
+def seed_cells() -> list[dict[str, Any]]:
+    """The demo's recipes as they are, over three seeds."""
+    return [{"model": model, "seed": seed} for seed in range(3) for model in ("dense", "memory", "deep")]
+
+
+def run_missing(path: Path, cells: list[dict[str, Any]]) -> None:
+    """Runs the cells that `path` does not hold yet, each in a process of its own."""
+    from pkmem.environment import environment
+    from pkmem.state import save_json
+
+    document = json.loads(path.read_text()) if path.exists() else {"cells": []}
+    done = [{key: cell[key] for key in cell if key not in ("figures",)} for cell in document["cells"]]
+    lock = Lock()
+
+    def run(cell: dict[str, Any]) -> None:
+        one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
+        command = [sys.executable, __file__, "cell", json.dumps(cell)]
+        out = subprocess.run(command, env=one_thread, check=True, stdout=subprocess.PIPE, text=True).stdout
+        with lock:
+            document["cells"].append({**cell, "figures": json.loads(out.splitlines()[-1])})
+            document["environment"] = environment()
+            save_json(path, document)
+            print(json.dumps(document["cells"][-1]), flush=True)
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(run, [cell for cell in cells if cell not in done]))
+
+
+def run_cell(cell: dict[str, Any]) -> dict[str, Any]:
+    """Trains one model; returns its held-out figures."""
+    from pkmem.demo import recipes
+    from pkmem.training import train
+
+    with tempfile.TemporaryDirectory() as folder:
+        recipe = recipes(Path(folder), seed=cell["seed"])[cell["model"]]
+        rates = {key: cell[key] for key in ("lr", "value_lr") if key in cell}
+        training = dataclasses.replace(
+            recipe.training, **rates, checkpoint_every_steps=10**9, eval_every_steps=10**9, eval_tokens=10_000
+        )
+        summary = train(dataclasses.replace(recipe, training=training, tokenizer=None), progress=False)
+    return {key: summary[key] for key in KEPT if key in summary}
+
+
+def table(cells: list[dict[str, Any]]) -> str:
+    """The cells as Markdown, best first within each model."""
+    rows = ["| model | seed | lr | value lr | bits per byte | usage |", "|---|---|---|---|---|---|"]
+    for cell in sorted(cells, key=lambda cell: (cell["model"], cell["seed"], cell["figures"]["bits_per_byte"])):
+        usage = cell["figures"].get("memory_0/usage")
+        rows.append(
+            f"| {cell['model']} | {cell['seed']} | {cell.get('lr', '')} | {cell.get('value_lr', '')} "
+            f"| {cell['figures']['bits_per_byte']:.4f} | {'' if usage is None else f'{usage:.1%}'} |"
+        )
+    return "\n".join(rows)
+
+
+if __name__ == "__main__":
+    main()
