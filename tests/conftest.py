@@ -1,6 +1,8 @@
 """What every test shares: no network, a fixed seed, one thread per worker, and every backend."""
 
 import os
+import sys
+from collections.abc import Iterator
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when Hugging Face libraries are imported
 
@@ -18,6 +20,14 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler() -> Iterator[None]:
+    """Compiled code of one test does not count towards another's limit of recompilations."""
+    yield
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
 
 
 @pytest.fixture(scope="session", params=BACKENDS)  # session: Hypothesis may not rerun a narrower fixture

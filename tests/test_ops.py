@@ -341,8 +341,8 @@ def test_weights_may_have_another_dtype_than_values(
 ) -> None:
     values, slots, weights = bag_inputs(*BAG_SIZES["ragged"])
     values, weights = values.to(dtype), weights.to(weights_dtype)
-    errors = [bag_errors(name, values, slots, weights) for name in (backend, "reference")]
-    assert_at_most_twice_as_wrong(*errors)
+    rounding = [torch.finfo(of).eps / 2 + 32 * FP32_EPS for of in (dtype, dtype, weights_dtype)]
+    assert (np.array(bag_errors(backend, values, slots, weights)) <= rounding).all()
 
 
 def test_sums_of_bf16_rows_are_accumulated_in_fp32(backend: str) -> None:

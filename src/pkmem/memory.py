@@ -62,13 +62,13 @@ class ProductKeyMemory(nn.Module):
         Returns:
             (..., d') in the dtype of x.
         """
-        tokens = x.flatten(0, -2)
+        tokens = x.reshape(-1, x.shape[-1])
         query = self.query(tokens, None if mask is None else mask.flatten())
         slots, weights = self.keys(query)
         out = self.values(slots, weights).to(x.dtype)
         if self.gate is not None:
             out = self.gate(out, tokens)
-        return self.dropout(out).unflatten(0, x.shape[:-1]).to(x.dtype)
+        return self.dropout(out).reshape(*x.shape[:-1], out.shape[-1]).to(x.dtype)
 
     @property
     def backend(self) -> str | None:

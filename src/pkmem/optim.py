@@ -114,7 +114,9 @@ class RowAdam(Optimizer):
         return [weight for group in self.param_groups for weight in group["params"]]
 
     def _sorted_reads(self) -> dict[ValueTable, SortedReads]:
-        sorted_reads = {table: table.log.sorted() for table in self._tables if table.log is not None}
+        sorted_reads = {
+            table: table.log.sorted(_backend_of(table).sort_reads) for table in self._tables if table.log is not None
+        }
         return {table: reads for table, reads in sorted_reads.items() if reads is not None}
 
     def _norm(self, reads: dict[ValueTable, SortedReads]) -> float:

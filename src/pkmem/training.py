@@ -105,9 +105,7 @@ def train(recipe: Recipe, resume: bool = False, overwrite: bool = False, progres
     return summary
 
 
-def prepare_text(
-    recipe: Recipe, resume: bool, progress: bool
-) -> tuple[PreTrainedTokenizerBase, TokenFile, TokenFile]:
+def prepare_text(recipe: Recipe, resume: bool, progress: bool) -> tuple[PreTrainedTokenizerBase, TokenFile, TokenFile]:
     """The run's tokenizer, trained if none is named or there to resume with, and the tokens of both splits.
 
     Raises:

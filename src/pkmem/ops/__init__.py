@@ -6,7 +6,10 @@ checkpointing see them as single operations with known shapes and gradients.
 
 from __future__ import annotations
 
+import functools
 import importlib
+import importlib.util
+import warnings
 from types import ModuleType
 from typing import Any
 
@@ -14,9 +17,9 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from pkmem.ops.reading_log import ReadLog, sort_reads
+from pkmem.ops.reading_log import ReadLog
 
-BACKENDS = ("reference",)
+BACKENDS = ("reference", "cpu")
 
 
 def choose_backend(device: torch.device, backend: str | None = None) -> str:
@@ -26,12 +29,23 @@ def choose_backend(device: torch.device, backend: str | None = None) -> str:
         ValueError: `backend` is not in `BACKENDS`.
     """
     if backend is None:
-        return "reference"
+        return _fastest(device.type)
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r} but must be one of {', '.join(BACKENDS)}")
     return backend
 
 
+@torch.compiler.assume_constant_result
+@functools.cache
+def _fastest(device_type: str) -> str:
+    if device_type == "cpu":
+        if importlib.util.find_spec("numba") is not None:
+            return "cpu"
+        warnings.warn("numba is not installed, so the slow reference runs: pip install 'pkmem[cpu]'", stacklevel=3)
+    return "reference"
+
+
+@functools.cache
 def backend_module(backend: str) -> ModuleType:
     """The module that implements `backend`."""
     return importlib.import_module(f"pkmem.ops.{backend}")
@@ -215,8 +229,8 @@ def _(values: Tensor, slots: Tensor, grad_output: Tensor, backend: str) -> Tenso
 
 @custom_op("pkmem::weighted_sum_grad_values", mutates_args=())
 def _bag_grad_values(slots: Tensor, weights: Tensor, grad_output: Tensor, num_rows: int, backend: str) -> Tensor:
-    reads = sort_reads([slots], [weights], [grad_output])
-    return backend_module(backend).weighted_sum_grad_values(reads, num_rows)
+    module = backend_module(backend)
+    return module.weighted_sum_grad_values(module.sort_reads([slots], [weights], [grad_output]), num_rows)
 
 
 @_bag_grad_values.register_fake

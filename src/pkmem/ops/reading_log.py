@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +36,33 @@ class SortedReads:
     tokens: Tensor
     weights: Tensor
     grad_output: Tensor
+
+
+def sort_reads(slots: list[Tensor], weights: list[Tensor], grad_outputs: list[Tensor]) -> SortedReads:
+    """Groups the reads of several backward passes by row.
+
+    Args:
+        slots, weights: per pass (n, b).
+        grad_outputs: per pass (n, v).
+    """
+    first_token = 0
+    tokens = []
+    for pass_slots in slots:
+        last_token = first_token + pass_slots.shape[0]
+        reading = torch.arange(first_token, last_token, device=pass_slots.device)
+        tokens.append(reading.repeat_interleave(pass_slots.shape[1]))
+        first_token = last_token
+    ordered, order = torch.cat([part.flatten() for part in slots]).sort(stable=True)
+    rows, counts = ordered.unique_consecutive(return_counts=True)
+    offsets = torch.zeros(len(rows) + 1, dtype=torch.int64, device=rows.device)
+    torch.cumsum(counts, 0, out=offsets[1:])
+    return SortedReads(
+        rows=rows,
+        offsets=offsets,
+        tokens=torch.cat(tokens)[order],
+        weights=torch.cat([part.flatten() for part in weights])[order],
+        grad_output=torch.cat(grad_outputs),
+    )
 
 
 class ReadLog:
@@ -69,36 +97,9 @@ class ReadLog:
         """Forgets all reads."""
         self.entries.clear()
 
-    def sorted(self) -> SortedReads | None:
-        """All reads since the last update grouped by row; None if there were none."""
+    def sorted(self, sort: Callable[..., SortedReads] = sort_reads) -> SortedReads | None:
+        """All reads since the last update grouped by row, by a backend's `sort_reads`; None if there were none."""
         entries = [entry for entry in self.entries if entry[0].numel()]
         if not entries:
             return None
-        return sort_reads(*(list(part) for part in zip(*entries, strict=True)))
-
-
-def sort_reads(slots: list[Tensor], weights: list[Tensor], grad_outputs: list[Tensor]) -> SortedReads:
-    """Groups the reads of several backward passes by row.
-
-    Args:
-        slots, weights: per pass (n, b).
-        grad_outputs: per pass (n, v).
-    """
-    first_token = 0
-    tokens = []
-    for pass_slots in slots:
-        last_token = first_token + pass_slots.shape[0]
-        reading = torch.arange(first_token, last_token, device=pass_slots.device)
-        tokens.append(reading.repeat_interleave(pass_slots.shape[1]))
-        first_token = last_token
-    ordered, order = torch.cat([part.flatten() for part in slots]).sort(stable=True)
-    rows, counts = ordered.unique_consecutive(return_counts=True)
-    offsets = torch.zeros(len(rows) + 1, dtype=torch.int64, device=rows.device)
-    torch.cumsum(counts, 0, out=offsets[1:])
-    return SortedReads(
-        rows=rows,
-        offsets=offsets,
-        tokens=torch.cat(tokens)[order],
-        weights=torch.cat([part.flatten() for part in weights])[order],
-        grad_output=torch.cat(grad_outputs),
-    )
+        return sort(*(list(part) for part in zip(*entries, strict=True)))

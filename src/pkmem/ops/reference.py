@@ -18,7 +18,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pkmem.ops.reading_log import SortedReads
+from pkmem.ops.reading_log import SortedReads, sort_reads
+
+__all__ = [
+    "adam_rows",
+    "product_key_topk",
+    "product_key_topk_backward",
+    "row_gradient_norm",
+    "sort_reads",
+    "weighted_sum",
+    "weighted_sum_grad_values",
+    "weighted_sum_grad_weights",
+]
 
 _CHUNK_BYTES = 1 << 20  # what a pass over rows keeps in cache; 5x faster than all rows at once
 

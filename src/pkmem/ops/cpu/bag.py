@@ -21,7 +21,7 @@ def weighted_sum(values: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
     """Sums of weighted rows (eq. 3), see `pkmem.ops.weighted_sum`."""
     if values.dtype == torch.float64:
         return reference.weighted_sum(values, slots, weights)
-    summed = torch.empty(slots.shape[0], values.shape[1], dtype=values.dtype)
+    summed = values.new_empty(slots.shape[0], values.shape[1])
     arguments = (array(values), array(slots), array(weights.to(torch.float32)), array(summed))
     run_over(sum_rows, arguments, slots.shape[0], _tokens_per_grain(values, slots))
     return summed
@@ -31,7 +31,7 @@ def weighted_sum_grad_weights(values: Tensor, slots: Tensor, grad_output: Tensor
     """d(weights) (n, b): inner product of each row read with what came back, fp32 (fp64 for fp64)."""
     if values.dtype == torch.float64:
         return reference.weighted_sum_grad_weights(values, slots, grad_output)
-    grad_weights = torch.empty(slots.shape, dtype=torch.float32)
+    grad_weights = values.new_empty(slots.shape, dtype=torch.float32)
     arguments = (array(values), array(slots), array(grad_output.to(torch.float32)), array(grad_weights))
     run_over(dot_rows, arguments, slots.shape[0], _tokens_per_grain(values, slots))
     return grad_weights

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pkmem.ops import reading_log, reference
 from pkmem.ops.cpu.threads import run_over
-from pkmem.ops.cpu.vectors import array, kernel, mixed, narrow, narrow_at_random, widen
+from pkmem.ops.cpu.vectors import array, kernel, mixed, narrow, narrow_at_random, part_of_kernel, widen
 from pkmem.ops.reading_log import SortedReads
 
 _GRAIN_ELEMENTS = 1 << 17  # of a gradient, summed in about 50 us
@@ -22,6 +22,8 @@ _READS_PER_SUM = 256  # a hot row is summed in pieces, which keeps the rounding 
 
 def sort_reads(slots: list[Tensor], weights: list[Tensor], grad_outputs: list[Tensor]) -> SortedReads:
     """Groups the reads of several backward passes by row, as `pkmem.ops.reading_log.sort_reads` does."""
+    if any(part.dtype == torch.float64 for part in (*weights, *grad_outputs)):
+        return reading_log.sort_reads(slots, weights, grad_outputs)
     flat_slots = torch.cat([part.reshape(-1) for part in slots])
     num_reads = len(flat_slots)
     highest = int(flat_slots.max()) if num_reads else 0
@@ -30,8 +32,8 @@ def sort_reads(slots: list[Tensor], weights: list[Tensor], grad_outputs: list[Te
     flat_weights = torch.cat([part.reshape(-1) for part in weights]).to(torch.float32)
     passes = np.array([part.shape for part in slots], dtype=np.int64).reshape(-1, 2)
     packed = np.empty((2, num_reads), np.int64)
-    rows, offsets, tokens = (torch.empty(size, dtype=torch.int64) for size in (num_reads, num_reads + 1, num_reads))
-    sorted_weights = torch.empty(num_reads)
+    rows, offsets, tokens = (flat_slots.new_empty(size) for size in (num_reads, num_reads + 1, num_reads))
+    sorted_weights = torch.empty_like(flat_weights)
     num_rows = sort(
         array(flat_slots), array(flat_weights), passes, highest.bit_length(), packed,
         array(rows), array(offsets), array(tokens), array(sorted_weights),
@@ -49,7 +51,7 @@ def weighted_sum_grad_values(reads: SortedReads, num_rows: int) -> Tensor:
     """The dense gradient (m, v) of a table of `num_rows` rows, in the dtype of grad_output."""
     if reads.grad_output.dtype == torch.float64:
         return reference.weighted_sum_grad_values(reads, num_rows)
-    dense = torch.zeros(num_rows, reads.grad_output.shape[1], dtype=reads.grad_output.dtype)
+    dense = reads.grad_output.new_zeros(num_rows, reads.grad_output.shape[1])
     _over_rows(write_gradients, reads, array(dense))
     return dense
 
@@ -58,7 +60,7 @@ def row_gradient_norm(reads: SortedReads) -> Tensor:
     """The Euclidean norm of the table's gradient, an fp64 scalar; not finite if any entry is not."""
     if reads.grad_output.dtype == torch.float64:
         return reference.row_gradient_norm(reads)
-    squares = torch.empty(len(reads.rows), dtype=torch.float64)
+    squares = reads.grad_output.new_empty(len(reads.rows), dtype=torch.float64)
     _over_rows(sum_squares, reads, array(squares))
     return torch.from_numpy(np.sqrt(array(squares).sum(keepdims=True))).squeeze(0)  # numpy's order never changes
 
@@ -166,7 +168,7 @@ def sort(slots, weights, passes, bits, packed, rows, offsets, tokens, sorted_wei
     return num_rows
 
 
-@kernel
+@part_of_kernel
 def _row_gradient(begin, end, tokens, weights, grad_output, piece, gradient):  # type: ignore[no-untyped-def]
     """Sums weights * grad_output over the reads [begin, end) of a row into `gradient`; `piece` is scratch."""
     gradient[:] = 0
@@ -180,7 +182,7 @@ def _row_gradient(begin, end, tokens, weights, grad_output, piece, gradient):  #
     gradient += piece
 
 
-@kernel
+@part_of_kernel
 def _add_reads(begin, end, tokens, weights, grad_output, gradient):  # type: ignore[no-untyped-def]
     for read in range(begin, end):
         weight, back = weights[read], grad_output[tokens[read]]

@@ -7,18 +7,15 @@ like any other then: above infinity, or below minus infinity if its sign is set.
 
 from __future__ import annotations
 
-import math
-from functools import lru_cache
-
 import numpy as np
 import torch
 from torch import Tensor
 
 from pkmem.ops import reference
 from pkmem.ops.cpu.threads import run_over
-from pkmem.ops.cpu.vectors import array, count_above, kernel, lowest_bit, rank_all, which_at_least
+from pkmem.ops.cpu.vectors import array, count_above, kernel, lowest_bit, part_of_kernel, rank_all, which_at_least
 
-_SCORE_BYTES = 8 << 20  # scores in memory at once: few enough for the cache, enough for the matrix product
+_SCORES_AT_ONCE = 2 << 20  # few enough for the cache, enough for the matrix product
 _INDEX = np.int64(0xFFFFFFFF)
 _LOWEST = np.int32(-(1 << 31))
 
@@ -29,21 +26,19 @@ def product_key_topk(query: Tensor, sub_keys: Tensor, knn: int) -> tuple[Tensor,
     num_sub_keys = sub_keys.shape[2]
     if query.dtype == torch.float64 or num_sub_keys**2 > 1 << 32:
         return reference.product_key_topk(query, sub_keys, knn)
-    scores = torch.empty(num_tokens, heads, knn)
-    slots = torch.empty(num_tokens, heads, knn, dtype=torch.int64)
-    token_bytes = 8 * heads * num_sub_keys
-    block = max(1, min(num_tokens, max(64, _SCORE_BYTES // (1 + token_bytes))))
-    memory = torch.empty(block * token_bytes // 4)
-    with torch.no_grad(), torch.autocast("cpu", enabled=False):
-        queries = query_halves(query).transpose(0, 1)  # (2h, n, q / 2)
-        keys = sub_keys.to(torch.float32).flatten(0, 1).mT  # (2h, q / 2, s)
-        for first in range(0, num_tokens, block):
-            part = slice(first, min(first + block, num_tokens))
-            shape = (2 * heads, part.stop - first, num_sub_keys)
-            half_scores = memory[: math.prod(shape)].view(shape)
-            torch.bmm(queries[:, part], keys, out=half_scores)
-            arguments = (array(half_scores), knn, _num_pairs(knn), array(scores[part]), array(slots[part]))
-            run_over(select, arguments, shape[1], 1 + 64 // (heads + 1))
+    scores = query.new_empty((num_tokens, heads, knn), dtype=torch.float32)
+    slots = query.new_empty((num_tokens, heads, knn), dtype=torch.int64)
+    queries = query_halves(query.detach()).transpose(0, 1)  # (2h, n, q / 2)
+    keys = sub_keys.detach().to(torch.float32).flatten(0, 1).mT  # (2h, q / 2, s)
+    token_scores = 2 * heads * num_sub_keys
+    block = max(1, min(num_tokens, max(64, _SCORES_AT_ONCE // token_scores)))
+    memory = scores.new_empty(block * token_scores)
+    for first in range(0, num_tokens, block):
+        part = slice(first, min(first + block, num_tokens))
+        size = part.stop - first
+        half_scores = memory[: size * token_scores].view(2 * heads, size, num_sub_keys)
+        torch.bmm(queries[:, part], keys, out=half_scores)  # autocast leaves `out=` alone
+        run_over(select, (array(half_scores), knn, array(scores[part]), array(slots[part])), size, 1 + 64 // heads)
     return scores, slots
 
 
@@ -52,26 +47,22 @@ def query_halves(query: Tensor) -> Tensor:
     return query.to(torch.float32).reshape(query.shape[0], 2 * query.shape[1], query.shape[2] // 2)
 
 
-@lru_cache(maxsize=64)
-def _num_pairs(knn: int) -> int:
-    """How many pairs of ranks (i, j) can win: those with (i + 1)(j + 1) <= knn."""
-    return sum(knn // i for i in range(1, knn + 1))
-
-
 @kernel
-def select(half_scores, knn, num_pairs, scores, slots, first, last):  # type: ignore[no-untyped-def]
+def select(half_scores, knn, scores, slots, first, last):  # type: ignore[no-untyped-def]
     """Writes scores[first:last] and slots[first:last], (n, h, knn), from half_scores (2h, n, s)."""
     num_sub_keys = half_scores.shape[2]
+    row_lengths, row_ends = np.empty(knn, np.int64), np.empty(knn, np.int64)
+    num_pairs = 0
+    for i in range(knn):  # the pairs of ranks (i, j) that can win have (i + 1)(j + 1) <= knn
+        row_lengths[i] = knn // (i + 1)
+        row_ends[i] = (knn - 1) // (i + 1)
+        num_pairs += row_lengths[i]
     capacity = _up_to_64(max(2 * knn + 64, num_pairs))
     ordered, maxima = np.empty(_up_to_64(num_sub_keys), np.int32), np.empty(_up_to_64(2 * knn), np.int32)
     candidates = np.empty(capacity, np.int32), np.empty(capacity, np.int64), np.empty(capacity, np.int32)
     best = np.empty(knn + 1, np.int64)
     scores1, scores2 = np.empty(knn, np.float32), np.empty(knn, np.float32)
     indices1, indices2 = np.empty(knn, np.int64), np.empty(knn, np.int64)
-    row_lengths, row_ends = np.empty(knn, np.int64), np.empty(knn, np.int64)
-    for i in range(knn):
-        row_lengths[i] = knn // (i + 1)
-        row_ends[i] = (knn - 1) // (i + 1)
     for token in range(first, last):
         for head in range(half_scores.shape[0] // 2):
             _best_of_row(half_scores[2 * head, token], knn, ordered, maxima, candidates, best)
@@ -91,14 +82,15 @@ def select(half_scores, knn, num_pairs, scores, slots, first, last):  # type: ig
             _unpack(best, scores[token, head], slots[token, head])
 
 
-@kernel
+@part_of_kernel
 def _best_of_row(row, knn, ordered, maxima, candidates, best):  # type: ignore[no-untyped-def]
     """Packs the knn best of a row of scores into `best`; the other arrays are scratch."""
     size, groups = len(row), len(maxima)
     numbers, keys, _ = candidates
     for index in range(size):
         ordered[index] = _as_integer(row[index])
-    ordered[size:] = _LOWEST
+    for index in range(size, len(ordered)):
+        ordered[index] = _LOWEST
     bound = _LOWEST
     if size >= 2 * groups:
         bound = _bound_of_row(ordered, knn, maxima)
@@ -107,8 +99,8 @@ def _best_of_row(row, knn, ordered, maxima, candidates, best):  # type: ignore[n
         if count + 64 > len(keys):
             _keep_best(candidates, count, knn, best)
             count = knn
-            keys[:knn] = best[:knn]
             for rank in range(knn):
+                keys[rank] = best[rank]
                 numbers[rank] = best[rank] >> 32
             bound = numbers[knn - 1]
         found = which_at_least(ordered, start, bound)
@@ -123,11 +115,12 @@ def _best_of_row(row, knn, ordered, maxima, candidates, best):  # type: ignore[n
     _keep_best(candidates, count, knn, best)
 
 
-@kernel
+@part_of_kernel
 def _bound_of_row(ordered, knn, maxima):  # type: ignore[no-untyped-def]
     """A number that at least knn elements reach, and not many more: knn groups have a maximum that does."""
     groups = len(maxima)
-    maxima[:] = ordered[:groups]
+    for group in range(groups):
+        maxima[group] = ordered[group]
     for start in range(groups, len(ordered) - groups + 1, groups):
         part = ordered[start : start + groups]
         for group in range(groups):
@@ -149,7 +142,7 @@ def _bound_of_row(ordered, knn, maxima):  # type: ignore[no-untyped-def]
     return np.int32(low)
 
 
-@kernel
+@part_of_kernel
 def _bound_of_pairs(scores1, scores2, row_ends):  # type: ignore[no-untyped-def]
     """A number that knn pairs reach: all up to the pair of ranks (i, j), if (i + 1)(j + 1) >= knn."""
     ends = abs(scores1[0]) + abs(scores1[-1]) + abs(scores2[0]) + abs(scores2[-1])
@@ -161,7 +154,7 @@ def _bound_of_pairs(scores1, scores2, row_ends):  # type: ignore[no-untyped-def]
     return _as_integer(bound)
 
 
-@kernel
+@part_of_kernel
 def _keep_best(candidates, count, knn, best):  # type: ignore[no-untyped-def]
     """Sorts the knn highest of the first `count` keys into best[:knn]: a rank is the number of keys above.
 
@@ -181,7 +174,7 @@ def _keep_best(candidates, count, knn, best):  # type: ignore[no-untyped-def]
         best[min(ranks[place], knn)] = keys[place]
 
 
-@kernel
+@part_of_kernel
 def _unpack(best, scores, indices):  # type: ignore[no-untyped-def]
     for rank in range(len(scores)):
         bits = np.int32(best[rank] >> 32)
@@ -189,18 +182,18 @@ def _unpack(best, scores, indices):  # type: ignore[no-untyped-def]
         indices[rank] = _INDEX - (best[rank] & _INDEX)
 
 
-@kernel
+@part_of_kernel
 def _packed(ordered, index):  # type: ignore[no-untyped-def]
     return (np.int64(ordered) << 32) | (_INDEX - index)
 
 
-@kernel
+@part_of_kernel
 def _as_integer(score):  # type: ignore[no-untyped-def]
     """Integers ordered like the scores: sign and magnitude to two's complement; + 0.0 drops -0.0."""
     bits = np.float32(score + np.float32(0.0)).view(np.int32)
     return np.int32(bits ^ ((bits >> 31) & np.int32(0x7FFFFFFF)))
 
 
-@kernel
+@part_of_kernel
 def _up_to_64(size):  # type: ignore[no-untyped-def]
     return (size + 63) & ~63

@@ -32,7 +32,7 @@ def product_key_topk_backward(
     counts = np.empty(chosen.shape[:2], np.int64)
     grad_halves, grad_keys = np.empty_like(halves), np.empty_like(keys)
     given = (array(grad_scores.to(torch.float32)), array(slots))
-    run_over(to_queries, (*given, keys, chosen, weights, counts, grad_halves), num_tokens, 1 + 64 // (heads + 1))
+    run_over(to_queries, (*given, keys, chosen, weights, counts, grad_halves), num_tokens, 1 + 64 // heads)
     grain = 1 + 5000 // (1 + num_tokens * knn)
     run_over(to_keys, (halves, chosen, weights, counts, grad_keys), 2 * heads, grain)
     grad_query, grad_sub_keys = torch.from_numpy(grad_halves), torch.from_numpy(grad_keys)

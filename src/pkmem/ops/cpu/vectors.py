@@ -20,16 +20,17 @@ from torch import Tensor
 _HALF_VIEWS = {torch.bfloat16: torch.uint16, torch.float16: torch.int16}  # numba knows neither half float
 
 
-def kernel(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compiles a function on its first call and keeps the code on disk.
+# Sums may be reordered into vectors, the same way in every run; NaN and infinities keep their meaning.
+_OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": {"contract", "reassoc"}}
+part_of_kernel = njit(**_OPTIONS)
 
-    Sums may be reordered into vectors (the same way in every run); NaN and infinities keep their meaning.
-    """
-    options = {"nogil": True, "error_model": "numpy", "fastmath": {"contract", "reassoc"}}
+
+def kernel(function: Callable[..., Any]) -> Any:
+    """Compiles a function on its first call and keeps the code on disk."""
     try:
-        return njit(cache=True, **options)(function)
+        return njit(cache=True, **_OPTIONS)(function)
     except RuntimeError:  # no folder to write to
-        return njit(**options)(function)
+        return njit(**_OPTIONS)(function)
 
 
 def array(tensor: Tensor) -> np.ndarray:
@@ -65,11 +66,11 @@ def _spread(builder: Any, number: Any, lanes: int) -> Any:
 
 
 @intrinsic
-def which_at_least(_: Any, values: Any, start: Any, bound: Any) -> Any:  # noqa: ARG001
+def which_at_least(_: Any, values: Any, start: Any, bound: Any) -> Any:
     """Which of the 64 integers values[start : start + 64] are >= bound, as the bits of a uint64."""
 
     def codegen(context: Any, builder: Any, _: Any, arguments: Any) -> Any:
-        elements = _load(context, builder, values, *arguments[:2], 64)
+        elements = _load(context, builder, values, arguments[0], arguments[1], 64)
         found = builder.icmp_signed(">=", elements, _spread(builder, arguments[2], 64))
         return builder.bitcast(found, ir.IntType(64))
 
@@ -77,7 +78,7 @@ def which_at_least(_: Any, values: Any, start: Any, bound: Any) -> Any:  # noqa:
 
 
 @intrinsic
-def lowest_bit(_: Any, bits: Any) -> Any:  # noqa: ARG001
+def lowest_bit(_: Any, bits: Any) -> Any:
     """The position of the lowest bit set in a uint64 that is not zero."""
 
     def codegen(_context: Any, builder: Any, _: Any, arguments: Any) -> Any:
@@ -87,11 +88,11 @@ def lowest_bit(_: Any, bits: Any) -> Any:  # noqa: ARG001
 
 
 @intrinsic
-def count_above(_: Any, values: Any, start: Any, bound: Any) -> Any:  # noqa: ARG001
+def count_above(_: Any, values: Any, start: Any, bound: Any) -> Any:
     """How many of the 16 integers values[start : start + 16] are > bound."""
 
     def codegen(context: Any, builder: Any, _: Any, arguments: Any) -> Any:
-        elements = _load(context, builder, values, *arguments[:2], 16)
+        elements = _load(context, builder, values, arguments[0], arguments[1], 16)
         found = builder.icmp_signed(">", elements, _spread(builder, arguments[2], 16))
         return builder.zext(builder.ctpop(builder.bitcast(found, ir.IntType(16))), ir.IntType(64))
 
@@ -99,7 +100,7 @@ def count_above(_: Any, values: Any, start: Any, bound: Any) -> Any:  # noqa: AR
 
 
 @intrinsic
-def _rank_16(_: Any, values: Any, count: Any, start: Any, ranks: Any) -> Any:  # noqa: ARG001
+def _rank_16(_: Any, values: Any, count: Any, start: Any, ranks: Any) -> Any:
     """Writes ranks[start : start + 16]: how many of the integers values[:count] are above values[start], ..."""
 
     def codegen(context: Any, builder: Any, _: Any, arguments: Any) -> Any:
@@ -113,13 +114,13 @@ def _rank_16(_: Any, values: Any, count: Any, start: Any, ranks: Any) -> Any:  #
         result = builder.load(above)
         if values.dtype.bitwidth > 32:
             result = builder.trunc(result, ir.VectorType(ir.IntType(32), 16))
-        builder.store(result, _pointer(context, builder, ranks, *arguments[3:1:-1], 16)).align = 4
+        builder.store(result, _pointer(context, builder, ranks, arguments[3], arguments[2], 16)).align = 4
         return context.get_dummy_value()
 
     return types.void(values, types.intp, types.intp, ranks), codegen
 
 
-@njit
+@part_of_kernel
 def rank_all(values: Any, count: Any, ranks: Any) -> None:
     """Writes the ranks (int32) of the integers values[:count], the highest 0; uses 15 more of both arrays."""
     for start in range(0, count, 16):
@@ -183,7 +184,7 @@ def _narrow_at_random(number: Any, like: Any, row: Any, column: Any) -> Any:
     return bf16 if like == types.uint16 else rounded
 
 
-@njit
+@part_of_kernel
 def mixed(bits: Any) -> Any:
     """A uint32 scrambled: every bit depends on every bit (lowbias32 of C. Wellons)."""
     bits = np.uint32((bits ^ (bits >> np.uint32(16))) * np.uint32(0x7FEB352D))
@@ -191,7 +192,7 @@ def mixed(bits: Any) -> Any:
     return np.uint32(bits ^ (bits >> np.uint32(16)))
 
 
-@njit
+@part_of_kernel
 def _to_bf16_at_random(number: Any, random: Any) -> Any:
     bits = np.float32(number).view(np.uint32)
     if (bits & np.uint32(0x7FFFFFFF)) >= np.uint32(0x7F800000):
@@ -199,7 +200,7 @@ def _to_bf16_at_random(number: Any, random: Any) -> Any:
     return np.uint16((bits + (random & np.uint32(0xFFFF))) >> np.uint32(16))
 
 
-@njit
+@part_of_kernel
 def _from_fp16(stored: Any) -> Any:
     sign = (stored & np.uint32(0x8000)) << np.uint32(16)
     # Read as fp32 the number is 2 ** 112 too small, subnormals included; infinity and NaN come out >= 2 ** 16.
@@ -210,7 +211,7 @@ def _from_fp16(stored: Any) -> Any:
     return np.uint32(bits | sign).view(np.float32)
 
 
-@njit
+@part_of_kernel
 def _to_fp16(number: Any) -> Any:
     bits = np.float32(number).view(np.uint32)
     sign = (bits >> np.uint32(16)) & np.uint32(0x8000)
@@ -226,7 +227,7 @@ def _to_fp16(number: Any) -> Any:
     return np.int16(np.uint16(half | sign))
 
 
-@njit
+@part_of_kernel
 def _to_bf16(number: Any) -> Any:
     bits = np.float32(number).view(np.uint32)
     rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)

@@ -1,0 +1,58 @@
+"""Compiling ahead: numba compiles a kernel at its first call, and keeps the code on disk for the next process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from pkmem.ops.cpu import bag, rows, selection, selection_backward
+
+KERNELS = (
+    selection.select,
+    selection_backward.to_queries,
+    selection_backward.to_keys,
+    bag.sum_rows,
+    bag.dot_rows,
+    rows.sort,
+    rows.write_gradients,
+    rows.sum_squares,
+    rows.adam,
+)
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def is_cold() -> bool:
+    """Whether the first calls will have to compile, which takes seconds each."""
+    return not all(_is_on_disk(kernel) for kernel in KERNELS)
+
+
+def warmup(dtypes: tuple[torch.dtype, ...] = _DTYPES) -> int:
+    """Compiles every kernel, or loads it from disk, and returns how many there are.
+
+    Args:
+        dtypes: of the tables that will be used.
+    """
+    weights = torch.ones(1, 1, dtype=torch.float32, device="cpu")
+    query, sub_keys = weights.expand(1, 1, 2), weights.expand(1, 2, 1, 1)
+    scores, slots = selection.product_key_topk(query, sub_keys, 1)
+    selection_backward.product_key_topk_backward(scores, query, sub_keys, slots)
+    for dtype in dtypes:
+        values = weights.to(dtype)
+        bag.weighted_sum(values, slots[0], weights)
+        bag.weighted_sum_grad_weights(values, slots[0], values)
+        reads = rows.sort_reads([slots[0]], [weights], [values])
+        rows.weighted_sum_grad_values(reads, 1)
+        rows.row_gradient_norm(reads)
+        for moments in {torch.float32, dtype} - {torch.float16}:
+            tables = (weights.to(kind, copy=True) for kind in (dtype, moments, moments))
+            rows.adam_rows(*tables, reads, lr=0.1, betas=(0.9, 0.9), eps=1.0, step=1, scale=1.0)
+    return sum(len(kernel.signatures) for kernel in KERNELS)
+
+
+def _is_on_disk(kernel) -> bool:  # type: ignore[no-untyped-def]
+    folder, source = kernel.stats.cache_path, Path(kernel.py_func.__code__.co_filename)
+    if folder is None:
+        return False
+    entries = Path(folder).glob(f"{source.stem}.{kernel.py_func.__name__}-*.nbi")
+    return any(entry.stat().st_mtime >= source.stat().st_mtime for entry in entries)
