@@ -14,6 +14,7 @@ from pkmem.environment import environment
 from pkmem.evaluation import measure_speed
 from pkmem.plots import plot_learning_curves
 from pkmem.recipe import ModelConfig, Recipe, TrainingConfig
+from pkmem.saved import context_tokens
 from pkmem.state import save_json
 from pkmem.text import read_documents, train_tokenizer
 from pkmem.training import read_metrics, train
@@ -49,10 +50,10 @@ def recipes(out: Path, data: str = "python", seed: int = 0) -> dict[str, Recipe]
         data=data,
         out=out / "dense",
         tokenizer=str(out / "tokenizer"),
-        model=ModelConfig(num_layers=NUM_LAYERS, width=128, num_heads=4, context_tokens=256, vocab_size=4096),
+        model=ModelConfig(num_layers=NUM_LAYERS, width=128, num_heads=4, context_tokens=256, vocab_size=2048),
         memory=MemoryConfig(num_sub_keys=128, heads=4, knn=16, query_dim=128, gate=True),
         training=TrainingConfig(
-            num_tokens=1_500_000, batch_tokens=2048, lr=2e-3, value_lr=2e-3, eval_every_steps=50, seed=seed
+            num_tokens=1_200_000, batch_tokens=1024, lr=2e-3, value_lr=8e-3, eval_every_steps=100, seed=seed
         ),
     )
     memory = dataclasses.replace(
@@ -154,7 +155,8 @@ def sample(model: Any, folder: Path) -> str:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     set_seed(0)
     inputs = tokenizer(PROMPT, return_tensors="pt")
+    room = context_tokens(model) - inputs["input_ids"].shape[1]
     model.eval()
-    tokens = model.generate(**inputs, max_new_tokens=80, do_sample=True, temperature=0.7, top_k=50)
+    tokens = model.generate(**inputs, max_new_tokens=min(80, room), do_sample=True, temperature=0.7, top_k=50)
     text: str = tokenizer.decode(tokens[0], skip_special_tokens=True)
     return text

@@ -1,0 +1,59 @@
+"""The README's code runs as written, and what it calls equivalent is."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import pkmem
+from pkmem.cli import build_parser
+
+README = (Path(__file__).parents[1] / "README.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+COMMANDS = re.findall(r"^pkmem (\w+)(.*?)(?:\s+#.*)?$", README, re.MULTILINE)
+
+
+def test_the_lines_it_calls_equivalent_give_the_same_output() -> None:
+    x = torch.randn(10, 64)
+    one_line, many_lines = BLOCKS[:2]
+    found = {}
+    exec(one_line.replace("pkmem.ProductKeyMemory", "build"), {"pkmem": pkmem, "x": x, "build": _keeping(found)})
+    memory = found["memory"].eval()
+    names = {
+        "torch": torch,
+        "x": x,
+        "query_network": lambda x: memory.query(x).flatten(1),
+        "heads": memory.config.heads,
+        "knn": memory.config.knn,
+        "sub_keys": memory.keys.sub_keys,
+        "values": memory.values.weight,
+    }
+    exec(many_lines, names)
+    torch.testing.assert_close(names["y"], memory(x))
+
+
+def _keeping(found: dict):
+    def build(config):
+        found["memory"] = pkmem.ProductKeyMemory(config)
+        return found["memory"]
+
+    return build
+
+
+@pytest.mark.parametrize("block", BLOCKS[2:], ids=lambda block: block.split("\n")[0][:30])
+def test_a_block_runs_as_written(block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    exec(block, {})
+
+
+def test_every_command_it_shows_exists() -> None:
+    verbs = build_parser()._subcommands_action.choices
+    assert {verb for verb, _ in COMMANDS} == set(verbs)
+
+
+def test_the_files_it_names_exist() -> None:
+    named = re.findall(r"\b((?:configs|docs|benchmarks|experiments)/[\w./-]+\.(?:yaml|md|py|json|png))", README)
+    assert named
+    for name in named:
+        assert (Path(__file__).parents[1] / name).exists(), name
