@@ -22,9 +22,12 @@ from typing import Any
 
 RESULTS = Path(__file__).parents[1] / "experiments" / "results"
 RATES = {
-    "dense": [{"lr": lr} for lr in (1e-3, 2e-3, 4e-3, 8e-3)],
-    "deep": [{"lr": lr} for lr in (1e-3, 2e-3, 4e-3, 8e-3)],
-    "memory": [{"lr": lr, "value_lr": value_lr} for lr in (2e-3, 4e-3, 8e-3) for value_lr in (lr, 4 * lr)],
+    "dense": [{"lr": lr} for lr in (1e-3, 2e-3, 3e-3)],
+    "deep": [{"lr": lr} for lr in (1e-3, 2e-3, 3e-3)],
+    "memory": [
+        *({"lr": 2e-3, "value_lr": value_lr} for value_lr in (4e-3, 8e-3, 1.6e-2)),
+        *({"lr": lr, "value_lr": 8e-3} for lr in (1e-3, 3e-3)),
+    ],
 }
 KEPT = ("bits_per_byte", "perplexity", "train_tokens_per_s", "memory_0/usage", "memory_0/top1_usage", "memory_0/kl")
 

@@ -6,12 +6,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from tiny import MEMORY, MODEL
 from torch import nn
 
 from pkmem.evaluation import count_parameters, evaluate, measure_speed, watching
 from pkmem.huggingface import build_model
 from pkmem.memory import memories_in
+from tiny import MEMORY, MODEL
 
 
 @pytest.fixture

@@ -4,12 +4,12 @@ import itertools
 import math
 
 import numpy as np
-import oracle
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+import oracle
 from pkmem import MemoryConfig, ProductKeyMemory, RowAdam
 from pkmem.memory import MaskedBatchNorm, OutputGate, ValueTable, memories_in, tables_in
 
@@ -174,6 +174,7 @@ def test_heads_share_the_values_and_have_their_own_sub_keys() -> None:
     memory = make()
     assert memory.values.weight.shape == (16, 6)
     assert memory.keys.sub_keys.shape == (2, 2, 4, 2)
+    assert "num_slots=16, width=6" in repr(memory)
     query = torch.randn(5, 2, 4, dtype=torch.float64)
     before, _ = memory.keys(query)
     with torch.no_grad():
@@ -263,7 +264,7 @@ def test_any_leading_shape_is_kept_and_tokens_are_read_one_by_one(shape, variant
     memory.backend = backend
     x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
     out = memory(x)
-    assert out.shape == shape[:-1] + (memory.config.output_dim,)
+    assert out.shape == (*shape[:-1], memory.config.output_dim)
     for place in itertools.product(*map(range, shape[:-1])):
         torch.testing.assert_close(out[place], memory(x[place]), rtol=1e-12, atol=1e-12)
     out.sum().backward()

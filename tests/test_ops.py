@@ -359,6 +359,13 @@ def test_the_gradient_of_a_bf16_row_is_accumulated_in_fp32(backend: str) -> None
     assert values.grad.item() == 1.5
 
 
+def test_fp32_weights_are_not_rounded_to_the_dtype_of_a_bf16_table(backend: str) -> None:
+    values, slots = leaf(torch.ones(1, 1).bfloat16()), torch.zeros(1, 2, dtype=torch.int64)
+    summed = weighted_sum(values, slots, torch.tensor([[1 + 2.0**-10, -1.0]]), backend=backend)
+    summed.backward(torch.ones_like(summed))
+    assert summed.item() == values.grad.item() == 2.0**-10  # in bf16 1 + 2 ** -10 is 1
+
+
 # --- bit-reproducible -------------------------------------------------------------------------------------
 
 
@@ -392,6 +399,23 @@ def test_opcheck(backend: str, dtype: torch.dtype, num_tokens: int) -> None:
     torch.library.opcheck(operators.product_key_topk.default, (query, sub_keys, 3, backend))
     torch.library.opcheck(operators.weighted_sum.default, (*bag, backend))
     torch.library.opcheck(operators.weighted_sum_logged.default, (*bag, log.counter, log.handle, backend))
+
+
+@pytest.mark.parametrize("num_tokens", [0, 5])
+@by_dtype
+def test_opcheck_of_the_backward_operators(backend: str, dtype: torch.dtype, num_tokens: int) -> None:
+    query, sub_keys = (tensor.to(dtype) for tensor in topk_inputs(num_tokens, 2, 6, 5))
+    scores, chosen = product_key_topk(query, sub_keys, 3, backend=backend)
+    values, slots, weights = bag_inputs(11, 3, num_tokens, 4)
+    grad_output = torch.randn(num_tokens, 3).to(dtype)
+    operators = torch.ops.pkmem
+    torch.library.opcheck(
+        operators.product_key_topk_backward.default, (torch.randn_like(scores), query, sub_keys, chosen, backend)
+    )
+    torch.library.opcheck(operators.weighted_sum_grad_weights.default, (values.to(dtype), slots, grad_output, backend))
+    torch.library.opcheck(
+        operators.weighted_sum_grad_values.default, (slots, weights.to(dtype), grad_output, 11, backend)
+    )
 
 
 def memory(backend: str, query: Tensor, sub_keys: Tensor, values: Tensor, log: ReadLog | None = None) -> Tensor:

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import yaml
-from tiny import MODEL, TRAINING, tiny
 
 from pkmem.recipe import ModelConfig, Recipe, TrainingConfig
+from tiny import MODEL, TRAINING, tiny
 
 
 @pytest.mark.parametrize(

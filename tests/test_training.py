@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import resource
 import shutil
 import signal
@@ -19,7 +18,6 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny import MEMORY, MODEL, TRAINING, tiny
 from transformers import AutoTokenizer, TrainingArguments
 
 from pkmem import training
@@ -31,6 +29,7 @@ from pkmem.recipe import TrainingConfig
 from pkmem.saved import load_saved
 from pkmem.state import load_json
 from pkmem.training import Journal, NonFiniteLossError, build_optimizer, build_schedule, read_metrics, train
+from tiny import MEMORY, MODEL, TRAINING, tiny
 
 pytest_plugins = "tiny"
 
@@ -138,7 +137,7 @@ def test_summary_is_that_of_the_saved_model(run: Path) -> None:
     assert {name: summary[name] for name in ("dense_params", "memory_params")} == count_parameters(model)
     assert summary["train_tokens"] == 1280
     assert summary["train_tokens_per_s"] == pytest.approx(1280 / summary["train_seconds"])
-    assert USAGE < summary.keys()
+    assert summary.keys() > USAGE
 
 
 def test_training_lowers_the_loss(text: Path, tmp_path: Path) -> None:
@@ -176,7 +175,8 @@ def test_micro_batches_do_not_change_the_update(text: Path, tmp_path: Path) -> N
 def test_bf16_trains(text: Path, tmp_path: Path) -> None:
     recipe = tiny(text, tmp_path / "run", training={"precision": "bf16", "num_tokens": 512})
     assert train(recipe, progress=False)["loss"] == pytest.approx(math.log(300), abs=0.3)
-    assert all(tensor.dtype == torch.float32 for tensor in load_file(recipe.out / "model/model.safetensors").values())
+    weights = load_file(recipe.out / "model" / "model.safetensors").values()
+    assert {tensor.dtype for tensor in weights if tensor.is_floating_point()} == {torch.float32}
 
 
 def test_a_given_tokenizer_is_used(run: Path, text: Path, tmp_path: Path) -> None:
@@ -225,17 +225,20 @@ def test_a_run_resumed_after_kill_is_the_uninterrupted_run(run: Path, text: Path
     script = """
 import os, signal, sys
 from pathlib import Path
-from test_training import before_update
 from tiny import tiny
-from pkmem.training import train
-with before_update(6, lambda model: os.kill(os.getpid(), signal.SIGKILL)):
-    train(tiny(Path(sys.argv[1]), Path(sys.argv[2])), progress=False)
+from pkmem.training import Journal, train
+
+def on_step_begin(self, args, state, control, **kwargs):
+    begin(self, args, state, control, **kwargs)
+    if state.global_step == 5:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+begin, Journal.on_step_begin = Journal.on_step_begin, on_step_begin
+train(tiny(Path(sys.argv[1]), Path(sys.argv[2])), progress=False)
 """
     recipe = tiny(text, tmp_path / "run")
-    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
-    killed = subprocess.run(
-        [sys.executable, "-c", script, str(text), str(recipe.out)], env=os.environ | {"PYTHONPATH": path}, check=False
-    )
+    command = [sys.executable, "-c", script, str(text), str(recipe.out)]
+    killed = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, check=False)
     assert killed.returncode == -signal.SIGKILL
     assert [(r["kind"], r["step"]) for r in read_metrics(recipe.out)] == [("train", 4), ("held_out", 5)]
     checkpoint = latest_checkpoint(recipe.out)
@@ -326,7 +329,7 @@ def test_overwrite_refuses_what_is_no_run(text: Path, tmp_path: Path, kind: str)
 def test_a_recipe_that_cannot_start_leaves_everything_as_it_was(run: Path, text: Path, tmp_path: Path) -> None:
     bad = [
         (tiny(tmp_path / "nowhere", tmp_path / "new"), "no such file or directory"),
-        (tiny(text, tmp_path / "new", model={"family": "gpt3"}), "did you mean 'gpt2'"),
+        (tiny(text, tmp_path / "new", model={"family": "lama"}), "did you mean 'llama'"),
         (tiny(text, tmp_path / "new", model={"context_tokens": 8192}, training={"batch_tokens": 16384}), "more data"),
         (tiny(text, tmp_path / "new", memory={"value_dim": 8}), "leave value_dim out"),
     ]
@@ -467,7 +470,7 @@ def test_progress_is_on_stderr_and_can_be_silenced(text: Path, tmp_path: Path, c
     assert "bpb=" in loud.err
     train(replace(recipe, out=tmp_path / "quiet"), progress=False)
     quiet = capsys.readouterr()
-    assert quiet.out == quiet.err.replace("Writing model shards", "") == "" or "loud" not in quiet.err
+    assert quiet.out == quiet.err == ""
 
 
 def test_records_are_json_lines(run: Path) -> None:

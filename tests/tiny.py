@@ -40,8 +40,31 @@ def tiny(data: Path, out: Path, model: Any = (), memory: Any = (), training: Any
 @pytest.fixture(scope="session")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A folder of text; while it is there, tokens are cached beside it."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # as the command line does
+    logging.set_verbosity_error()
     folder = tmp_path_factory.mktemp("text")
-    words = "the cat sat on a mat and saw two dogs run far away from an old red house".split()
+    words = [
+        "the",
+        "cat",
+        "sat",
+        "on",
+        "a",
+        "mat",
+        "and",
+        "saw",
+        "two",
+        "dogs",
+        "run",
+        "far",
+        "away",
+        "from",
+        "an",
+        "old",
+        "red",
+        "house",
+    ]
     draw = random.Random(0)
     for name in ("one.txt", "two.md"):
         lines = (" ".join(draw.choices(words, k=8)) + ".\n" for _ in range(300))
@@ -79,6 +102,8 @@ def plain_gpt2(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     folder = tmp_path_factory.mktemp("gpt2")
     tokenizer = AutoTokenizer.from_pretrained(run / "tokenizer")
-    GPT2LMHeadModel(GPT2Config(len(tokenizer), n_positions=32, n_embd=32, n_layer=1, n_head=2)).save_pretrained(folder)
+    GPT2LMHeadModel(
+        GPT2Config(vocab_size=len(tokenizer), n_positions=32, n_embd=32, n_layer=1, n_head=2)
+    ).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

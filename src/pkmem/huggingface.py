@@ -8,6 +8,7 @@ Llama, Qwen, Mistral, Gemma and GPT-NeoX) is replaced by the memory, or the memo
 from __future__ import annotations
 
 import difflib
+import inspect
 from collections.abc import Iterable
 from typing import Any, Literal
 
@@ -235,7 +236,8 @@ def build_model(model: ModelConfig, memory: MemoryConfig, vocab_size: int, eos_t
         **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), eos_token_id),
     }
     known = AutoConfig.for_model(model.family)
-    config = AutoConfig.for_model(model.family, **{name: size for name, size in sizes.items() if hasattr(known, name)})
+    given = {name for name in sizes if hasattr(known, name) and not isinstance(getattr(type(known), name, 0), property)}
+    config = AutoConfig.for_model(model.family, **{name: sizes[name] for name in sizes if name in given})
     decoder = AutoModelForCausalLM.from_config(config)
     decoder.loss_type = "ForCausalLM"  # GPT-2's class name hides it from transformers, which then warns
     if not model.memory_layers:
@@ -273,6 +275,9 @@ def _insert_memories(model: PreTrainedModel, config: PkmemConfig) -> dict[str, s
             f"value_dim is {memory_config.value_dim} but the block needs the model's width "
             f"{memory_config.bound_dim}: leave value_dim out, or set gate=True"
         )
+    if config.placement == "replace":
+        for layer in layers:
+            _require_one_input(getattr(blocks[layer], config.mlp_name))
     shared = None
     for layer in layers:
         old = getattr(blocks[layer], config.mlp_name)
@@ -286,6 +291,15 @@ def _insert_memories(model: PreTrainedModel, config: PkmemConfig) -> dict[str, s
         setattr(blocks[layer], config.mlp_name, mlp.train(model.training))
     names = [f"base.{name}.values.weight" for name in memories_in(model)]
     return dict.fromkeys(names[1:], names[0]) if config.share_values else {}
+
+
+def _require_one_input(mlp: nn.Module) -> None:
+    """Refuses an MLP that is handed the residual too, as BLOOM's: without it the block would lose the residual."""
+    inputs = [p.name for p in inspect.signature(mlp.forward).parameters.values() if p.default is p.empty]
+    if len(inputs) > 1:
+        raise ValueError(
+            f"{type(mlp).__name__} takes {', '.join(inputs)}, a memory hidden states alone: use placement='parallel'"
+        )
 
 
 def _checked_layers(layers: list[int], num_layers: int) -> list[int]:

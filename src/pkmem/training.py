@@ -236,6 +236,7 @@ class MemoryTrainer(Trainer):
             gradient_accumulation_steps=config.micro_batches,
             max_grad_norm=config.max_norm,
             bf16=config.precision == "bf16",
+            use_cpu=not torch.accelerator.is_available(),  # or bf16 is refused
             seed=config.seed,
             train_sampling_strategy="sequential",  # TokenBlocks shuffles, the same way after a resume
             logging_strategy="no",

@@ -27,7 +27,8 @@ def sort_reads(slots: list[Tensor], weights: list[Tensor], grad_outputs: list[Te
     flat_slots = torch.cat([part.reshape(-1) for part in slots])
     num_reads = len(flat_slots)
     highest = int(flat_slots.max()) if num_reads else 0
-    if max(highest, num_reads) >= _LARGEST_INDEX:
+    in_fp64 = torch.float64 in {part.dtype for part in (*weights, *grad_outputs)}
+    if in_fp64 or max(highest, num_reads) >= _LARGEST_INDEX:
         return reading_log.sort_reads(slots, weights, grad_outputs)
     flat_weights = torch.cat([part.reshape(-1) for part in weights]).to(torch.float32)
     passes = np.array([part.shape for part in slots], dtype=np.int64).reshape(-1, 2)
@@ -171,23 +172,29 @@ def sort(slots, weights, passes, bits, packed, rows, offsets, tokens, sorted_wei
 @part_of_kernel
 def _row_gradient(begin, end, tokens, weights, grad_output, piece, gradient):  # type: ignore[no-untyped-def]
     """Sums weights * grad_output over the reads [begin, end) of a row into `gradient`; `piece` is scratch."""
-    gradient[:] = 0
-    while end - begin > _READS_PER_SUM:
-        piece[:] = 0
-        _add_reads(begin, begin + _READS_PER_SUM, tokens, weights, grad_output, piece)
-        gradient += piece
-        begin += _READS_PER_SUM
-    piece[:] = 0
-    _add_reads(begin, end, tokens, weights, grad_output, piece)
-    gradient += piece
+    _sum_reads(begin, min(begin + _READS_PER_SUM, end), tokens, weights, grad_output, gradient)
+    for start in range(begin + _READS_PER_SUM, end, _READS_PER_SUM):
+        _sum_reads(start, min(start + _READS_PER_SUM, end), tokens, weights, grad_output, piece)
+        for column in range(len(gradient)):
+            gradient[column] += piece[column]
 
 
 @part_of_kernel
-def _add_reads(begin, end, tokens, weights, grad_output, gradient):  # type: ignore[no-untyped-def]
-    for read in range(begin, end):
-        weight, back = weights[read], grad_output[tokens[read]]
-        for column in range(len(gradient)):
-            gradient[column] += weight * back[column]
+def _sum_reads(begin, end, tokens, weights, grad_output, total):  # type: ignore[no-untyped-def]
+    """Writes the sum of one read or more."""
+    weight0, back0 = weights[begin], grad_output[tokens[begin]]
+    if (end - begin) % 2:
+        for column in range(len(total)):
+            total[column] = weight0 * back0[column]
+    else:
+        weight1, back1 = weights[begin + 1], grad_output[tokens[begin + 1]]
+        for column in range(len(total)):
+            total[column] = weight0 * back0[column] + weight1 * back1[column]
+    for read in range(begin + 2 - (end - begin) % 2, end, 2):
+        weight0, back0 = weights[read], grad_output[tokens[read]]
+        weight1, back1 = weights[read + 1], grad_output[tokens[read + 1]]
+        for column in range(len(total)):
+            total[column] += weight0 * back0[column] + weight1 * back1[column]
 
 
 @kernel

@@ -216,9 +216,11 @@ def _to_fp16(number: Any) -> Any:
     bits = np.float32(number).view(np.uint32)
     sign = (bits >> np.uint32(16)) & np.uint32(0x8000)
     bits &= np.uint32(0x7FFFFFFF)
-    normal = (bits - np.uint32(0x38000000) + np.uint32(0xFFF) + ((bits >> np.uint32(13)) & np.uint32(1))) >> np.uint32(13)
+    last_place = (bits >> np.uint32(13)) & np.uint32(1)
+    normal = (bits - np.uint32(0x38000000) + np.uint32(0xFFF) + last_place) >> np.uint32(13)
     # Added to 0.5, a subnormal is rounded to multiples of its last place by the adder itself.
-    small = np.uint32(np.float32(np.uint32(bits).view(np.float32) + np.float32(0.5)).view(np.uint32)) - np.uint32(0x3F000000)
+    sum_bits = np.float32(np.uint32(bits).view(np.float32) + np.float32(0.5)).view(np.uint32)
+    small = sum_bits - np.uint32(0x3F000000)
     half = small if bits < np.uint32(0x38800000) else normal
     if bits >= np.uint32(0x477FF000):  # beyond the largest fp16
         half = np.uint32(0x7C00)

@@ -1,0 +1,76 @@
+"""What does a training step of the layer cost: forward, backward, clipping, update of everything?
+
+    python benchmarks/training_step.py
+
+2,048 tokens; gradients in the input too, as inside a model. Ours trains its values with RowAdam; the peers with SparseAdam
+(the same rule) or a dense Adam, whichever form is fastest. steps.py says what is shared and checked, floor.py what the
+floor is. Needs 16 GB.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import harness
+import peers
+import steps
+from floor import training_floor
+from harness import Options, Report, interleave
+from peers import FFN, PEER, PKM
+from steps import DENSE, FOREACH, FUSED, OURS, SPARSE, flow_of, moments_of, steps_on_one_table
+
+from pkmem import MemoryConfig, ProductKeyMemory
+
+PEERS = (SPARSE, FUSED, FOREACH, PKM, PEER, FFN)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A layer, and what must hold for its training step."""
+
+    config: MemoryConfig
+    tokens: int = 2048
+    sparse_over_ours: float | None = None
+    best_dense_over_ours: float | None = None
+    ours_over_floor: float | None = None
+
+    def __str__(self) -> str:
+        return f"width {self.config.dim}, s {self.config.num_sub_keys}, {self.tokens:,} tokens"
+
+
+CASES = (Case(MemoryConfig(dim=512), 2048, 5, 3, 1.5), Case(MemoryConfig(dim=1024), ours_over_floor=1.5))
+SMOKE = (Case(MemoryConfig(dim=16, num_sub_keys=16, heads=2, knn=4, query_dim=16), 32, 5, 3, 1.5),)
+
+
+def main() -> None:
+    """Measures every case and writes training_step.json and training_step.md."""
+    options = harness.start(__doc__, repeats=15)
+    report = Report("training_step", options)
+    for case in SMOKE if options.smoke else CASES:
+        measure(report, options, case)
+    for note in (*steps.NOTES.values(), *peers.NOTES.values()):
+        report.note(note)
+    report.write()
+
+
+def measure(report: Report, options: Options, case: Case) -> None:
+    """Adds one case to the report."""
+    memory = ProductKeyMemory(case.config)
+    x, grad_output = flow_of(case.config, case.tokens)
+    contenders = steps_on_one_table(memory, PEERS, x, grad_output)
+    moments = moments_of(contenders[OURS].optimizers[-1], memory.values.weight)
+    floor = training_floor(memory, x, grad_output, moments)
+    timings = floor.added_to(interleave(contenders | floor.parts, options.repeats))
+    report.keep(str(case), timings)
+    report.details[f"{case}, rates"] = floor.rates(timings)
+    report.add(f"{case}: SparseAdam / ours", timings.ratio(SPARSE, OURS), at_least=case.sparse_over_ours)
+    best = timings.fastest(DENSE)
+    report.add(f"{case}: best dense peer ({best}) / ours", timings.ratio(best, OURS), at_least=case.best_dense_over_ours)
+    for name in PEERS:
+        if name in timings.seconds and name not in (SPARSE, best):
+            report.add(f"{case}: {name} / ours", timings.ratio(name, OURS))
+    report.add(f"{case}: ours / floor", timings.ratio(OURS, "floor"), at_most=case.ours_over_floor)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,21 @@
+"""The operators for NVIDIA GPUs, in Triton.
+
+See `pkmem.ops` for what each computes; fp64, and what the kernels do not cover, goes to the reference. Nothing
+here waits for the GPU. `PKMEM_AUTOTUNE=1` tries a few launch shapes per width and dtype instead of the defaults.
+With `TRITON_INTERPRET=1` set before the import the same kernels run on CPU tensors, slowly: for tests.
+"""
+
+from pkmem.ops.triton.bag import weighted_sum, weighted_sum_grad_weights
+from pkmem.ops.triton.rows import adam_rows, row_gradient_norm, sort_reads, weighted_sum_grad_values
+from pkmem.ops.triton.selection import product_key_topk, product_key_topk_backward
+
+__all__ = [
+    "adam_rows",
+    "product_key_topk",
+    "product_key_topk_backward",
+    "row_gradient_norm",
+    "sort_reads",
+    "weighted_sum",
+    "weighted_sum_grad_values",
+    "weighted_sum_grad_weights",
+]

@@ -1,0 +1,150 @@
+"""The weighted sum of rows and its gradient in the weights.
+
+Rows of a large table come from memory at random: what bounds the speed is how many are on their way at once, so
+a program loads several rows together and many programs share a processor. Row numbers are int64 throughout: the
+offset of an element passes 2 ** 31 in a table of two billion.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from pkmem.ops import reference
+from pkmem.ops.triton.arithmetic import narrow
+from pkmem.ops.triton.launch import AUTOTUNE, column_block, on, power_of_two, warps_for
+
+_ROWS = 8  # rows in flight per program
+_ROWS_ALONE = 32  # where few programs run, as in decoding
+_FEW_PROGRAMS = 256
+_READS = 16  # inner products per program
+
+
+def weighted_sum(values: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
+    """Sums of weighted rows (eq. 3), see `pkmem.ops.weighted_sum`."""
+    if values.dtype == torch.float64:
+        return reference.weighted_sum(values, slots, weights)
+    return sum_rows(values, slots, weights, values.dtype)
+
+
+def sum_rows(values: Tensor, slots: Tensor, weights: Tensor, dtype: torch.dtype) -> Tensor:
+    """Sums (n, v), in `dtype`, of rows `slots` (n, b) of values (m, v), weighted."""
+    num_tokens, num_reads = slots.shape
+    values = _with_dense_rows(values)
+    width = values.shape[1]
+    summed = torch.empty(num_tokens, width, dtype=dtype, device=values.device)
+    if summed.numel() == 0:
+        return summed
+    block, rows, warps = _shape_of_sum(num_tokens, num_reads, width)
+    grid = (num_tokens, triton.cdiv(width, block))
+    arguments = (values, slots.contiguous(), weights.contiguous(), summed, values.stride(0), width, num_reads)
+    with on(values):
+        if AUTOTUNE and rows == _ROWS:
+            _sum_rows_tuned[grid](*arguments, BLOCK_V=block)
+        else:
+            _sum_rows[grid](*arguments, BLOCK_V=block, ROWS=rows, num_warps=warps)
+    return summed
+
+
+def _shape_of_sum(num_tokens: int, num_reads: int, width: int) -> tuple[int, int, int]:
+    """Columns per program, rows in flight and warps: with few tokens, narrow programs with many rows each."""
+    block = column_block(width)
+    if num_tokens * triton.cdiv(width, block) >= _FEW_PROGRAMS:
+        return block, power_of_two(num_reads, 1, _ROWS), warps_for(block)
+    return min(block, 128), power_of_two(num_reads, 1, _ROWS_ALONE), 4
+
+
+def weighted_sum_grad_weights(values: Tensor, slots: Tensor, grad_output: Tensor) -> Tensor:
+    """d(weights) (n, b): inner product of each row read with what came back, fp32 (fp64 for fp64)."""
+    if values.dtype == torch.float64:
+        return reference.weighted_sum_grad_weights(values, slots, grad_output)
+    num_tokens, num_reads = slots.shape
+    grad_weights = torch.empty(slots.shape, dtype=torch.float32, device=slots.device)
+    if grad_weights.numel() == 0:
+        return grad_weights
+    values = _with_dense_rows(values)
+    width = values.shape[1]
+    reads = power_of_two(num_reads, 1, _READS)
+    grid = (num_tokens, triton.cdiv(num_reads, reads))
+    arguments = (values, slots.contiguous(), grad_output.contiguous(), grad_weights, values.stride(0), width, num_reads)
+    with on(values):
+        if AUTOTUNE:
+            _dot_rows_tuned[grid](*arguments, READS=reads)
+        else:
+            block = min(column_block(width), 512)
+            _dot_rows[grid](*arguments, READS=reads, BLOCK_V=block, num_warps=4)
+    return grad_weights
+
+
+def _with_dense_rows(values: Tensor) -> Tensor:
+    return values if values.stride(1) == 1 else values.contiguous()
+
+
+@triton.jit
+def sum_of_rows(  # type: ignore[no-untyped-def]
+    table,
+    stride,
+    row_numbers,
+    weights,
+    begin,
+    end,
+    columns,
+    width,
+    ROWS: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """Part (BLOCK_V,) of the fp32 sum of weights[r] * table[row_numbers[r]] over r in [begin, end)."""
+    total = tl.zeros((ROWS, BLOCK_V), tl.float32)  # summed over ROWS once, at the end
+    for first in range(begin, end, ROWS):
+        reads = first + tl.arange(0, ROWS)
+        real = reads < end
+        row = tl.load(row_numbers + reads, mask=real, other=0).to(tl.int64)
+        weight = tl.load(weights + reads, mask=real, other=0).to(tl.float32)
+        offsets = row[:, None] * stride + columns[None, :]
+        part = tl.load(table + offsets, mask=real[:, None] & (columns < width)[None, :], other=0)
+        total += weight[:, None] * part.to(tl.float32)
+    return tl.sum(total, 0)
+
+
+@triton.jit
+def _sum_rows(  # type: ignore[no-untyped-def]
+    values, slots, weights, summed, stride, width, num_reads, ROWS: tl.constexpr, BLOCK_V: tl.constexpr
+):
+    """Program (token, block of columns) writes that block of summed[token]."""
+    token = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
+    begin = token * num_reads
+    total = sum_of_rows(values, stride, slots, weights, begin, begin + num_reads, columns, width, ROWS, BLOCK_V)
+    tl.store(summed + token * width + columns, narrow(total, summed.dtype.element_ty), mask=columns < width)
+
+
+@triton.jit
+def _dot_rows(  # type: ignore[no-untyped-def]
+    values, slots, grad_output, grad_weights, stride, width, num_reads, READS: tl.constexpr, BLOCK_V: tl.constexpr
+):
+    """Program (token, block of reads) writes that block of grad_weights[token]."""
+    token = tl.program_id(0).to(tl.int64)
+    reads = tl.program_id(1) * READS + tl.arange(0, READS)
+    real = reads < num_reads
+    row = tl.load(slots + token * num_reads + reads, mask=real, other=0).to(tl.int64)
+    total = tl.zeros((READS, BLOCK_V), tl.float32)
+    for first in range(0, width, BLOCK_V):
+        columns = first + tl.arange(0, BLOCK_V)
+        inside = columns < width
+        back = tl.load(grad_output + token * width + columns, mask=inside, other=0).to(tl.float32)
+        offsets = row[:, None] * stride + columns[None, :]
+        part = tl.load(values + offsets, mask=real[:, None] & inside[None, :], other=0)
+        total += part.to(tl.float32) * back[None, :]
+    tl.store(grad_weights + token * num_reads + reads, tl.sum(total, 1), mask=real)
+
+
+_sum_rows_tuned = triton.autotune(
+    [triton.Config({"ROWS": rows}, num_warps=warps) for rows in (4, 8, 16) for warps in (2, 4)],
+    key=["width", "num_reads"],
+)(_sum_rows)
+_dot_rows_tuned = triton.autotune(
+    [triton.Config({"BLOCK_V": block}, num_warps=warps) for block in (256, 512, 1024) for warps in (4, 8)],
+    key=["width", "num_reads"],
+)(_dot_rows)

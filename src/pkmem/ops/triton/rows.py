@@ -1,0 +1,312 @@
+"""The rows of a table that were read: sorting the reads, then one pass over the touched rows.
+
+How many rows were touched stays on the GPU: sorted reads keep room for as many rows as there can be, programs take
+row after row up to the number they load, and nothing is read back. A row's gradient is summed by one program in the
+order of its reads; a row with many reads is first summed in pieces by several. No atomics: every run gives the same
+bits.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from pkmem.ops import reference
+from pkmem.ops.reading_log import SortedReads
+from pkmem.ops.triton.arithmetic import mixed, narrow, narrow_at_random
+from pkmem.ops.triton.bag import sum_of_rows
+from pkmem.ops.triton.launch import column_block, num_programs, on, warps_for
+
+_PIECE = tl.constexpr(256)  # reads that one program sums
+_ROWS = 4  # rows in flight per program; most rows have few reads
+_INT32_ROWS = 1 << 31
+
+
+def sort_reads(
+    slots: list[Tensor], weights: list[Tensor], grad_outputs: list[Tensor], num_rows: int | None = None
+) -> SortedReads:
+    """Groups the reads of several backward passes by row, as `pkmem.ops.reading_log.sort_reads` does.
+
+    Without waiting for the GPU, so `rows` and `offsets` are as long as they can get: past the rows that were
+    read, segments are empty and `rows` holds no meaning.
+
+    Args:
+        slots, weights: per pass (n, b).
+        grad_outputs: per pass (n, v).
+        num_rows: rows of the table, if known: bounds the result, and halves the sorting below 2 ** 31.
+    """
+    flat = torch.cat([part.reshape(-1) for part in slots])
+    num_reads, device = len(flat), flat.device
+    if num_rows is not None and num_rows <= _INT32_ROWS:
+        flat = flat.to(torch.int32)
+    ordered, order = flat.sort(stable=True)
+    is_first = torch.ones(num_reads, dtype=torch.bool, device=device)
+    torch.ne(ordered[1:], ordered[:-1], out=is_first[1:])
+    # Where each row's reads begin; all reads that begin nothing are dropped at the end.
+    place = torch.where(is_first, is_first.cumsum(0) - 1, num_reads + 1)
+    offsets = torch.full((num_reads + 2,), num_reads, dtype=torch.int64, device=device)
+    offsets.scatter_(0, place, torch.arange(num_reads, device=device))
+    most = num_reads if num_rows is None else min(num_reads, num_rows)
+    offsets = offsets[: most + 1]
+    return SortedReads(
+        rows=ordered[offsets[:-1].clamp(max=max(num_reads - 1, 0))].to(torch.int64),
+        offsets=offsets,
+        tokens=_tokens(slots)[order],
+        weights=torch.cat([part.reshape(-1) for part in weights])[order],
+        grad_output=grad_outputs[0] if len(grad_outputs) == 1 else torch.cat(grad_outputs),
+    )
+
+
+def _tokens(slots: list[Tensor]) -> Tensor:
+    """Row of `grad_output` of each read, in the order of reading."""
+    tokens, first = [], 0
+    for part in slots:
+        reading = torch.arange(first, first + part.shape[0], device=part.device)
+        tokens.append(reading[:, None].expand(part.shape).reshape(-1))
+        first += part.shape[0]
+    return torch.cat(tokens)
+
+
+def weighted_sum_grad_values(reads: SortedReads, num_rows: int) -> Tensor:
+    """The dense gradient (m, v) of a table of `num_rows` rows, in the dtype of grad_output."""
+    if reads.grad_output.dtype == torch.float64:
+        return reference.weighted_sum_grad_values(reads, num_rows)
+    dense = torch.zeros(num_rows, reads.grad_output.shape[1], dtype=reads.grad_output.dtype, device=reads.rows.device)
+    _over_rows(_write_gradients, reads, dense)
+    return dense
+
+
+def row_gradient_norm(reads: SortedReads) -> Tensor:
+    """The Euclidean norm of the table's gradient, an fp64 scalar; not finite if any entry is not."""
+    if reads.grad_output.dtype == torch.float64:
+        return reference.row_gradient_norm(reads)
+    squares = torch.zeros(num_programs(_work(reads), reads.rows.device), dtype=torch.float64, device=reads.rows.device)
+    _over_rows(_sum_squares, reads, squares)
+    return squares.sum().sqrt()
+
+
+def adam_rows(
+    values: Tensor,
+    first_moment: Tensor,
+    second_moment: Tensor,
+    reads: SortedReads,
+    *,
+    lr: float | Tensor,
+    betas: tuple[float, float],
+    eps: float,
+    step: int | Tensor,
+    scale: float | Tensor,
+    seed: int = 0,
+) -> None:
+    """Adam (Kingma & Ba 2015) in place on the rows that were read, and on no other.
+
+    lr, step and scale may be 0-d tensors on the GPU: then nothing waits for them.
+
+    Args:
+        values, first_moment, second_moment: (m, v) the table and its two moments.
+        reads: the sorted reading log of the table.
+        lr, betas, eps: Adam's.
+        step: updates made so far, this one included, >= 1; corrects the bias of every row alike.
+        scale: factor on the gradients (clipping), > 0; one that is not finite leaves everything as it is.
+        seed: a bf16 table is rounded up or down at random, by seed, step, row and column alone.
+    """
+    tables = (values, first_moment, second_moment)
+    if torch.float64 in (reads.grad_output.dtype, *(table.dtype for table in tables)):
+        reference.adam_rows(
+            *tables, reads, lr=float(lr), betas=betas, eps=eps, step=int(step), scale=float(scale)
+        )  # fmt: skip
+        return
+    contiguous = tuple(table.contiguous() for table in tables)
+    factors = _adam_factors(lr, betas, step, scale, values.device)
+    seeds = (_as_int32(seed), _as_int32(seed >> 32))
+    _over_rows(_adam, reads, *contiguous, factors, *betas, 1 - betas[0], 1 - betas[1], eps, *seeds)
+    for table, updated in zip(tables, contiguous, strict=True):
+        if updated is not table:
+            table.copy_(updated)
+
+
+def _adam_factors(
+    lr: float | Tensor, betas: tuple[float, float], step: int | Tensor, scale: float | Tensor, device: torch.device
+) -> Tensor:
+    """(scale, step size, correction of the second moment, step) on the device, fp64."""
+    count = _scalar(step, device)
+    step_size = _scalar(lr, device) / (1 - torch.pow(betas[0], count))
+    return torch.stack((_scalar(scale, device), step_size, 1 / (1 - torch.pow(betas[1], count)), count))
+
+
+def _scalar(number: float | Tensor, device: torch.device) -> Tensor:
+    """An fp64 scalar on the device; a number is filled in there, since a copy to a GPU would wait."""
+    if isinstance(number, Tensor) and number.device == device:
+        return number.to(torch.float64).reshape(())
+    return torch.full((), float(number), dtype=torch.float64, device=device)
+
+
+def _as_int32(number: int) -> int:
+    return ((number & 0xFFFFFFFF) ^ 0x80000000) - 0x80000000
+
+
+# --- one pass over the touched rows -------------------------------------------------------------------------
+
+
+class _Pieces(NamedTuple):
+    """Rows with more than _PIECE reads, cut into pieces.
+
+    Args:
+        first: (u + 1,) the pieces of row i are first[i] up to first[i + 1]; rows with few reads have none.
+        rows: (p,) the row of each piece there can be.
+        sums: (p, v) fp32 sum of each piece.
+    """
+
+    first: Tensor
+    rows: Tensor
+    sums: Tensor
+
+
+def _over_rows(kernel: Any, reads: SortedReads, *arguments: Any) -> None:
+    """Runs a kernel over (touched row, block of columns): gradient, then `arguments`."""
+    width = reads.grad_output.shape[1]
+    if len(reads.tokens) == 0 or width == 0:
+        return
+    block = column_block(width)
+    device = reads.rows.device
+    gradient = (reads.offsets, reads.tokens, reads.weights.contiguous(), reads.grad_output.contiguous())
+    num_rows = (reads.offsets[1:] > reads.offsets[:-1]).sum()
+    pieces = _pieces(reads)
+    shape = {"ROWS": _ROWS, "BLOCK_V": block, "num_warps": warps_for(block)}
+    with on(reads.rows):
+        if len(pieces.rows):
+            work = len(pieces.rows) * triton.cdiv(width, block)
+            _sum_pieces[num_programs(work, device),](*gradient, *pieces, len(reads.rows), width, **shape)
+        kernel[num_programs(_work(reads), device),](
+            *gradient, pieces.first, pieces.sums, reads.rows, num_rows, width, *arguments, **shape
+        )  # fmt: skip
+
+
+def _work(reads: SortedReads) -> int:
+    width = reads.grad_output.shape[1]
+    return len(reads.rows) * triton.cdiv(width, column_block(width))
+
+
+def _pieces(reads: SortedReads) -> _Pieces:
+    device = reads.rows.device
+    counts = reads.offsets.diff()
+    longest = _PIECE.value
+    per_row = torch.where(counts > longest, (counts + (longest - 1)) // longest, 0)
+    first = F.pad(per_row.cumsum(0), (1, 0))
+    most = 2 * len(reads.tokens) // longest if len(reads.tokens) > longest else 0
+    rows = torch.searchsorted(first, torch.arange(most, device=device), right=True) - 1
+    return _Pieces(first, rows, torch.empty(most, reads.grad_output.shape[1], device=device))
+
+
+@triton.jit
+def _sum_pieces(  # type: ignore[no-untyped-def]
+    offsets, tokens, weights, grad_output, first_piece, piece_rows, sums, num_rows, width,
+    ROWS: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """Writes the sum of every piece."""
+    blocks = tl.cdiv(width, BLOCK_V)
+    work = tl.load(first_piece + num_rows) * blocks
+    for item in range(tl.program_id(0), work, tl.num_programs(0)):
+        piece = (item // blocks).to(tl.int64)
+        columns = item % blocks * BLOCK_V + tl.arange(0, BLOCK_V)
+        row = tl.load(piece_rows + piece)
+        begin = tl.load(offsets + row) + (piece - tl.load(first_piece + row)) * _PIECE
+        end = tl.minimum(begin + _PIECE, tl.load(offsets + row + 1))
+        total = sum_of_rows(grad_output, width, tokens, weights, begin, end, columns, width, ROWS, BLOCK_V)
+        tl.store(sums + piece * width + columns, total, mask=columns < width)
+
+
+@triton.jit
+def _row_gradient(  # type: ignore[no-untyped-def]
+    touched, offsets, tokens, weights, grad_output, first_piece, sums,
+    columns, width, ROWS: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """Part (BLOCK_V,) of the gradient of a touched row, fp32."""
+    begin = tl.load(offsets + touched)
+    end = tl.load(offsets + touched + 1)
+    if end - begin > _PIECE:
+        gradient = tl.zeros((BLOCK_V,), tl.float32)
+        for piece in range(tl.load(first_piece + touched), tl.load(first_piece + touched + 1)):
+            gradient += tl.load(sums + piece * width + columns, mask=columns < width, other=0)
+    else:
+        gradient = sum_of_rows(grad_output, width, tokens, weights, begin, end, columns, width, ROWS, BLOCK_V)
+    return gradient
+
+
+@triton.jit
+def _write_gradients(  # type: ignore[no-untyped-def]
+    offsets, tokens, weights, grad_output, first_piece, sums, rows, num_rows, width, dense,
+    ROWS: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """Writes the touched rows of `dense`."""
+    blocks = tl.cdiv(width, BLOCK_V)
+    for item in range(tl.program_id(0), tl.load(num_rows) * blocks, tl.num_programs(0)):
+        touched = (item // blocks).to(tl.int64)
+        columns = item % blocks * BLOCK_V + tl.arange(0, BLOCK_V)
+        gradient = _row_gradient(
+            touched, offsets, tokens, weights, grad_output, first_piece, sums, columns, width, ROWS, BLOCK_V
+        )
+        places = tl.load(rows + touched) * width + columns
+        tl.store(dense + places, narrow(gradient, dense.dtype.element_ty), mask=columns < width)
+
+
+@triton.jit
+def _sum_squares(  # type: ignore[no-untyped-def]
+    offsets, tokens, weights, grad_output, first_piece, sums, rows, num_rows, width, squares,
+    ROWS: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """Each program writes the sum of squares over its rows."""
+    blocks = tl.cdiv(width, BLOCK_V)
+    total = tl.zeros((BLOCK_V,), tl.float64)
+    for item in range(tl.program_id(0), tl.load(num_rows) * blocks, tl.num_programs(0)):
+        touched = (item // blocks).to(tl.int64)
+        columns = item % blocks * BLOCK_V + tl.arange(0, BLOCK_V)
+        gradient = _row_gradient(
+            touched, offsets, tokens, weights, grad_output, first_piece, sums, columns, width, ROWS, BLOCK_V
+        ).to(tl.float64)
+        total += gradient * gradient
+    tl.store(squares + tl.program_id(0), tl.sum(total, 0))
+
+
+@triton.jit(do_not_specialize=["seed_low", "seed_high"])
+def _adam(  # type: ignore[no-untyped-def]
+    offsets, tokens, weights, grad_output, first_piece, sums, rows, num_rows, width,
+    values, moments1, moments2, factors, beta1, beta2, rate1, rate2, eps, seed_low, seed_high,
+    ROWS: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """Updates the touched rows of values and moments."""
+    scale = tl.load(factors).to(tl.float32)
+    step_size = tl.load(factors + 1).to(tl.float32)
+    correction2 = tl.load(factors + 2).to(tl.float32)
+    step = tl.load(factors + 3).to(tl.int64).to(tl.uint32)
+    key = mixed(mixed(mixed(seed_low.to(tl.uint32)) ^ seed_high.to(tl.uint32)) ^ step)
+    blocks = tl.cdiv(width, BLOCK_V)
+    work = tl.where(scale - scale == 0.0, tl.load(num_rows) * blocks, 0)  # nothing if scale is not finite
+    for item in range(tl.program_id(0), work, tl.num_programs(0)):
+        touched = (item // blocks).to(tl.int64)
+        columns = item % blocks * BLOCK_V + tl.arange(0, BLOCK_V)
+        inside = columns < width
+        row = tl.load(rows + touched)
+        places = row * width + columns
+        # Loaded first: they are on their way while the gradient is summed.
+        value = tl.load(values + places, mask=inside, other=0).to(tl.float32)
+        moment1 = tl.load(moments1 + places, mask=inside, other=0).to(tl.float32)
+        moment2 = tl.load(moments2 + places, mask=inside, other=0).to(tl.float32)
+        slope = scale * _row_gradient(
+            touched, offsets, tokens, weights, grad_output, first_piece, sums, columns, width, ROWS, BLOCK_V
+        )
+        moment1 += rate1 * (slope - moment1)
+        moment2 = beta2 * moment2 + rate2 * (slope * slope)
+        value -= step_size * moment1 / (tl.sqrt(moment2 * correction2) + eps)
+        tl.store(moments1 + places, narrow(moment1, moments1.dtype.element_ty), mask=inside)
+        tl.store(moments2 + places, narrow(moment2, moments2.dtype.element_ty), mask=inside)
+        if values.dtype.element_ty == tl.bfloat16:
+            random = mixed(mixed(key ^ row.to(tl.uint32)) ^ columns.to(tl.uint32))
+            tl.store(values + places, narrow_at_random(value, random), mask=inside)
+        else:
+            tl.store(values + places, narrow(value, values.dtype.element_ty), mask=inside)

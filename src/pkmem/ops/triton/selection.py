@@ -1,0 +1,245 @@
+"""The best slots of each query (Lample et al. 2019, section 3.1), without a score tensor in memory.
+
+One kernel multiplies a block of queries with one block of sub-keys after another and keeps, per query half, the knn
+best so far; where tokens are few, parts of the sub-keys go to different programs and are merged. A last kernel looks
+at the pairs that can win.
+A score and its index are packed into one int64, score first and the index upside down, so that falling integers are
+falling scores with ties by lower index, whatever a kernel does.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from pkmem.ops import reference
+from pkmem.ops.triton.arithmetic import add_product, narrow
+from pkmem.ops.triton.bag import sum_rows
+from pkmem.ops.triton.launch import on, power_of_two
+
+_LARGEST_KNN = 64
+_LARGEST_SET = 1 << 16  # of sub-keys: a slot takes 32 bits
+_ENOUGH_PROGRAMS = 512
+_LOWEST = tl.constexpr(-(1 << 63))  # below every packed score
+_INDEX = tl.constexpr(0xFFFFFFFF)
+
+
+def product_key_topk(query: Tensor, sub_keys: Tensor, knn: int) -> tuple[Tensor, Tensor]:
+    """The `knn` best pairs of sub-keys, see `pkmem.ops.product_key_topk`."""
+    num_tokens, heads, _ = query.shape
+    num_sub_keys, half = sub_keys.shape[2:]
+    if knn > _LARGEST_KNN or num_sub_keys > _LARGEST_SET or query.dtype == torch.float64:
+        return reference.product_key_topk(query, sub_keys, knn)
+    scores = torch.empty(num_tokens, heads, knn, device=query.device)
+    slots = torch.empty(num_tokens, heads, knn, dtype=torch.int64, device=query.device)
+    if num_tokens == 0:
+        return scores, slots
+    dtype = torch.promote_types(query.dtype, sub_keys.dtype)
+    query, sub_keys = query.to(dtype).contiguous(), sub_keys.to(dtype).contiguous()
+    kept = power_of_two(knn, 2, _LARGEST_KNN)
+    block_n, block_s = power_of_two(num_tokens, 16, 32 if dtype == torch.float32 else 64), 64
+    blocks = triton.cdiv(num_tokens, block_n)
+    parts = _num_parts(blocks * 2 * heads, triton.cdiv(num_sub_keys, block_s))
+    part_size = triton.cdiv(triton.cdiv(num_sub_keys, parts), block_s) * block_s
+    found = torch.empty(num_tokens, 2 * heads, parts, kept, dtype=torch.int64, device=query.device)
+    first, second = _pairs_that_can_win(knn, query.device)
+    with on(query):
+        _best_sub_keys[blocks, 2 * heads, parts](
+            query, sub_keys, found, num_tokens, num_sub_keys, half, part_size,
+            KNN=kept, BLOCK_N=block_n, BLOCK_S=block_s, BLOCK_D=power_of_two(half, 16, 64), num_warps=4,
+        )  # fmt: skip
+        if parts > 1:
+            found = _merged(found, kept)
+        block_n = power_of_two(num_tokens, 1, max(1, min(4, 512 // len(first))))  # what registers hold
+        _best_pairs[triton.cdiv(num_tokens, block_n), heads](
+            found, first, second, scores, slots, num_tokens, num_sub_keys, knn,
+            KNN=kept, PAIRS=len(first), BLOCK_N=block_n, num_warps=1,
+        )  # fmt: skip
+    return scores, slots
+
+
+def _merged(found: Tensor, kept: int) -> Tensor:
+    """The best (n, 2h, 1, kept) of all parts (n, 2h, parts, kept)."""
+    num_tokens, halves, parts, _ = found.shape
+    merged = found.new_empty(num_tokens, halves, 1, kept)
+    places = triton.next_power_of_2(parts) * kept
+    _merge_parts[num_tokens, halves](found, merged, parts * kept, KNN=kept, PLACES=places, num_warps=4)
+    return merged
+
+
+def product_key_topk_backward(
+    grad_scores: Tensor, query: Tensor, sub_keys: Tensor, slots: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients of the scores of chosen slots in query and sub_keys, in their shapes and dtypes."""
+    if grad_scores.dtype == torch.float64:
+        return reference.product_key_topk_backward(grad_scores, query, sub_keys, slots)
+    num_sub_keys, half = sub_keys.shape[2:]
+    chosen = torch.stack((slots // num_sub_keys, slots % num_sub_keys), 2).flatten(1, 2)  # (n, 2h, knn)
+    grad_halves = grad_scores.repeat_interleave(2, 1)
+    # The gradient of a query half is the weighted sum of its sub-keys: a bag over all sets as one table.
+    sets = num_sub_keys * torch.arange(chosen.shape[1], device=slots.device)
+    rows = (chosen + sets[:, None]).flatten(0, 1)
+    grad_query = sum_rows(sub_keys.reshape(-1, half), rows, grad_halves.flatten(0, 1), query.dtype)
+    return grad_query.view(query.shape), _grad_sub_keys(grad_halves, query, sub_keys, chosen)
+
+
+def _grad_sub_keys(grad_halves: Tensor, query: Tensor, sub_keys: Tensor, chosen: Tensor) -> Tensor:
+    """Per block of sub-keys the product of their score gradients, made on the fly, with the queries.
+
+    Against sorting the reads by sub-key: a sub-key has about a thousand reads, so the product is dense enough for
+    the matrix units, and neither a sort nor a (n, h, s) tensor is needed. Parts of the tokens are summed apart and
+    then together in a fixed order.
+    """
+    num_tokens, sets, knn = chosen.shape
+    num_sub_keys, half = sub_keys.shape[2:]
+    if num_tokens == 0:
+        return torch.zeros_like(sub_keys)
+    block_n, block_s, block_d = 32, power_of_two(num_sub_keys, 16, 64), power_of_two(half, 16, 128)
+    tiles, column_blocks = triton.cdiv(num_sub_keys, block_s), triton.cdiv(half, block_d)
+    parts = _num_parts(sets * tiles * column_blocks, triton.cdiv(num_tokens, block_n))
+    part_size = triton.cdiv(num_tokens, parts)
+    sums = torch.empty(parts, *sub_keys.shape, device=query.device)
+    is_bf16 = query.dtype == torch.bfloat16
+    with on(query):
+        _sum_queries[tiles * column_blocks, sets, parts](
+            (query if is_bf16 else query.to(torch.float32)).contiguous(),
+            chosen.permute(1, 2, 0).to(torch.int32).contiguous(),  # tokens last: a load takes neighbours
+            grad_halves.permute(1, 2, 0).contiguous(),
+            sums, num_tokens, num_sub_keys, half, knn, part_size, column_blocks,
+            IS_BF16=is_bf16, BLOCK_N=block_n, BLOCK_S=block_s, BLOCK_D=block_d, num_warps=4,
+        )  # fmt: skip
+    return sums.sum(0).to(sub_keys.dtype)
+
+
+def _num_parts(programs: int, most: int) -> int:
+    """Into how many parts to split a loop of `most` rounds so that there are enough programs."""
+    return max(1, min(most, _ENOUGH_PROGRAMS // programs, 16))
+
+
+@lru_cache(maxsize=64)
+def _pairs_that_can_win(knn: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Ranks (i, j) with (i + 1)(j + 1) <= knn, filled up to a power of two with pairs of rank `knn`: none."""
+    pairs = [(i, j) for i in range(knn) for j in range(knn // (i + 1))]
+    pairs += [(knn, knn)] * (power_of_two(len(pairs), 2, 1 << 31) - len(pairs))
+    first, second = torch.tensor(pairs, dtype=torch.int32).unbind(1)
+    return first.contiguous().to(device), second.contiguous().to(device)
+
+
+@triton.jit
+def _packed(score, index):  # type: ignore[no-untyped-def]
+    """Integers ordered like the scores, ties by lower index; 0.0 and -0.0 are one score."""
+    bits = tl.where(score == 0.0, 0.0, score).to(tl.int32, bitcast=True)
+    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    return (ordered.to(tl.int64) << 32) | (index.to(tl.int64) ^ _INDEX)
+
+
+@triton.jit
+def _score_of(packed):  # type: ignore[no-untyped-def]
+    ordered = (packed >> 32).to(tl.int32)
+    return (ordered ^ ((ordered >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _index_of(packed):  # type: ignore[no-untyped-def]
+    return (packed & _INDEX) ^ _INDEX
+
+
+@triton.jit
+def _best_sub_keys(  # type: ignore[no-untyped-def]
+    query, sub_keys, found, num_tokens, num_sub_keys, half, part_size,
+    KNN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Program (block of tokens, half of a head, part of the sub-keys) writes its KNN best, best first."""
+    tokens = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    half_head, part = tl.program_id(1), tl.program_id(2)
+    halves, parts = tl.num_programs(1), tl.num_programs(2)
+    query += (tokens[:, None] * halves + half_head) * half
+    sub_keys += half_head.to(tl.int64) * num_sub_keys * half
+    best = tl.full((BLOCK_N, KNN), _LOWEST, tl.int64)
+    last = tl.minimum((part + 1) * part_size, num_sub_keys)
+    for start in range(part * part_size, last, BLOCK_S):
+        keys = start + tl.arange(0, BLOCK_S)
+        scores = tl.zeros((BLOCK_N, BLOCK_S), tl.float32)
+        for column in range(0, half, BLOCK_D):
+            columns = column + tl.arange(0, BLOCK_D)
+            inside = columns < half
+            left = tl.load(query + columns[None, :], mask=(tokens < num_tokens)[:, None] & inside[None, :], other=0)
+            right = tl.load(
+                sub_keys + keys[None, :] * half + columns[:, None],
+                mask=(keys < num_sub_keys)[None, :] & inside[:, None], other=0,
+            )  # fmt: skip
+            scores = add_product(left, right, scores)
+        packed = tl.where((keys < num_sub_keys)[None, :], _packed(scores, keys[None, :]), _LOWEST)
+        # `best` rises and the block's best fall, so that the larger of each pair are the best of both.
+        best = tl.bitonic_merge(tl.maximum(best, tl.topk(packed, KNN)), descending=False)
+    best_first = KNN - 1 - tl.arange(0, KNN)
+    places = ((tokens[:, None] * halves + half_head) * parts + part) * KNN + best_first[None, :]
+    tl.store(found + places, best, mask=(tokens < num_tokens)[:, None])
+
+
+@triton.jit
+def _merge_parts(found, merged, size, KNN: tl.constexpr, PLACES: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Program (token, half of a head) writes the KNN best of its `size` numbers, best first."""
+    row = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
+    places = tl.arange(0, PLACES)
+    numbers = tl.load(found + row * size + places, mask=places < size, other=_LOWEST)
+    tl.store(merged + row * KNN + tl.arange(0, KNN), tl.topk(numbers, KNN))
+
+
+@triton.jit
+def _best_pairs(  # type: ignore[no-untyped-def]
+    found, first, second, scores, slots, num_tokens, num_sub_keys, knn,
+    KNN: tl.constexpr, PAIRS: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Program (block of tokens, head) writes scores and slots of the best pairs."""
+    tokens = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    head, heads = tl.program_id(1), tl.num_programs(1)
+    rank1 = tl.load(first + tl.arange(0, PAIRS))[None, :]
+    rank2 = tl.load(second + tl.arange(0, PAIRS))[None, :]
+    real = (tokens < num_tokens)[:, None] & (rank1 < knn)
+    found += (tokens[:, None] * heads + head) * 2 * KNN
+    one = tl.load(found + rank1, mask=real, other=0)
+    two = tl.load(found + KNN + rank2, mask=real, other=0)
+    packed = _packed(_score_of(one) + _score_of(two), _index_of(one) * num_sub_keys + _index_of(two))
+    best = tl.topk(tl.where(real, packed, _LOWEST), KNN)
+    places = (tokens[:, None] * heads + head) * knn + tl.arange(0, KNN)[None, :]
+    wanted = (tokens < num_tokens)[:, None] & (tl.arange(0, KNN) < knn)[None, :]
+    tl.store(scores + places, _score_of(best), mask=wanted)
+    tl.store(slots + places, _index_of(best), mask=wanted)
+
+
+@triton.jit
+def _sum_queries(  # type: ignore[no-untyped-def]
+    query, chosen, grad_halves, sums, num_tokens, num_sub_keys, half, knn, part_size, column_blocks,
+    IS_BF16: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Program (block of sub-keys and columns, set, part of the tokens) writes that block of sums[part, set]."""
+    keys = tl.program_id(0) // column_blocks * BLOCK_S + tl.arange(0, BLOCK_S)
+    columns = tl.program_id(0) % column_blocks * BLOCK_D + tl.arange(0, BLOCK_D)
+    set_number, part = tl.program_id(1), tl.program_id(2)
+    sets = tl.num_programs(1)
+    last = tl.minimum((part + 1) * part_size, num_tokens)
+    total = tl.zeros((BLOCK_S, BLOCK_D), tl.float32)
+    for start in range(part * part_size, last, BLOCK_N):
+        tokens = (start + tl.arange(0, BLOCK_N)).to(tl.int64)
+        real = tokens < last
+        slopes = tl.zeros((BLOCK_S, BLOCK_N), tl.float32)
+        for neighbour in range(knn):
+            place = (set_number * knn + neighbour).to(tl.int64) * num_tokens + tokens
+            key = tl.load(chosen + place, mask=real, other=-1)
+            slope = tl.load(grad_halves + place, mask=real, other=0)
+            slopes += tl.where(keys[:, None] == key[None, :], slope[None, :], 0.0)
+        places = (tokens[:, None] * sets + set_number) * half + columns[None, :]
+        queries = tl.load(query + places, mask=real[:, None] & (columns < half)[None, :], other=0)
+        if IS_BF16:  # two products on the matrix units keep 16 bits of each slope
+            coarse = narrow(slopes, tl.bfloat16)
+            total = add_product(coarse, queries, total)
+            total = add_product(narrow(slopes - coarse.to(tl.float32), tl.bfloat16), queries, total)
+        else:
+            total = add_product(slopes, queries, total)
+    places = ((part * sets + set_number).to(tl.int64) * num_sub_keys + keys[:, None]) * half + columns[None, :]
+    tl.store(sums + places, total, mask=(keys < num_sub_keys)[:, None] & (columns < half)[None, :])

@@ -1,0 +1,198 @@
+"""What is special to the CPU backend: threads, 16-bit floats, random rounding, the sort, compiled kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from pkmem.ops import reading_log, reference
+
+pytest.importorskip("numba")
+
+from pkmem.ops import cpu
+from pkmem.ops.cpu.threads import run_over
+from pkmem.ops.cpu.vectors import array, kernel, narrow, widen
+
+HALVES = (torch.bfloat16, torch.float16)
+DTYPES = (torch.float32, *HALVES)
+
+
+@pytest.fixture(autouse=True)
+def _threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def training_step(dtype: torch.dtype) -> list[Tensor]:
+    """Everything the backend computes in a step that is large enough to be shared between threads."""
+    random = torch.Generator().manual_seed(0)
+    query, sub_keys, values, grad_output = (
+        torch.randn(shape, generator=random).to(dtype)
+        for shape in ((700, 4, 64), (4, 2, 96, 32), (96**2, 130), (700, 130))
+    )
+    scores, slots = cpu.product_key_topk(query, sub_keys, 32)
+    weights, flat = scores.softmax(-1).flatten(1), slots.flatten(1)
+    grad_weights = cpu.weighted_sum_grad_weights(values, flat, grad_output)
+    reads = cpu.sort_reads([flat], [weights], [grad_output])
+    moments = torch.zeros(2, *values.shape)
+    results = [
+        scores, slots, cpu.weighted_sum(values, flat, weights), grad_weights,
+        *cpu.product_key_topk_backward(grad_weights.view_as(scores), query, sub_keys, slots),
+        cpu.weighted_sum_grad_values(reads, len(values)), cpu.row_gradient_norm(reads),
+    ]  # fmt: skip
+    cpu.adam_rows(values, *moments, reads, lr=0.01, betas=(0.9, 0.99), eps=1e-8, step=3, scale=0.5, seed=7)
+    return [*results, values, moments]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_same_bits_for_any_number_of_threads(dtype: torch.dtype) -> None:
+    results = []
+    for threads in (1, 2, 4, 1):
+        torch.set_num_threads(threads)
+        results.append(training_step(dtype))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_callers_in_several_threads_do_not_disturb_each_other() -> None:
+    torch.set_num_threads(2)
+    expected = training_step(torch.float32)
+    with ThreadPoolExecutor(3) as pool:
+        for result in pool.map(training_step, [torch.float32] * 6):
+            assert all(torch.equal(a, b) for a, b in zip(expected, result, strict=True))
+
+
+def test_ranges_cover_every_item_once_and_errors_come_back() -> None:
+    torch.set_num_threads(4)
+    for size in (0, 1, 7, 1000):
+        visits = np.zeros(size, np.int64)
+
+        def visit(first: int, last: int, visits: np.ndarray = visits) -> None:
+            visits[first:last] += 1
+
+        run_over(visit, (), size, 1)
+        assert (visits == 1).all()
+
+    def fail(first: int, last: int) -> None:
+        raise ZeroDivisionError(first, last)
+
+    with pytest.raises(ZeroDivisionError):
+        run_over(fail, (), 100, 1)
+
+
+@kernel
+def widen_all(stored, numbers):  # type: ignore[no-untyped-def]
+    for i in range(len(stored)):
+        numbers[i] = widen(stored[i])
+
+
+@kernel
+def narrow_all(numbers, stored):  # type: ignore[no-untyped-def]
+    for i in range(len(stored)):
+        stored[i] = narrow(numbers[i], stored[i])
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_every_half_float_is_read_and_written_as_torch_does(dtype: torch.dtype) -> None:
+    stored = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16).view(dtype)
+    numbers = torch.empty(len(stored))
+    widen_all(array(stored), array(numbers))
+    torch.testing.assert_close(numbers, stored.float(), rtol=0, atol=0, equal_nan=True)
+
+    bits = torch.randint(-(1 << 31), 1 << 31, (1 << 18,), generator=torch.Generator().manual_seed(0))
+    between = (numbers + numbers.roll(1)) / 2  # ties between neighbours
+    numbers = torch.cat((bits.to(torch.int32).view(torch.float32), numbers, between, numbers * (1 + 1e-6)))
+    stored = torch.empty(len(numbers), dtype=dtype)
+    narrow_all(array(numbers), array(stored))
+    torch.testing.assert_close(stored, numbers.to(dtype), rtol=0, atol=0, equal_nan=True)
+
+
+def updated(seed: int, step: int, rows: Tensor, num_rows: int = 40, width: int = 512) -> Tensor:
+    """A bf16 table of ones after one step of 1e-4: far below the spacing of bf16 at 1, 2 ** -8."""
+    values = torch.ones(num_rows, width, dtype=torch.bfloat16)
+    grad_output = torch.ones(len(rows), width, dtype=torch.bfloat16)
+    reads = cpu.sort_reads([rows[:, None]], [torch.ones(len(rows), 1)], [grad_output])
+    moments = torch.zeros(2, num_rows, width)
+    cpu.adam_rows(values, *moments, reads, lr=1e-4, betas=(0.0, 0.0), eps=0.0, step=step, scale=1.0, seed=seed)
+    return values
+
+
+def test_bf16_is_rounded_at_random_without_bias() -> None:
+    values = updated(0, 1, torch.arange(40))
+    assert set(values.unique().tolist()) == {1.0, 1.0 - 2.0**-8}
+    chance = 1e-4 * 2**8
+    deviation = (chance * (1 - chance) / values.numel()) ** 0.5
+    assert abs((values < 1).double().mean() - chance) < 4 * deviation
+
+
+def test_random_rounding_depends_on_seed_step_row_and_column_alone() -> None:
+    values = updated(0, 1, torch.arange(40))
+    few = updated(0, 1, torch.tensor([7, 3]), width=100)
+    assert torch.equal(few[[3, 7]], values[[3, 7], :100])
+    assert (few[[0, 39]] == 1).all()
+    for other in (
+        updated(1, 1, torch.arange(40)),
+        updated(1 << 32, 1, torch.arange(40)),
+        updated(0, 2, torch.arange(40)),
+    ):
+        assert not torch.equal(other, values)
+    assert not torch.equal(values[0], values[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("num_rows", [1, 5, 3000, 1 << 22, 1 << 40])
+def test_sort_reads_equals_the_reference(num_rows: int, dtype: torch.dtype) -> None:
+    random = torch.Generator().manual_seed(0)
+    shapes = ((5, 3), (0, 3), (400, 7))
+    slots = [torch.randint(num_rows, shape, generator=random) for shape in shapes]
+    weights = [torch.rand(shape, generator=random, dtype=dtype) for shape in shapes]
+    grad_outputs = [torch.rand(shape[0], 2, generator=random) for shape in shapes]
+    ours = cpu.sort_reads(slots, weights, grad_outputs)
+    expected = reading_log.sort_reads(slots, weights, grad_outputs)
+    for name in ("rows", "offsets", "tokens", "weights", "grad_output"):
+        assert torch.equal(getattr(ours, name), getattr(expected, name)), name
+
+
+def test_warmup_compiles_everything_once() -> None:
+    count = cpu.warmup()
+    assert cpu.warmup() == count >= 18
+    assert not cpu.is_cold()
+
+
+@pytest.mark.parametrize("fill", [float("nan"), -float("nan"), float("inf"), -float("inf")])
+def test_not_finite_scores_select_valid_slots(fill: float) -> None:
+    query = torch.randn(50, 2, 8, generator=torch.Generator().manual_seed(0))
+    query[torch.rand(query.shape, generator=torch.Generator().manual_seed(1)) < 0.1] = fill
+    sub_keys = torch.randn(2, 2, 300, 4, generator=torch.Generator().manual_seed(2))
+    scores, slots = cpu.product_key_topk(query, sub_keys, 16)
+    assert slots.min() >= 0
+    assert slots.max() < 300**2
+    finite = query.isfinite().all(-1)
+    assert scores[finite].isfinite().all()
+
+
+def rows_in_unfavourable_order(size: int) -> dict[str, Tensor]:
+    rising = torch.arange(size, dtype=torch.float32)
+    return {
+        "rising": rising,
+        "falling": -rising,
+        "equal": torch.zeros(size),
+        "best together": torch.where(rising % 64 == 0, rising, -1.0),  # all in one group
+        "signed zeros": torch.where(rising % 2 == 0, 0.0, -0.0),
+    }
+
+
+@pytest.mark.parametrize("name", rows_in_unfavourable_order(1))
+@pytest.mark.parametrize(("size", "knn"), [(1, 1), (63, 63), (64, 5), (65, 32), (2000, 32), (700, 300)])
+def test_any_order_of_scores_gives_the_reference_selection(name: str, size: int, knn: int) -> None:
+    sub_keys = rows_in_unfavourable_order(size)[name].view(1, 1, size, 1).expand(1, 2, size, 1)
+    query = torch.tensor([[[1.0, 1.0]], [[1.0, -2.0]]])
+    ours, expected = (module.product_key_topk(query, sub_keys, knn) for module in (cpu, reference))
+    assert torch.equal(ours[0], expected[0])
+    assert torch.equal(ours[1], expected[1])

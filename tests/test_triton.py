@@ -1,0 +1,490 @@
+"""The Triton backend without a GPU: its kernels interpreted on the CPU, and compiled for Hopper.
+
+Both happen in processes of their own: the interpreter is switched on for a whole process, before Triton is imported.
+The checks below run in one such process, `python tests/test_triton.py`, which prints a JSON object of what failed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import oracle
+from pkmem.ops import reading_log, reference
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+CHECKS: dict[str, Callable[[Any], None]] = {}
+
+
+def check(function: Callable[[Any], None]) -> Callable[[Any], None]:
+    """A check of the backend; takes the backend's module."""
+    CHECKS[function.__name__] = function
+    return function
+
+
+def error(computed: Tensor, truth: np.ndarray) -> float:
+    """The largest error: absolute up to magnitude 1, relative to the largest entry above."""
+    difference = np.abs(oracle.fp64(computed) - truth)
+    return float(difference.max(initial=0) / np.abs(truth).max(initial=1))
+
+
+def assert_at_most_twice_as_wrong(computed: Tensor, by_reference: Tensor, truth: np.ndarray) -> None:
+    assert computed.dtype == by_reference.dtype
+    assert tuple(computed.shape) == truth.shape
+    ours, theirs = error(computed, truth), error(by_reference, truth)
+    assert ours <= 2 * theirs + 1e-6, (ours, theirs)
+
+
+# --- selection --------------------------------------------------------------------------------------------
+
+
+def integers(*shape: int) -> Tensor:
+    return torch.randint(-2, 3, shape).float()
+
+
+@check
+def slots_equal_the_reference_on_integers_with_ties(backend: Any) -> None:
+    for n, h, half, s, knn in ((3, 2, 3, 7, 3), (2, 1, 5, 130, 5), (17, 1, 1, 6, 1), (2, 1, 70, 5, 5), (2, 1, 1, 1, 1)):
+        query, sub_keys = integers(n, h, 2 * half), integers(h, 2, s, half)
+        scores, slots = backend.product_key_topk(query, sub_keys, knn)
+        true_scores, true_slots = reference.product_key_topk(query, sub_keys, knn)
+        assert torch.equal(slots, true_slots), (n, h, half, s, knn)
+        assert torch.equal(scores, true_scores), (n, h, half, s, knn)
+
+
+@check
+def parts_of_the_sub_keys_agree_with_the_whole(backend: Any) -> None:
+    from pkmem.ops.triton import selection
+
+    query, sub_keys = integers(2, 1, 4), integers(1, 2, 200, 2)
+    enough, selection._ENOUGH_PROGRAMS = selection._ENOUGH_PROGRAMS, 1
+    whole = backend.product_key_topk(query, sub_keys, 3)
+    selection._ENOUGH_PROGRAMS = enough
+    parted = backend.product_key_topk(query, sub_keys, 3)
+    assert all(torch.equal(*pair) for pair in zip(whole, parted, strict=True))
+
+
+@check
+def zeros_of_either_sign_go_by_lower_slot(backend: Any) -> None:
+    sub_keys = torch.tensor([-0.0, 0.0, -0.0, 0.0, -0.0]).reshape(1, 1, 5, 1).expand(1, 2, 5, 1)
+    _, slots = backend.product_key_topk(torch.tensor([[[-1.0, 1.0]]]), sub_keys, 5)
+    assert slots.tolist() == [[[0, 1, 2, 3, 4]]]
+
+
+@check
+def a_query_that_is_not_finite_disturbs_no_other(backend: Any) -> None:
+    query, sub_keys = torch.randn(4, 1, 4), torch.randn(1, 2, 5, 2)
+    query[1], query[2, 0, 0] = torch.nan, torch.inf
+    scores, slots = backend.product_key_topk(query, sub_keys, 3)
+    assert ((slots >= 0) & (slots < 25)).all()
+    healthy = [0, 3]
+    assert torch.equal(slots[healthy], reference.product_key_topk(query[healthy], sub_keys, 3)[1])
+    assert scores[healthy].isfinite().all()
+
+
+@check
+def scores_and_gradients_are_as_exact_as_the_reference(backend: Any) -> None:
+    for dtype in DTYPES:
+        query, sub_keys = torch.randn(5, 2, 14).to(dtype), torch.randn(2, 2, 19, 7).to(dtype)
+        scores, slots = backend.product_key_topk(query, sub_keys, 4)
+        truth = oracle.all_scores(query, sub_keys)
+        best = oracle.best_first(truth, 4)[0]
+        assert_at_most_twice_as_wrong(scores, reference.product_key_topk(query, sub_keys, 4)[0], best)
+        assert error(torch.from_numpy(truth).gather(-1, slots), best) < 1e-6
+        grad_scores = 0.01 * torch.randn(scores.shape)
+        truths = oracle.product_key_topk_gradients(grad_scores, query, sub_keys, slots)
+        grads = [side.product_key_topk_backward(grad_scores, query, sub_keys, slots) for side in (backend, reference)]
+        for ours, theirs, true_grad in zip(*grads, truths, strict=True):
+            assert_at_most_twice_as_wrong(ours, theirs, true_grad)
+
+
+@check
+def gradients_of_many_tokens_are_summed_in_parts(backend: Any) -> None:
+    query, sub_keys, grad_scores = integers(70, 1, 4), integers(1, 2, 9, 2), integers(70, 1, 3)
+    slots = torch.randint(81, (70, 1, 3))
+    ours = backend.product_key_topk_backward(grad_scores, query, sub_keys, slots)
+    theirs = reference.product_key_topk_backward(grad_scores, query, sub_keys, slots)
+    assert all(torch.equal(*pair) for pair in zip(ours, theirs, strict=True))
+
+
+@check
+def mixed_dtypes_and_gaps_in_memory_are_taken(backend: Any) -> None:
+    query = torch.stack([integers(3, 1, 4), integers(3, 1, 4)], -1)[..., 0].bfloat16()
+    sub_keys = torch.stack([integers(1, 2, 6, 2)] * 2, -1)[..., 0]
+    assert torch.equal(
+        backend.product_key_topk(query, sub_keys, 2)[1], reference.product_key_topk(query, sub_keys, 2)[1]
+    )
+
+
+@check
+def no_tokens_give_no_slots_and_no_gradient(backend: Any) -> None:
+    query, sub_keys = torch.randn(0, 2, 4), torch.randn(2, 2, 5, 2)
+    scores, slots = backend.product_key_topk(query, sub_keys, 3)
+    assert scores.shape == slots.shape == (0, 2, 3)
+    grads = backend.product_key_topk_backward(scores, query, sub_keys, slots)
+    assert torch.equal(grads[1], torch.zeros_like(sub_keys))
+
+
+@check
+def what_the_kernels_do_not_cover_goes_to_the_reference(backend: Any) -> None:
+    for query, sub_keys, knn in (
+        (torch.randn(1, 1, 2), torch.randn(1, 2, 70, 1), 65),
+        (torch.randn(1, 1, 2).double(), torch.randn(1, 2, 7, 1).double(), 3),
+    ):
+        ours, theirs = (side.product_key_topk(query, sub_keys, knn) for side in (backend, reference))
+        assert all(torch.equal(*pair) for pair in zip(ours, theirs, strict=True))
+
+
+# --- weighted sum -----------------------------------------------------------------------------------------
+
+BAG_SIZES = (
+    (53, 7, 29, 5),
+    (3, 17, 9, 40),
+    (20, 1100, 3, 9),
+    (20, 768, 2, 3),
+    (11, 1, 9, 3),
+    (11, 3, 0, 4),
+    (11, 3, 6, 0),
+)
+
+
+@check
+def sums_and_their_gradients_are_as_exact_as_the_reference(backend: Any) -> None:
+    for dtype in DTYPES:
+        for m, v, n, b in BAG_SIZES:
+            values, slots, weights = torch.randn(m, v).to(dtype), torch.randint(m, (n, b)), torch.randn(n, b).to(dtype)
+            grad_output = torch.randn(n, v).to(dtype)
+            true_sum = oracle.weighted_sum(values, slots, weights)
+            true_grads = oracle.weighted_sum_gradients(values, slots, weights, grad_output)
+            sums = [side.weighted_sum(values, slots, weights) for side in (backend, reference)]
+            assert_at_most_twice_as_wrong(*sums, true_sum)
+            grads = [side.weighted_sum_grad_weights(values, slots, grad_output) for side in (backend, reference)]
+            assert_at_most_twice_as_wrong(*grads, true_grads[1])
+            reads = reading_log.sort_reads([slots], [weights], [grad_output])
+            dense = [side.weighted_sum_grad_values(reads, m) for side in (backend, reference)]
+            assert_at_most_twice_as_wrong(*dense, true_grads[0])
+
+
+@check
+def many_tokens_take_the_other_launch_shape(backend: Any) -> None:
+    values, slots, weights = integers(31, 5), torch.randint(31, (300, 9)), integers(300, 9)
+    assert torch.equal(backend.weighted_sum(values, slots, weights), reference.weighted_sum(values, slots, weights))
+
+
+@check
+def tables_may_have_gaps_between_rows(backend: Any) -> None:
+    for values in (integers(9, 12)[:, :5], integers(5, 9).mT):
+        slots, weights, grad_output = torch.randint(9, (4, 3)), integers(4, 3), integers(4, 5)
+        assert torch.equal(backend.weighted_sum(values, slots, weights), reference.weighted_sum(values, slots, weights))
+        ours, theirs = (
+            side.weighted_sum_grad_weights(values, slots, grad_output.expand(4, 5)) for side in (backend, reference)
+        )
+        assert torch.equal(ours, theirs)
+
+
+@check
+def offsets_past_two_to_the_31_are_right(backend: Any) -> None:
+    width, far = 1024, (1 << 21) + 3  # row `far` begins past 2 ** 31 elements
+    tables = [torch.empty(far + 1, width, dtype=torch.bfloat16) for _ in range(3)]  # memory is used where touched
+    near = [torch.empty(2, width, dtype=torch.bfloat16) for _ in range(3)]
+    for table, small in zip(tables, near, strict=True):
+        small.uniform_(0.5, 1)
+        table[0], table[far] = small[0], small[1]
+    slots, weights, grad_output = torch.tensor([[0, far], [far, far]]), torch.rand(2, 2), torch.randn(2, width)
+    small_slots = slots.clamp(max=1)
+    assert torch.equal(
+        backend.weighted_sum(tables[0], slots, weights), backend.weighted_sum(near[0], small_slots, weights)
+    )
+    assert torch.equal(
+        backend.weighted_sum_grad_weights(tables[0], slots, grad_output),
+        backend.weighted_sum_grad_weights(near[0], small_slots, grad_output),
+    )
+    step = {"lr": 0.1, "betas": (0.9, 0.98), "eps": 1e-8, "step": 1, "scale": 1.0}
+    for group, rows in ((tables, slots), (near, small_slots)):
+        backend.adam_rows(*group, backend.sort_reads([rows], [weights], [grad_output]), **step)
+    for table, small in zip(tables, near, strict=True):
+        assert torch.equal(table[0], small[0])
+        # The rounding of values is keyed by the row; the nearest two bf16 numbers are 2 ** -8 apart.
+        assert (table[far].float() - small[1].float()).abs().max() <= 2**-7
+
+
+# --- rows -------------------------------------------------------------------------------------------------
+
+STEP: dict[str, Any] = {"lr": 0.01, "betas": (0.9, 0.98), "eps": 1e-8, "step": 3, "scale": 0.5}
+
+
+def passes() -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Two backward passes over a table of 40 rows; row 1 has more than two pieces of reads, row 7 one read more."""
+    hot = torch.randint(2, 12, (100, 9))
+    hot[:, :6] = 1
+    hot[hot == 7] = 8
+    hot[:3, 8] = 7
+    slots = [hot, torch.randint(12, 38, (11, 4))]
+    return [(part, torch.randn(part.shape), torch.randn(len(part), 37)) for part in slots]
+
+
+def sorted_by(sort: Callable[..., Any], all_passes: list[tuple[Tensor, Tensor, Tensor]]) -> Any:
+    return sort(*(list(part) for part in zip(*all_passes, strict=True)))
+
+
+def tables() -> list[Tensor]:
+    return [torch.randn(40, 37), torch.randn(40, 37), torch.rand(40, 37)]
+
+
+@check
+def reads_are_sorted_as_by_the_log(backend: Any) -> None:
+    for all_passes in (passes(), passes()[1:]):
+        truth = sorted_by(reading_log.sort_reads, all_passes)
+        num_rows = len(truth.rows)
+        for bound in (None, 40):
+            reads = backend.sort_reads(*(list(part) for part in zip(*all_passes, strict=True)), num_rows=bound)
+            assert torch.equal(reads.rows[:num_rows], truth.rows)
+            assert torch.equal(reads.offsets[: num_rows + 1], truth.offsets)
+            assert (reads.offsets[num_rows:] == len(truth.tokens)).all()
+            assert len(reads.offsets) == len(reads.rows) + 1
+            for name in ("tokens", "weights", "grad_output"):
+                assert torch.equal(getattr(reads, name), getattr(truth, name))
+
+
+@check
+def gradients_norm_and_adam_follow_the_oracle_from_either_log(backend: Any) -> None:
+    all_passes = passes()
+    gradients = oracle.row_gradients(all_passes)
+    for sort in (backend.sort_reads, reading_log.sort_reads):
+        reads = sorted_by(sort, all_passes)
+        by_reference = sorted_by(reading_log.sort_reads, all_passes)
+        dense = np.zeros((40, 37))
+        dense[list(gradients)] = list(gradients.values())
+        both = backend.weighted_sum_grad_values(reads, 40), reference.weighted_sum_grad_values(by_reference, 40)
+        assert_at_most_twice_as_wrong(*both, dense)
+        norm = backend.row_gradient_norm(reads)
+        assert norm.dtype == torch.float64
+        assert abs(norm.item() / np.linalg.norm(dense) - 1) < 1e-6
+        ours = tables()
+        theirs, truth = [table.clone() for table in ours], [oracle.fp64(table) for table in ours]
+        backend.adam_rows(*ours, reads, **STEP)
+        reference.adam_rows(*theirs, by_reference, **STEP)
+        halved = {row: 0.5 * gradient for row, gradient in gradients.items()}
+        oracle.adam(*truth, halved, lr=0.01, betas=(0.9, 0.98), eps=1e-8, step=3)
+        for trio in zip(ours, theirs, truth, strict=True):
+            assert_at_most_twice_as_wrong(*trio)
+
+
+@check
+def two_runs_give_the_same_bits_and_rows_not_read_keep_theirs(backend: Any) -> None:
+    all_passes, before = passes(), tables()
+    results = []
+    for _ in range(2):
+        reads = sorted_by(backend.sort_reads, all_passes)
+        after = [table.clone() for table in before]
+        backend.adam_rows(*after, reads, **STEP)
+        results.append([*after, backend.row_gradient_norm(reads), backend.weighted_sum_grad_values(reads, 40)])
+    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+    untouched = sorted(set(range(40)) - set(oracle.group_reads(all_passes)))
+    assert untouched
+    for table, old in zip(results[0], before, strict=False):
+        assert torch.equal(table[untouched], old[untouched])
+
+
+@check
+def numbers_may_be_tensors_and_a_scale_that_is_not_finite_changes_nothing(backend: Any) -> None:
+    reads, before = sorted_by(backend.sort_reads, passes()), tables()
+    plain, in_tensors, skipped = ([table.clone() for table in before] for _ in range(3))
+    backend.adam_rows(*plain, reads, **STEP)
+    numbers = {name: torch.tensor(STEP[name], dtype=torch.float64) for name in ("lr", "step", "scale")}
+    backend.adam_rows(*in_tensors, reads, **{**STEP, **numbers})
+    assert all(torch.equal(*pair) for pair in zip(plain, in_tensors, strict=True))
+    for scale in (torch.tensor(torch.nan), torch.inf):
+        backend.adam_rows(*skipped, reads, **{**STEP, "scale": scale})
+    assert all(torch.equal(*pair) for pair in zip(before, skipped, strict=True))
+
+
+@check
+def a_gradient_that_is_not_finite_shows_in_the_norm(backend: Any) -> None:
+    for bad in (torch.nan, torch.inf):
+        all_passes = passes()
+        all_passes[1][2][5, 36] = bad
+        assert not backend.row_gradient_norm(sorted_by(backend.sort_reads, all_passes)).isfinite()
+
+
+@check
+def a_bf16_table_is_rounded_at_random_without_bias_and_by_key(backend: Any) -> None:
+    slots, weights = torch.arange(30)[:, None], torch.ones(30, 1)
+    reads = backend.sort_reads([slots], [weights], [torch.ones(30, 300)])
+    number = 1 + 2**-7 * 0.3  # from 1 it is three tenths of the way to the next bf16 number
+
+    def rounded(seed: int, step: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        moments = [torch.zeros(30, 300, dtype=torch.float32) for _ in range(2)]
+        values = torch.ones(30, 300, dtype=dtype)
+        lr = -(number - 1)  # the first step of Adam is lr times the sign of the gradient
+        backend.adam_rows(values, *moments, reads, lr=lr, betas=(0.0, 0.0), eps=1e-30, step=step, scale=1.0, seed=seed)
+        return values
+
+    assert (rounded(0, 1, torch.float32) - number).abs().max() < 1e-6
+    values = rounded(3, 1)
+    up = (values == 1 + 2**-7).float()
+    assert ((values == 1) | (up == 1)).all()
+    assert abs(up.mean() - 0.3) < 0.02
+    assert (up.mean(1) - 0.3).abs().max() < 0.15
+    assert torch.equal(values, rounded(3, 1))
+    for other in (rounded(4, 1), rounded(3, 2), rounded(3 + (1 << 40), 1)):
+        assert 0.3 < (other == values).float().mean() < 0.7
+
+
+@check
+def rounding_is_keyed_as_on_the_cpu(backend: Any) -> None:
+    if not find_spec("numba"):
+        return
+    from pkmem.ops import cpu
+
+    slots = torch.arange(20)[:, None] + (1 << 20)
+    reads = reading_log.sort_reads([slots], [torch.ones(20, 1)], [torch.randn(20, 33)])
+    results = []
+    for side in (backend, cpu):
+        table = torch.ones((1 << 20) + 20, 33, dtype=torch.bfloat16)
+        moments = [torch.zeros(table.shape) for _ in range(2)]
+        side.adam_rows(table, *moments, reads, **{**STEP, "lr": 0.002}, seed=(7 << 32) + 5)
+        results.append(table[1 << 20 :])
+    assert (results[0] == results[1]).float().mean() > 0.99  # but for sums rounded otherwise
+
+
+@check
+def bf16_moments_follow_the_reference(backend: Any) -> None:
+    reads, by_reference = (sorted_by(sort, all_passes) for all_passes in [passes()] for sort in
+                           (backend.sort_reads, reading_log.sort_reads))  # fmt: skip
+    ours = [table.to(torch.bfloat16) if number else table for number, table in enumerate(tables())]
+    theirs = [table.clone() for table in ours]
+    backend.adam_rows(*ours, reads, **STEP)
+    reference.adam_rows(*theirs, by_reference, **STEP)
+    for pair in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(*pair, rtol=2**-7, atol=1e-5)
+
+
+@check
+def no_reads_are_no_work(backend: Any) -> None:
+    reads = backend.sort_reads([torch.zeros(0, 3, dtype=torch.int64)], [torch.zeros(0, 3)], [torch.zeros(0, 5)])
+    assert backend.row_gradient_norm(reads) == 0
+    assert torch.equal(backend.weighted_sum_grad_values(reads, 4), torch.zeros(4, 5))
+    values = torch.ones(4, 5)
+    backend.adam_rows(values, values.clone(), values.clone(), reads, **STEP)
+    assert (values == 1).all()
+
+
+# --- the processes ----------------------------------------------------------------------------------------
+
+
+def interpreted() -> dict[str, str]:
+    """What failed, by check: its traceback."""
+    from pkmem.ops import triton as backend
+
+    failures = {}
+    for name, function in CHECKS.items():
+        torch.manual_seed(0)
+        try:
+            function(backend)
+        except Exception:
+            failures[name] = traceback.format_exc()
+    return failures
+
+
+def compiled() -> dict[str, str]:
+    """What failed to compile for Hopper. Every launch becomes a compilation: no GPU is needed, results are garbage."""
+    import triton
+    from triton.runtime.jit import JITFunction
+
+    failures, done = {}, set()
+
+    def compile_instead(kernel: Any, *args: Any, grid: Any, warmup: bool, num_warps: int, **constants: Any) -> None:
+        try:
+            done.add(compile_for_hopper(triton, kernel, args, constants, num_warps))
+        except Exception:
+            failures[f"{kernel.__name__} {constants}"] = traceback.format_exc()
+
+    JITFunction.run = compile_instead
+    from pkmem.ops import triton as backend
+
+    for dtype, knn, n in ((torch.bfloat16, 2, 300), (torch.float32, 5, 1)):
+        query, sub_keys = torch.zeros(n, 1, 32, dtype=dtype), torch.zeros(1, 2, 200, 16, dtype=dtype)
+        scores, slots = backend.product_key_topk(query, sub_keys, knn)
+        backend.product_key_topk_backward(scores, query, sub_keys, torch.zeros_like(slots))
+        values, moments = torch.zeros(9, 768, dtype=dtype), torch.zeros(9, 768)
+        slots, weights, grad_output = torch.zeros(n, 9).long(), torch.zeros(n, 9), torch.zeros(n, 768, dtype=dtype)
+        backend.weighted_sum(values, slots, weights)
+        backend.weighted_sum_grad_weights(values, slots, grad_output)
+        reads = backend.sort_reads([slots], [weights], [grad_output])
+        backend.weighted_sum_grad_values(reads, 9)
+        backend.row_gradient_norm(reads)
+        backend.adam_rows(values, moments, moments.clone(), reads, **STEP)
+    kernels = {"_best_sub_keys", "_merge_parts", "_best_pairs", "_sum_queries", "_sum_rows", "_dot_rows"}
+    kernels |= {"_sum_pieces", "_write_gradients", "_sum_squares", "_adam"}
+    if kernels - done and not failures:
+        failures["never launched"] = ", ".join(sorted(kernels - done))
+    return failures
+
+
+def compile_for_hopper(triton: Any, kernel: Any, args: tuple[Any, ...], constants: dict[str, Any], warps: int) -> str:
+    """Compiles as a launch with these arguments would, and returns the kernel's name."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    types = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64",
+             torch.int64: "i64", torch.int32: "i32"}  # fmt: skip
+    signature, attributes = {}, {}
+    for place, (name, value) in enumerate(zip(kernel.arg_names, args, strict=False)):
+        if isinstance(value, Tensor):
+            signature[name] = "*" + types[value.dtype]
+        elif isinstance(value, int) and value == 1 and not name.startswith("seed"):
+            signature[name], constants = "constexpr", {**constants, name: 1}
+        else:
+            signature[name] = "i32" if isinstance(value, int) else "fp32"
+        if isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0):
+            attributes[(place,)] = [["tt.divisibility", 16]]
+    signature |= {name: "constexpr" for name in kernel.arg_names if name not in signature}
+    source = ASTSource(kernel, signature, constants, attributes)
+    triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
+    return str(kernel.__name__)
+
+
+def in_a_process(what: str, cache: Path, interpret: bool) -> dict[str, str]:
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(cache), "TRITON_INTERPRET": str(int(interpret))}
+    environment |= {"OMP_NUM_THREADS": "1", "PKMEM_AUTOTUNE": "0"}
+    finished = subprocess.run([sys.executable, __file__, what], capture_output=True, text=True, env=environment)
+    assert finished.returncode == 0, finished.stderr
+    failures: dict[str, str] = json.loads(finished.stdout.splitlines()[-1])
+    return failures
+
+
+needs_triton = pytest.mark.skipif(not find_spec("triton"), reason="Triton is not installed")
+
+
+@pytest.fixture(scope="module")
+def failures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    return in_a_process("interpreted", tmp_path_factory.mktemp("triton"), interpret=True)
+
+
+@needs_triton
+@pytest.mark.parametrize("name", CHECKS)
+def test_interpreted(name: str, failures: dict[str, str]) -> None:
+    assert name not in failures, failures[name]
+
+
+@needs_triton
+def test_every_kernel_compiles_for_hopper(tmp_path: Path) -> None:
+    failures = in_a_process("compiled", tmp_path, interpret=False)
+    assert not failures, "\n".join(f"{name}\n{trace}" for name, trace in failures.items())
+
+
+if __name__ == "__main__":
+    print(json.dumps({"interpreted": interpreted, "compiled": compiled}[sys.argv[1]]()))
