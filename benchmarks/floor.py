@@ -21,10 +21,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from harness import Timings, interleave
 from numba import njit
 from torch import Tensor
 
+from harness import Timings, interleave
 from pkmem.config import MemoryConfig
 from pkmem.memory import ProductKeyMemory
 from pkmem.ops.cpu.threads import run_over
@@ -211,8 +211,14 @@ def slots_read(memory: ProductKeyMemory, x: Tensor) -> Tensor:
 def products(config: MemoryConfig, num_tokens: int) -> dict[str, Callable[[], Any]]:
     """The two matrix products of a forward, at their shapes."""
     half = config.query_dim // 2
-    x, weight = torch.randn(num_tokens, config.bound_dim), torch.randn(config.bound_dim, config.heads * config.query_dim)
-    query, keys = torch.randn(2 * config.heads, num_tokens, half), torch.randn(2 * config.heads, half, config.num_sub_keys)
+    x, weight = (
+        torch.randn(num_tokens, config.bound_dim),
+        torch.randn(config.bound_dim, config.heads * config.query_dim),
+    )
+    query, keys = (
+        torch.randn(2 * config.heads, num_tokens, half),
+        torch.randn(2 * config.heads, half, config.num_sub_keys),
+    )
     out_query, out_scores = x @ weight, query @ keys
     return {
         QUERY: lambda: torch.mm(x, weight, out=out_query),

@@ -215,11 +215,11 @@ class Report:
     ) -> None:
         """A line: a ratio or another figure, and its target if there is one."""
         ratio = measured if isinstance(measured, Ratio) else Ratio(measured, measured, measured)
-        line = {"what": what, **asdict(ratio), "at_least": at_least, "at_most": at_most, "met": None}
-        if at_least is not None or at_most is not None:
-            line["met"] = (at_least is None or ratio.median >= at_least) and (
-                at_most is None or ratio.median <= at_most
-            )
+        above = at_least is None or ratio.median >= at_least
+        below = at_most is None or ratio.median <= at_most
+        has_target = not self.options.smoke and (at_least, at_most) != (None, None)
+        met = (above and below) if has_target else None
+        line = {"what": what, **asdict(ratio), "at_least": at_least, "at_most": at_most, "met": met}
         self.lines.append(line)
 
     def note(self, text: str) -> None:
@@ -242,6 +242,7 @@ class Report:
             "name": self.name,
             "smoke": self.options.smoke,
             "environment": environment(),
+            "malloc": {name: os.environ.get(name) for name in TUNED_MALLOC},
             "peers": {name: _version(name) for name in ("product-key-memory", "PEER-pytorch")},
             "repeats": self.options.repeats,
             "load_average": {"before": self.load_before, "after": os.getloadavg()[0]},
@@ -275,7 +276,9 @@ def _row(line: dict[str, Any]) -> str:
 
 def _header(options: Options) -> str:
     where = environment()
-    versions = ", ".join(f"{name} {where['versions'][name]}" for name in ("torch", "numba") if name in where["versions"])
+    versions = ", ".join(
+        f"{name} {where['versions'][name]}" for name in ("torch", "numba") if name in where["versions"]
+    )
     return (
         f"{where['processor']}, {where['cores']} cores, {options.threads} threads, {versions}, "
         f"commit {where['commit']}, {options.repeats} turns"

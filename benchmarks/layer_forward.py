@@ -12,14 +12,14 @@ import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor, nn
+
 import harness
 import peers
-import torch
 from floor import Floor, forward_floor
 from harness import Options, Report, check_same, interleave
 from peers import FFN, LAYERS, PLAIN
-from torch import Tensor, nn
-
 from pkmem import MemoryConfig, ProductKeyMemory
 
 OURS = "pkmem"

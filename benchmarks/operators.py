@@ -11,22 +11,22 @@ from __future__ import annotations
 
 from functools import partial
 
-import harness
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
+import harness
 from floor import fastest, readers, updaters
 from harness import Options, Report, check_same, interleave
 from peers import select
-from steps import moments_of
-from torch import Tensor, nn
-
 from pkmem import MemoryConfig, RowAdam, ops
 from pkmem.memory import ValueTable
 from pkmem.ops import cpu
 from pkmem.ops.cpu.selection import select as select_kernel
 from pkmem.ops.cpu.threads import run_over
+from steps import moments_of
 
-TORCH = "torch"
+TORCH, ORDERS = "torch", ("sorted", "unsorted")
 
 
 def main() -> None:
@@ -51,7 +51,9 @@ def main() -> None:
         bag(report, options, table.weight.detach(), slots, weights)
         bag_grad_weights(report, options, table.weight.detach(), slots, weights, grad_output)
         update(report, options, table, slots, weights, grad_output)
-    report.note("torch's way of selecting: top-k of both halves, all knn^2 sums, top-k, softmax; the faster of sorted or not")
+    report.note(
+        "torch's way of selecting: top-k of both halves, all knn^2 sums, top-k, softmax; the faster of sorted or not"
+    )
     report.note("pure read: the fastest of several loops that load the same rows and compute next to nothing")
     report.write()
 
@@ -73,9 +75,6 @@ def selection(report: Report, options: Options, query: Tensor, sub_keys: Tensor,
     report.keep("selection", timings)
     what = f"selection, s {sub_keys.shape[2]}: torch / ours"
     report.add(what, timings.ratio(timings.fastest(torch_ways), "ours"), at_least=12)
-
-
-ORDERS = ("sorted", "unsorted")
 
 
 def scores_and_selection(report: Report, options: Options, query: Tensor, sub_keys: Tensor, knn: int) -> None:
@@ -102,7 +101,8 @@ def selection_backward(report: Report, options: Options, query: Tensor, sub_keys
     half_scores = torch.einsum("nhpd,hpsd->nhps", query.unflatten(-1, (2, -1)), sub_keys)
     num_sub_keys = sub_keys.shape[2]
     theirs = sum(
-        half_scores[:, :, half].gather(-1, chosen) for half, chosen in enumerate((slots // num_sub_keys, slots % num_sub_keys))
+        half_scores[:, :, half].gather(-1, chosen)
+        for half, chosen in enumerate((slots // num_sub_keys, slots % num_sub_keys))
     )
     assert isinstance(theirs, Tensor)
     ours, torchs = (
@@ -137,9 +137,7 @@ def bag_grad_weights(
     ours = partial(cpu.weighted_sum_grad_weights, values, slots, grad_output)
     torchs = partial(torch.autograd.grad, summed, weights, grad_output, retain_graph=True)
     check_same("d(weights)", ours(), torchs()[0])
-    timings = interleave(
-        {"ours": ours, TORCH: torchs, "pure read": fastest(readers(values, slots))}, options.repeats
-    )
+    timings = interleave({"ours": ours, TORCH: torchs, "pure read": fastest(readers(values, slots))}, options.repeats)
     width = values.shape[1]
     report.keep(f"d(weights) of the bag, width {width}", timings)
     report.add(f"d(weights), width {width}: pure read / ours", timings.ratio("pure read", "ours"))
@@ -154,9 +152,10 @@ def update(
     sparse = torch.optim.SparseAdam([table.weight], 1e-5)
     dense = torch.optim.Adam([table.weight], 1e-5, fused=True)
 
-    def backward(sparse_gradient: bool) -> Tensor:
-        bag = F.embedding_bag(slots, table.weight, mode="sum", per_sample_weights=weights, sparse=sparse_gradient)
-        return torch.autograd.grad(bag, table.weight, grad_output)[0]
+    summed = {
+        is_sparse: F.embedding_bag(slots, table.weight, mode="sum", per_sample_weights=weights, sparse=is_sparse)
+        for is_sparse in (True, False)
+    }
 
     def our_update() -> None:
         assert table.log is not None
@@ -164,9 +163,9 @@ def update(
         ours.step()
 
     def torch_update(optimizer: torch.optim.Optimizer, is_sparse: bool) -> None:
-        table.weight.grad = backward(is_sparse)
+        summed[is_sparse].backward(grad_output, retain_graph=True)
         optimizer.step()
-        table.weight.grad = None
+        optimizer.zero_grad()
 
     our_update()
     moments = moments_of(ours, table.weight)

@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from harness import check_same
-from peers import FFN, LAYERS, PEER, PKM, PLAIN, PlainMemory
 from torch import Tensor, nn
 from torch.optim import Adam, Optimizer, SparseAdam
 
+from harness import check_same
+from peers import FFN, LAYERS, PEER, PKM, PLAIN, PlainMemory
 from pkmem import RowAdam
 from pkmem.config import MemoryConfig
 from pkmem.memory import ProductKeyMemory

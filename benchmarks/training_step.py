@@ -17,9 +17,8 @@ import steps
 from floor import training_floor
 from harness import Options, Report, interleave
 from peers import FFN, PEER, PKM
-from steps import DENSE, FOREACH, FUSED, OURS, SPARSE, flow_of, moments_of, steps_on_one_table
-
 from pkmem import MemoryConfig, ProductKeyMemory
+from steps import DENSE, FOREACH, FUSED, OURS, SPARSE, flow_of, moments_of, steps_on_one_table
 
 PEERS = (SPARSE, FUSED, FOREACH, PKM, PEER, FFN)
 
@@ -65,7 +64,9 @@ def measure(report: Report, options: Options, case: Case) -> None:
     report.details[f"{case}, rates"] = floor.rates(timings)
     report.add(f"{case}: SparseAdam / ours", timings.ratio(SPARSE, OURS), at_least=case.sparse_over_ours)
     best = timings.fastest(DENSE)
-    report.add(f"{case}: best dense peer ({best}) / ours", timings.ratio(best, OURS), at_least=case.best_dense_over_ours)
+    report.add(
+        f"{case}: best dense peer ({best}) / ours", timings.ratio(best, OURS), at_least=case.best_dense_over_ours
+    )
     for name in PEERS:
         if name in timings.seconds and name not in (SPARSE, best):
             report.add(f"{case}: {name} / ours", timings.ratio(name, OURS))

@@ -1,6 +1,8 @@
 """The demo: three runs that differ in the model alone, compared in a table, a plot and summary.json."""
 
+import contextlib
 import dataclasses
+import io
 import json
 import re
 from pathlib import Path
@@ -38,12 +40,10 @@ def tiny_recipes(out: Path, data: str, seed: int) -> dict[str, Recipe]:
 def finished(text: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict, str]:
     """The demo's directory, what it returned and what it printed."""
     out = tmp_path_factory.mktemp("demo")
-    with pytest.MonkeyPatch.context() as patch:
-        printed: list[str] = []
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as printed:
         patch.setattr(module, "recipes", tiny_recipes)
-        patch.setattr("builtins.print", lambda *texts, **_: printed.append(" ".join(texts)))
         summary = demo(out, data=str(text))
-    return out, summary, "\n".join(printed)
+    return out, summary, printed.getvalue()
 
 
 def test_the_three_recipes_differ_only_where_they_should() -> None:

@@ -479,3 +479,11 @@ def test_one_dense_and_one_row_memory_train_side_by_side() -> None:
 
 def test_row_adam_says_what_it_is() -> None:
     assert re.match(r"RowAdam \(\nParameter Group 0\n", repr(RowAdam(table_of(9, 4))))
+
+
+def test_a_combined_optimizer_refuses_a_group_no_part_would_step() -> None:
+    parts = [torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1) for _ in range(2)]
+    combined = CombinedOptimizer(*parts)
+    assert len(combined.param_groups) == 2
+    with pytest.raises(ValueError, match="one of its parts"):
+        combined.add_param_group({"params": [torch.nn.Parameter(torch.ones(1))], "lr": 0.1})

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -411,7 +412,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint_intact(run: Path, text: Path
     try:
         with (
             before_update(4, fill),
-            pytest.raises(CheckpointError, match="step-6: no space left.*the previous checkpoint step-3 is intact"),
+            pytest.raises(CheckpointError, match=r"step-6: no space left.*the previous checkpoint step-3 is intact"),
         ):
             train(recipe, progress=False)
     finally:
@@ -471,6 +472,18 @@ def test_progress_is_on_stderr_and_can_be_silenced(text: Path, tmp_path: Path, c
     train(replace(recipe, out=tmp_path / "quiet"), progress=False)
     quiet = capsys.readouterr()
     assert quiet.out == quiet.err == ""
+
+
+def test_training_works_outside_the_main_thread(text: Path, tmp_path: Path) -> None:
+    recipe = tiny(text, tmp_path / "run", training={"num_tokens": 128})
+    with ThreadPoolExecutor(1) as pool:
+        summary = pool.submit(train, recipe, progress=False).result()
+    assert summary == load_json(recipe.out / "summary.json")
+
+
+def test_a_tokenizer_is_trained_on_the_first_texts_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "_TOKENIZER_CHARS", 5)
+    assert list(training._first_chars(["abc", "de", "f", "never"])) == ["abc", "de", "f"]
 
 
 def test_records_are_json_lines(run: Path) -> None:

@@ -7,7 +7,7 @@ import os
 import re
 import sys
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from jsonargparse import ActionYesNo, ArgumentParser, Namespace
 
@@ -26,6 +26,9 @@ class _Parser(ArgumentParser):
     """Errors are one line that names the fix."""
 
     verb: str | None = None
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, **options)  # or memory.kn would be memory.knn
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         _fail(_explain(message, self.verb))
@@ -69,7 +72,9 @@ def build_parser() -> ArgumentParser:
 
 
 def _train_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("--config", action="config", help="a recipe, such as configs/tiny.yaml; options override it")
+    parser.add_argument(
+        "--config", action="config", help="a recipe, such as configs/tiny.yaml; options after it override it"
+    )
     parser.add_class_arguments(Recipe, as_group=False)
     parser.add_argument("--resume", action=ActionYesNo, default=False, help="go on from the newest checkpoint of OUT")
     parser.add_argument("--overwrite", action=ActionYesNo, default=False, help="replace OUT if it is there")

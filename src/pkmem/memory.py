@@ -221,6 +221,8 @@ class ValueTable(nn.Module):
 
     def forward(self, slots: Tensor, weights: Tensor) -> Tensor:
         """Slots and weights (n, h, knn) -> sums over heads and neighbours (n, v) (eq. 3)."""
+        if self.log is not None and self.log.before_read is not None:
+            self.log.before_read(slots)
         return ops.weighted_sum(self.weight, slots.flatten(1), weights.flatten(1), log=self.log, backend=self.backend)
 
     def extra_repr(self) -> str:

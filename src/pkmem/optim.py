@@ -11,17 +11,26 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from pkmem.memory import ValueTable, tables_in
-from pkmem.ops import backend_module, choose_backend
+from pkmem.ops import backend_module, choose_backend, reference
 from pkmem.ops.reading_log import ReadLog, SortedReads
 
 
 class RowAdam(Optimizer):
-    """Adam on the rows of value tables that were read since the last step (lazy moments).
+    """Adam on the rows of value tables that were read since the last step.
 
     From its construction on, its tables keep a reading log instead of a dense gradient (`.grad` stays
     None): a step costs the reads, not the table, over any number of micro-batches and layers that share a
     table. A row not read is left bitwise as it was; the bias correction counts all steps. Equals
-    `torch.optim.SparseAdam` on the sparse gradient. No weight decay.
+    `torch.optim.SparseAdam` on the sparse gradient; with `lazy=False`, `torch.optim.Adam` on the dense one.
+    No weight decay.
+
+    A bf16 table is rounded up or down at random with the chances that keep the mean, since a step of lr 1e-4 is
+    lost when rounded to nearest; so are bf16 moments. An fp16 table is rounded to nearest: keep its lr high.
+
+    `lazy=False` costs more, in exchange for exactness: a row that was not read catches up on the steps it missed when
+    it is read again, a pass over it for each of them until its first moment has vanished (after some 440 steps
+    with the default betas and eps). It keeps 4 bytes per row and 8 per step, cannot be compiled with `fullgraph=True`, and
+    takes betas and eps to be constant. A model copied or saved without `catch_up` or `state_dict` before is behind.
 
     Args:
         tables: a module whose tables to train (a memory, a model), a `ValueTable`, or an iterable of these.
@@ -29,6 +38,9 @@ class RowAdam(Optimizer):
         betas: decay of the two moments, each in [0, 1).
         eps: added to the root of the second moment, > 0.
         max_norm: clip the norm of all tables' gradients together to this, > 0; None does not clip.
+        moment_dtype: torch.float32 or torch.bfloat16, which halves the moments; None is fp32 (fp64 for fp64 tables).
+        seed: of the random rounding, >= 0; the same when resuming makes the same bits.
+        lazy: False also moves rows that were not read, as their first moments say: see above.
 
     Attributes:
         num_skipped: steps left out because a gradient was not finite.
@@ -44,20 +56,31 @@ class RowAdam(Optimizer):
         betas: tuple[float, float] = (0.9, 0.98),
         eps: float = 1e-8,
         max_norm: float | None = None,
+        *,
+        moment_dtype: torch.dtype | None = None,
+        seed: int = 0,
+        lazy: bool = True,
     ) -> None:
         _in_range("lr", lr, lr > 0, "> 0")
         _in_range("betas", betas, all(0 <= beta < 1 for beta in betas), "in [0, 1)")
         _in_range("eps", eps, eps > 0, "> 0")
         _in_range("max_norm", max_norm, max_norm is None or max_norm > 0, "None or > 0")
+        dtypes = (None, torch.float32, torch.bfloat16)
+        _in_range("moment_dtype", moment_dtype, moment_dtype in dtypes, "None, torch.float32 or torch.bfloat16")
+        _in_range("seed", seed, seed >= 0, ">= 0")
         modules = [tables] if isinstance(tables, nn.Module) else list(tables)
         self._tables = list(dict.fromkeys(table for module in modules for table in tables_in(module)))
         if not self._tables:
             raise ValueError("no value table found: give RowAdam a ProductKeyMemory or a model with one")
         super().__init__([table.weight for table in self._tables], {"lr": lr, "betas": tuple(betas), "eps": eps})
         self.max_norm = max_norm
+        self.moment_dtype = moment_dtype
+        self.seed = seed
         self.num_skipped = 0
+        self._progress = {} if lazy else {table: _Progress(table.weight) for table in self._tables}
         for table in self._tables:
             table.log = table.log or ReadLog()
+            table.log.before_read = None if lazy else self._hook(table)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -77,7 +100,7 @@ class RowAdam(Optimizer):
                 loss = closure()
         reads = self._sorted_reads()
         scale = 1.0
-        if reads:
+        if reads and not (self.max_norm is None and all(map(_surely_finite, reads.values()))):
             norm = self._norm(reads)
             if not math.isfinite(norm):
                 self.num_skipped += 1
@@ -101,14 +124,28 @@ class RowAdam(Optimizer):
             assert table.log is not None
             table.log.clear()
 
+    @torch.no_grad()
+    def catch_up(self) -> None:
+        """Brings all rows to where a dense Adam has them, a pass over those that are not; nothing to do if lazy."""
+        for table, progress in self._progress.items():
+            self._replay(table, (progress.last_steps < progress.step).nonzero().squeeze(1))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state as `torch.optim.Adam` has it, once all rows have caught up; its tensors are not copies."""
+        self.catch_up()
+        return super().state_dict()
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores what `state_dict` gave, the moments in fp32 where torch would take the table's dtype."""
+        """Restores what `state_dict` gave, the moments in `moment_dtype` where torch would take the table's dtype."""
         super().load_state_dict(state_dict)
         saved = [index for group in state_dict["param_groups"] for index in group["params"]]
         for index, weight in zip(saved, self._weights(), strict=True):
             for name in ("exp_avg", "exp_avg_sq"):
                 if index in state_dict["state"]:
-                    self.state[weight][name] = state_dict["state"][index][name].to(weight.device)
+                    moment = state_dict["state"][index][name]
+                    self.state[weight][name] = moment.to(weight.device, self._dtype_of_moments(weight))
+        for table in self._progress:
+            self._progress[table] = _Progress(table.weight, int(self.state[table.weight].get("step", 0)))
 
     def _weights(self) -> list[Tensor]:
         return [weight for group in self.param_groups for weight in group["params"]]
@@ -124,31 +161,105 @@ class RowAdam(Optimizer):
         return torch.stack(norms).norm().item() if norms else 0.0
 
     def _update(self, table: ValueTable, reads: SortedReads | None, scale: float) -> None:
-        state = self._state_of(table.weight)
+        state, group = self._state_of(table.weight), self._group_of(table)
+        progress, rows = self._progress.get(table), None
+        if progress is not None and reads is not None:
+            rows = reads.rows[reads.offsets.diff() > 0]
+            self._before_read(table, rows)
         state["step"] += 1
-        if reads is None:
+        if reads is not None:
+            _backend_of(table).adam_rows(
+                table.weight,
+                state["exp_avg"],
+                state["exp_avg_sq"],
+                reads,
+                lr=float(group["lr"]),
+                betas=group["betas"],
+                eps=group["eps"],
+                step=int(state["step"]),
+                scale=scale,
+                seed=self.seed,
+            )
+        if progress is not None:
+            progress.add_step(float(group["lr"]), rows)
+
+    def _hook(self, table: ValueTable) -> Callable[[Tensor], None]:
+        @torch.compiler.disable
+        def before_read(slots: Tensor) -> None:
+            self._before_read(table, slots)
+
+        return before_read
+
+    @torch.no_grad()
+    def _before_read(self, table: ValueTable, slots: Tensor) -> None:
+        progress = self._progress[table]
+        self._replay(table, slots[progress.last_steps[slots] < progress.step].unique())
+
+    def _replay(self, table: ValueTable, rows: Tensor) -> None:
+        if not len(rows):
             return
-        group = next(group for group in self.param_groups if any(p is table.weight for p in group["params"]))
-        _backend_of(table).adam_rows(
-            table.weight,
+        progress, state, group = self._progress[table], self.state[table.weight], self._group_of(table)
+        reference.replay_rows(
+            table.weight.data,  # .data: rows a backward pass still waits for have caught up, so what it saved holds
             state["exp_avg"],
             state["exp_avg_sq"],
-            reads,
-            lr=float(group["lr"]),
+            rows,
+            progress.last_steps[rows],
+            progress.lrs,
             betas=group["betas"],
             eps=group["eps"],
-            step=int(state["step"]),
-            scale=scale,
+            step=progress.step,
+            seed=self.seed,
         )
+        progress.last_steps[rows] = progress.step
+
+    def _group_of(self, table: ValueTable) -> dict[str, Any]:
+        return next(group for group in self.param_groups if any(p is table.weight for p in group["params"]))
+
+    def _dtype_of_moments(self, weight: Tensor) -> torch.dtype:
+        return self.moment_dtype or torch.promote_types(weight.dtype, torch.float32)
 
     def _state_of(self, weight: Tensor) -> dict[str, Any]:
         state = self.state[weight]
         if not state:
-            dtype = torch.promote_types(weight.dtype, torch.float32)
+            dtype = self._dtype_of_moments(weight)
             state["step"] = torch.zeros(())
             state["exp_avg"] = torch.zeros_like(weight, dtype=dtype)
             state["exp_avg_sq"] = torch.zeros_like(weight, dtype=dtype)
         return state
+
+
+class _Progress:
+    """How far the rows of a table are, and what they need to catch up on the steps they missed.
+
+    Args:
+        weight: (m, v) the table.
+        step: steps all rows have had.
+
+    Attributes:
+        last_steps: (m,) int32 the last step each row has had.
+        lrs: learning rate of every step from 0 to `step`, fp64, and room for more.
+    """
+
+    def __init__(self, weight: Tensor, step: int = 0) -> None:
+        self.step = step
+        self.last_steps = torch.full(weight.shape[:1], step, dtype=torch.int32, device=weight.device)
+        self.lrs = torch.zeros(1024 + step, dtype=torch.float64, device=weight.device)
+
+    def add_step(self, lr: float, rows: Tensor | None) -> None:
+        """Counts a step, which these rows have had."""
+        self.step += 1
+        if self.step == len(self.lrs):
+            self.lrs = torch.cat([self.lrs, torch.zeros_like(self.lrs)])
+        self.lrs[self.step] = lr
+        if rows is not None:
+            self.last_steps[rows] = self.step
+
+
+def _surely_finite(reads: SortedReads) -> bool:
+    """Whether a bound on the gradient's elements shows, without summing them, that they and all sums are finite."""
+    largest = [torch.linalg.vector_norm(part, math.inf).item() for part in (reads.weights, reads.grad_output)]
+    return len(reads.tokens) * largest[0] * largest[1] < torch.finfo(torch.float32).max / 2
 
 
 def _backend_of(table: ValueTable) -> Any:
@@ -172,6 +283,16 @@ class CombinedOptimizer(Optimizer):
         groups = [group for optimizer in optimizers for group in optimizer.param_groups]
         super().__init__(groups, {})
         self.param_groups = groups  # the very dicts, so that a scheduler's lr reaches the parts
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Refused: a new group belongs to one of the parts.
+
+        Raises:
+            ValueError: always, once built.
+        """
+        if not any(param_group is group for part in self.optimizers for group in part.param_groups):
+            raise ValueError("CombinedOptimizer takes no groups of its own: add the group to one of its parts")
+        super().add_param_group(param_group)
 
     @property
     def state(self) -> Any:

@@ -112,7 +112,7 @@ def prepare_text(recipe: Recipe, resume: bool, progress: bool) -> tuple[PreTrain
         ValueError: no text, or too little of it, in `recipe.data`.
     """
     if resume or recipe.tokenizer is not None:
-        tokenizer = AutoTokenizer.from_pretrained(recipe.out / "tokenizer" if resume else recipe.tokenizer)
+        tokenizer = _load_tokenizer(recipe.out / "tokenizer" if resume else recipe.tokenizer)
     else:
         _say(progress, f"training a byte-level BPE of {recipe.model.vocab_size} tokens on {recipe.data}")
         tokenizer = train_tokenizer(_first_chars(read_documents(recipe.data, "train")), recipe.model.vocab_size)
@@ -122,6 +122,14 @@ def prepare_text(recipe: Recipe, resume: bool, progress: bool) -> tuple[PreTrain
         if file.num_skipped:
             _say(True, f"skipped {file.num_skipped} files or lines of the {split} text that are not readable")
     return tokenizer, train_file, held_out_file
+
+
+def _load_tokenizer(place: Path | str | None) -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(place)
+    except (OSError, ValueError) as error:
+        fix = "name a directory of a saved tokenizer, or one on the Hugging Face Hub"
+        raise ValueError(f"cannot load the tokenizer {place}: {fix} ({str(error).splitlines()[0]})") from error
 
 
 def _first_chars(documents: Iterable[str]) -> Iterator[str]:

@@ -20,6 +20,9 @@ from torch.library import custom_op
 from pkmem.ops.reading_log import ReadLog
 
 BACKENDS = ("reference", "cpu")
+_HAS_NUMBA = importlib.util.find_spec("numba") is not None
+if not _HAS_NUMBA:
+    warnings.warn("numba is not installed, so the slow reference runs: pip install 'pkmem[cpu]'", stacklevel=2)
 
 
 def choose_backend(device: torch.device, backend: str | None = None) -> str:
@@ -35,14 +38,8 @@ def choose_backend(device: torch.device, backend: str | None = None) -> str:
     return backend
 
 
-@torch.compiler.assume_constant_result
-@functools.cache
 def _fastest(device_type: str) -> str:
-    if device_type == "cpu":
-        if importlib.util.find_spec("numba") is not None:
-            return "cpu"
-        warnings.warn("numba is not installed, so the slow reference runs: pip install 'pkmem[cpu]'", stacklevel=3)
-    return "reference"
+    return "cpu" if device_type == "cpu" and _HAS_NUMBA else "reference"
 
 
 @functools.cache

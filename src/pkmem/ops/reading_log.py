@@ -70,11 +70,15 @@ class ReadLog:
 
     Custom operators take tensors and numbers only, so they find the log through `handle`; they count in
     `counter`, a tensor they declare to change, so that a compiler keeps them.
+
+    Attributes:
+        before_read: None, or what the table calls with the slots (n, h, knn) it is about to read.
     """
 
     def __init__(self) -> None:
         self.counter = torch.zeros((), dtype=torch.int64)
         self.entries: list[tuple[Tensor, Tensor, Tensor]] = []
+        self.before_read: Callable[[Tensor], None] | None = None
         self.handle = next(_handles)
         _logs[self.handle] = self
 

@@ -11,8 +11,10 @@ Every other backend computes the same and is tested against this one. Two calcul
 from __future__ import annotations
 
 import itertools
+import math
 import warnings
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +26,7 @@ __all__ = [
     "adam_rows",
     "product_key_topk",
     "product_key_topk_backward",
+    "replay_rows",
     "row_gradient_norm",
     "sort_reads",
     "weighted_sum",
@@ -31,6 +34,7 @@ __all__ = [
     "weighted_sum_grad_weights",
 ]
 
+_WORD = 0xFFFFFFFF
 _CHUNK_BYTES = 1 << 20  # what a pass over rows keeps in cache; 5x faster than all rows at once
 
 
@@ -195,6 +199,7 @@ def adam_rows(
     eps: float,
     step: int,
     scale: float,
+    seed: int = 0,
 ) -> None:
     """Adam (Kingma & Ba 2015) in place on the rows that were read, and on no other.
 
@@ -204,6 +209,7 @@ def adam_rows(
         lr, betas, eps: Adam's.
         step: updates made so far, this one included, >= 1; corrects the bias of every row alike.
         scale: factor on the gradients (clipping), > 0.
+        seed: bf16 is rounded up or down at random, by seed, step, row and column alone; fp16 to nearest.
     """
     beta1, beta2 = betas
     step_size = lr / (1 - beta1**step)
@@ -214,6 +220,88 @@ def adam_rows(
         second = second_moment[rows].to(gradients.dtype).mul_(beta2)
         second.addcmul_(gradients, gradients, value=1 - beta2)
         change = first / (second / second_correction).sqrt_().add_(eps)
-        values[rows] = values[rows].to(gradients.dtype).sub_(change, alpha=step_size).to(values.dtype)
-        first_moment[rows] = first.to(first_moment.dtype)
-        second_moment[rows] = second.to(second_moment.dtype)
+        value = values[rows].to(gradients.dtype).sub_(change, alpha=step_size)
+        _write_rows((values, first_moment, second_moment), rows, (value, first, second), seed, step)
+
+
+def replay_rows(
+    values: Tensor,
+    first_moment: Tensor,
+    second_moment: Tensor,
+    rows: Tensor,
+    last_steps: Tensor,
+    lrs: Tensor,
+    *,
+    betas: tuple[float, float],
+    eps: float,
+    step: int,
+    seed: int = 0,
+) -> None:
+    """Adam in place on rows that missed steps, with a gradient of zero: what a dense Adam would have done to them.
+
+    Costs a pass over a chunk of rows for every step that one of them missed, up to the one after which their first
+    moment has shrunk to nothing; rows that never had a gradient cost no such pass.
+
+    Args:
+        values, first_moment, second_moment: (m, v) the table and its two moments.
+        rows: (u,) different rows.
+        last_steps: (u,) the last step that each of them had.
+        lrs: learning rate of each step from 0 to `step`, at least of those that were missed; fp64.
+        betas, eps: Adam's, in all of these steps.
+        step: the step to bring them to.
+        seed: bf16 is rounded at random as by `adam_rows`, once.
+    """
+    tables = (values, first_moment, second_moment)
+    dtype = torch.promote_types(values.dtype, torch.float32)
+    beta1, beta2 = betas
+    most = math.ceil(math.log(1e-12 * eps) / math.log(beta1)) if beta1 else 0  # then a move is < 1e-12 lr * moment
+    last_steps, order = last_steps.to(torch.int64).sort()  # so that rows of a chunk missed about as many
+    size = max(1, _CHUNK_BYTES // (4 * max(values.shape[1], 1)))
+    for chunk, last in zip(rows[order].split(size), last_steps.split(size), strict=True):
+        value, first, second = (table[chunk].to(dtype) for table in tables)
+        missed = (step - last).to(torch.float64)
+        after = [first * _column(beta1**missed, dtype), second * _column(beta2**missed, dtype)]
+        moving = missed[first.any(1)]
+        for ahead in range(1, 1 + min(most, int(moving.max()) if len(moving) else 0)):
+            now = (last + ahead).clamp(max=step)
+            age = now.to(torch.float64)
+            step_size = torch.where(last + ahead <= step, lrs[now] / (1 - beta1**age), 0.0)
+            root = second.mul_(beta2).div(_column(1 - beta2**age, dtype)).sqrt_().add_(eps)
+            value -= first.mul_(beta1).div(root).mul_(_column(step_size, dtype))
+        _write_rows(tables, chunk, (value, *after), seed, step)
+
+
+def _column(numbers: Tensor, dtype: torch.dtype) -> Tensor:
+    return numbers.to(dtype).unsqueeze(1)
+
+
+def _write_rows(tables: tuple[Tensor, ...], rows: Tensor, numbers: tuple[Tensor, ...], seed: int, step: int) -> None:
+    """Stores rows of values and moments: values are rounded by the low half of the random bits, moments by the high."""
+    random = _random_bits(seed, step, rows, tables[0].shape[1]) if torch.bfloat16 in {t.dtype for t in tables} else None
+    for table, number, half in zip(tables, numbers, (0, 16, 16), strict=True):
+        if table.dtype == torch.bfloat16 and random is not None:
+            number = _rounded_at_random(number, (random >> half) & 0xFFFF)
+        table[rows] = number.to(table.dtype)
+
+
+def _rounded_at_random(numbers: Tensor, random: Tensor) -> Tensor:
+    """fp32 numbers that bf16 can hold: up or down, by 16 random bits, with the chances that keep the mean."""
+    numbers = numbers.to(torch.float32)
+    rounded = (numbers.view(torch.int32) + random.to(torch.int32)) & -0x10000
+    return torch.where(numbers.isfinite(), rounded.view(torch.float32), numbers)
+
+
+def _random_bits(seed: int, step: int, rows: Tensor, width: int) -> Tensor:
+    """32 random bits (c, v) for every column of some rows (c,), int64, from seed, step, row and column alone."""
+    key = 0
+    for word in (seed, seed >> 32, step):
+        key = _mixed(key ^ (word & _WORD))
+    columns = torch.arange(width, device=rows.device)
+    return _mixed(_mixed(key ^ (rows & _WORD)).unsqueeze(1) ^ columns)
+
+
+def _mixed(bits: Any) -> Any:
+    """An integer of 32 bits, or int64 tensor of such, scrambled (lowbias32 of C. Wellons); products wrap as they may."""
+    bits = ((bits ^ (bits >> 16)) * 0x7FEB352D) & _WORD
+    bits = ((bits ^ (bits >> 15)) * 0x846CA68B) & _WORD
+    return bits ^ (bits >> 16)

@@ -23,8 +23,8 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def is_cold() -> bool:
-    """Whether the first calls will have to compile, which takes seconds each."""
-    return not all(_is_on_disk(kernel) for kernel in KERNELS)
+    """Whether no kernel is on disk yet: the first calls will have to compile, which takes seconds each."""
+    return not any(_is_on_disk(kernel) for kernel in KERNELS)
 
 
 def warmup(dtypes: tuple[torch.dtype, ...] = _DTYPES) -> int:

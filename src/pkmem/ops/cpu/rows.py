@@ -87,11 +87,11 @@ def adam_rows(
         lr, betas, eps: Adam's.
         step: updates made so far, this one included, >= 1; corrects the bias of every row alike.
         scale: factor on the gradients (clipping), > 0.
-        seed: a bf16 table is rounded up or down at random, by seed, step, row and column alone.
+        seed: bf16 is rounded up or down at random, by seed, step, row and column alone; fp16 to nearest.
     """
     tables = (values, first_moment, second_moment)
     if torch.float64 in (reads.grad_output.dtype, *(table.dtype for table in tables)):
-        reference.adam_rows(*tables, reads, lr=lr, betas=betas, eps=eps, step=step, scale=scale)
+        reference.adam_rows(*tables, reads, lr=lr, betas=betas, eps=eps, step=step, scale=scale, seed=seed)
         return
     beta1, beta2 = betas
     factors = (scale, 1 - beta1, beta2, 1 - beta2, 1 / (1 - beta2**step), eps, lr / (1 - beta1**step))
@@ -231,7 +231,7 @@ def adam(rows, offsets, tokens, weights, grad_output, values, moments1, moments2
     for touched in range(first, last):
         _row_gradient(offsets[touched], offsets[touched + 1], tokens, weights, grad_output, piece, gradient)
         row = rows[touched]
-        random = mixed(mixed(mixed(mixed(key[0]) ^ key[1]) ^ key[2]) ^ np.uint32(row))
+        row_key = mixed(mixed(mixed(mixed(key[0]) ^ key[1]) ^ key[2]) ^ np.uint32(row))
         value, moment1, moment2 = values[row], moments1[row], moments2[row]
         for column in range(width):
             slope = gradient[column] * scale
@@ -239,6 +239,7 @@ def adam(rows, offsets, tokens, weights, grad_output, values, moments1, moments2
             new1 += rate1 * (slope - new1)
             new2 = beta2 * widen(moment2[column]) + rate2 * (slope * slope)
             change = step_size * new1 / (np.sqrt(new2 * correction2) + eps)
-            moment1[column] = narrow(new1, moment1[column])
-            moment2[column] = narrow(new2, moment2[column])
-            value[column] = narrow_at_random(widen(value[column]) - change, value[column], random, column)
+            random = mixed(row_key ^ np.uint32(column))
+            value[column] = narrow_at_random(widen(value[column]) - change, value[column], random)
+            moment1[column] = narrow_at_random(new1, moment1[column], random >> np.uint32(16))
+            moment2[column] = narrow_at_random(new2, moment2[column], random >> np.uint32(16))

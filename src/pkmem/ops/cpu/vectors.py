@@ -168,18 +168,18 @@ def _narrow(number: Any, like: Any) -> Any:
     return {types.uint16: bf16, types.int16: fp16}.get(like, fp32)
 
 
-def narrow_at_random(number: Any, like: Any, row: Any, column: Any) -> Any:
-    """As `narrow`, but bf16 goes up or down with the chances that keep the mean (in kernels)."""
+def narrow_at_random(number: Any, like: Any, random: Any) -> Any:
+    """As `narrow`, but bf16 goes up or down, by 16 random bits, with the chances that keep the mean (in kernels)."""
     raise NotImplementedError
 
 
 @overload(narrow_at_random, inline="always")
-def _narrow_at_random(number: Any, like: Any, row: Any, column: Any) -> Any:
-    def rounded(number: Any, like: Any, row: Any, column: Any) -> Any:
+def _narrow_at_random(number: Any, like: Any, random: Any) -> Any:
+    def rounded(number: Any, like: Any, random: Any) -> Any:
         return narrow(number, like)
 
-    def bf16(number: Any, like: Any, row: Any, column: Any) -> Any:
-        return _to_bf16_at_random(number, mixed(row ^ np.uint32(column)))
+    def bf16(number: Any, like: Any, random: Any) -> Any:
+        return _to_bf16_at_random(number, random)
 
     return bf16 if like == types.uint16 else rounded
 
