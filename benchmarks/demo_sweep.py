@@ -22,7 +22,7 @@ from typing import Any
 
 RESULTS = Path(__file__).parents[1] / "experiments" / "results"
 RATES = {
-    "dense": [{"lr": lr} for lr in (1e-3, 2e-3, 3e-3)],
+    "dense": [{"lr": lr} for lr in (1e-3, 2e-3, 3e-3, 4e-3)],
     "deep": [{"lr": lr} for lr in (1e-3, 2e-3, 3e-3)],
     "memory": [
         *({"lr": 2e-3, "value_lr": value_lr} for value_lr in (4e-3, 8e-3, 1.6e-2)),

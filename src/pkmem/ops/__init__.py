@@ -67,15 +67,15 @@ def product_key_topk(query: Tensor, sub_keys: Tensor, knn: int, *, backend: str 
 
     Returns:
         scores: (n, h, knn) inner products, best first, accumulated and returned in fp32 (fp64 for fp64
-            queries); equal scores by lower slot.
+            queries); scores equal before rounding by lower slot.
         slots: (n, h, knn) int64 in [0, s ** 2).
 
     Raises:
         ValueError: the shapes disagree, `knn` is outside [1, s], or the backend is unknown.
     """
-    if query.dim() != 3 or sub_keys.dim() != 4 or sub_keys.shape[1] != 2:
+    if query.dim() != 3 or sub_keys.dim() != 4 or sub_keys.shape[1] != 2 or sub_keys.shape[0] == 0:
         raise ValueError(
-            f"query must be (n, h, q) and sub_keys (h, 2, s, q / 2), "
+            f"query must be (n, h, q) and sub_keys (h, 2, s, q / 2) with h >= 1, "
             f"not {tuple(query.shape)} and {tuple(sub_keys.shape)}"
         )
     if query.shape[1] != sub_keys.shape[0] or query.shape[2] != 2 * sub_keys.shape[3]:
@@ -125,6 +125,8 @@ def weighted_sum(
             "values must be (m, v), slots and weights (n, b), not "
             f"{tuple(values.shape)}, {tuple(slots.shape)} and {tuple(weights.shape)}"
         )
+    if not values.is_floating_point():
+        raise ValueError(f"values are {values.dtype} but must be of a floating dtype")
     if slots.dtype != torch.int64:
         raise ValueError(f"slots are {slots.dtype} but must be torch.int64: use slots.long()")
     chosen = choose_backend(values.device, backend)
