@@ -227,6 +227,20 @@ def _demo(options: Namespace) -> None:
     demo(Path(options.out), options.overwrite, options.data, options.seed)
 
 
+def _warmup_arguments(parser: ArgumentParser) -> None:
+    """None."""
+
+
+def _warmup(options: Namespace) -> None:
+    from importlib.util import find_spec
+
+    if find_spec("numba") is None:
+        raise ValueError("numba is not installed, so there is nothing to compile: pip install 'pkmem[cpu]'")
+    from pkmem.ops import cpu
+
+    print(f"{cpu.warmup()} CPU kernels are compiled")
+
+
 def _model_argument(parser: ArgumentParser) -> None:
     parser.add_argument("model", type=str, help="a run directory, one of its checkpoints, or any saved model directory")
 
@@ -251,8 +265,19 @@ _ARGUMENTS = {
         "The paper's claim at laptop size, in about ten minutes: L layers with a memory against L and 2L without. "
         "Example: pkmem demo --out runs/demo",
     ),
+    "warmup": (
+        _warmup_arguments,
+        "Compile the CPU kernels ahead of their first use. Once per machine and version. Example: pkmem warmup",
+    ),
 }
-_VERBS = {"train": _train, "eval": _eval, "generate": _generate, "inspect": _inspect, "demo": _demo}
+_VERBS = {
+    "train": _train,
+    "eval": _eval,
+    "generate": _generate,
+    "inspect": _inspect,
+    "demo": _demo,
+    "warmup": _warmup,
+}
 
 
 # Errors -------------------------------------------------------------------------------------------------

@@ -80,7 +80,7 @@ class RowAdam(Optimizer):
         self._progress = {} if lazy else {table: _Progress(table.weight) for table in self._tables}
         for table in self._tables:
             table.log = table.log or ReadLog()
-            table.log.before_read = None if lazy else self._hook(table)
+            table.log.before_read = None if lazy else self._catching_up_as_not_lazy(table)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -183,7 +183,8 @@ class RowAdam(Optimizer):
         if progress is not None:
             progress.add_step(float(group["lr"]), rows)
 
-    def _hook(self, table: ValueTable) -> Callable[[Tensor], None]:
+    def _catching_up_as_not_lazy(self, table: ValueTable) -> Callable[[Tensor], None]:
+        # A compiler that does not break its graph here names this method in its error.
         @torch.compiler.disable
         def before_read(slots: Tensor) -> None:
             self._before_read(table, slots)

@@ -592,7 +592,7 @@ class TokenBlocks(torch.utils.data.Dataset):
         if tokens.num_tokens < block_tokens:
             raise ValueError(
                 f"the text has {tokens.num_tokens} tokens and a block needs {block_tokens}; "
-                "make block_tokens smaller or give more data"
+                "use shorter blocks (context_tokens) or give more data"
             )
         self._arguments = (tokens, block_tokens, num_blocks, seed)
         self._tokens = tokens.tokens()

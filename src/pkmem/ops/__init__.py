@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import logging
 import warnings
 from types import ModuleType
 from typing import Any
@@ -18,6 +19,8 @@ from torch import Tensor
 from torch.library import custom_op
 
 from pkmem.ops.reading_log import ReadLog
+
+_logger = logging.getLogger(__name__)
 
 BACKENDS = ("reference", "cpu")
 _HAS_NUMBA = importlib.util.find_spec("numba") is not None
@@ -44,8 +47,11 @@ def _fastest(device_type: str) -> str:
 
 @functools.cache
 def backend_module(backend: str) -> ModuleType:
-    """The module that implements `backend`."""
-    return importlib.import_module(f"pkmem.ops.{backend}")
+    """The module that implements `backend`; the first use on a machine says that it compiles."""
+    module = importlib.import_module(f"pkmem.ops.{backend}")
+    if backend == "cpu" and module.is_cold():
+        _logger.warning("pkmem compiles its CPU kernels, once (about 15 s); `pkmem warmup` does it ahead")
+    return module
 
 
 def product_key_topk(query: Tensor, sub_keys: Tensor, knn: int, *, backend: str | None = None) -> tuple[Tensor, Tensor]:

@@ -44,7 +44,7 @@ def warmup(dtypes: tuple[torch.dtype, ...] = _DTYPES) -> int:
         reads = rows.sort_reads([slots[0]], [weights], [values])
         rows.weighted_sum_grad_values(reads, 1)
         rows.row_gradient_norm(reads)
-        for moments in {torch.float32, dtype} - {torch.float16}:
+        for moments in (torch.float32, torch.bfloat16):
             table, first, second = (weights.to(kind, copy=True) for kind in (dtype, moments, moments))
             rows.adam_rows(table, first, second, reads, lr=0.1, betas=(0.9, 0.9), eps=1.0, step=1, scale=1.0)
     return sum(len(kernel.signatures) for kernel in KERNELS)
