@@ -51,14 +51,14 @@ class PlainMemory(nn.Module):
         )
 
 
-def select(half_scores: Tensor, knn: int, ordered: bool = False) -> tuple[Tensor, Tensor]:
+def select(half_scores: Tensor, knn: int) -> tuple[Tensor, Tensor]:
     """Slots and weights (n, h, knn) from scores (n, h, 2, s), by way of all knn ** 2 sums."""
-    num_sub_keys = half_scores.shape[-1]
-    best, indices = half_scores.topk(knn, sorted=ordered)
+    best, indices = half_scores.topk(knn)  # sorted halves make the next top-k faster than they cost
     sums = best[:, :, 0, :, None] + best[:, :, 1, None, :]
-    pairs = indices[:, :, 0, :, None] * num_sub_keys + indices[:, :, 1, None, :]
-    scores, places = sums.flatten(-2).topk(knn, sorted=ordered)
-    return pairs.flatten(-2).gather(-1, places), scores.softmax(-1)
+    scores, places = sums.flatten(-2).topk(knn, sorted=False)
+    first = indices[:, :, 0].gather(-1, places // knn)
+    second = indices[:, :, 1].gather(-1, places % knn)
+    return first * half_scores.shape[-1] + second, scores.softmax(-1)
 
 
 class _Batched(nn.Module):

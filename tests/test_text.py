@@ -630,7 +630,7 @@ def test_blocks_travel_to_workers_without_their_tokens(tmp_path):
 
 
 def test_too_short_a_text_is_refused_with_its_fixes(tmp_path):
-    message = "the text has 9 tokens and a block needs 10; use shorter blocks (context_tokens) or give more data"
+    message = "a block needs 10; use shorter blocks .context_tokens. or give more data"
     with pytest.raises(ValueError, match=message):
         TokenBlocks(counting_tokens(tmp_path, 9), 10)
     assert blocks_of(TokenBlocks(counting_tokens(tmp_path, 9), 9), [0]) == [list(range(9))]

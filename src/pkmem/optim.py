@@ -27,10 +27,11 @@ class RowAdam(Optimizer):
     A bf16 table is rounded up or down at random with the chances that keep the mean, since a step of lr 1e-4 is
     lost when rounded to nearest; so are bf16 moments. An fp16 table is rounded to nearest: keep its lr high.
 
-    `lazy=False` costs more, in exchange for exactness: a row that was not read catches up on the steps it missed when
-    it is read again, a pass over it for each of them until its first moment has vanished (after some 440 steps
-    with the default betas and eps). It keeps 4 bytes per row and 8 per step, cannot be compiled with `fullgraph=True`, and
-    takes betas and eps to be constant. A model copied or saved without `catch_up` or `state_dict` before is behind.
+    `lazy=False` is for exactness, not for speed: a row that was not read catches up on the steps it missed when it
+    is read again, in a pass over it for each of them until its first moment has vanished (some 440 steps with the
+    default betas and eps). It keeps 4 bytes per row and 8 per step, breaks the graph of `torch.compile` (with
+    `fullgraph=True` that is an error) and takes betas and eps to be constant. Before a model is copied or saved, call
+    `catch_up` or `state_dict`.
 
     Args:
         tables: a module whose tables to train (a memory, a model), a `ValueTable`, or an iterable of these.
