@@ -336,11 +336,9 @@ def dense_adam(sizes: Sizes, parameters: Any) -> torch.optim.AdamW:
 def memory_step(sizes: Sizes, config: MemoryConfig, narrow_moments: bool = False) -> Callable[[], None]:
     """A training step of our layer with RowAdam."""
     memory = memory_of(sizes, config)
-    rows, dense = RowAdam(memory), dense_adam(sizes, dense_parameters(memory))
-    if narrow_moments:  # as AdamW's are, and fp32 ones do not fit on one GPU
-        table = memory.values.weight
-        moments = {name: torch.zeros_like(table) for name in ("exp_avg", "exp_avg_sq")}
-        rows.state[table] = {"step": torch.zeros(()), **moments}
+    # fp32 moments of the widest table do not fit on one GPU, and AdamW's are bf16 too.
+    rows = RowAdam(memory, moment_dtype=torch.bfloat16 if narrow_moments else None)
+    dense = dense_adam(sizes, dense_parameters(memory))
     return _stepping(sizes, memory, config, rows, dense)
 
 

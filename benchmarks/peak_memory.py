@@ -10,11 +10,13 @@ from __future__ import annotations
 
 from concurrent.futures.process import BrokenProcessPool
 
+import torch
+
 import harness
 import peers
 import steps
 from harness import Report, in_fresh_process, one_line, peak_bytes
-from peers import FFN
+from peers import FFN, PEER
 from pkmem import MemoryConfig, ProductKeyMemory
 from steps import OURS, STEPS, flow_of
 
@@ -46,14 +48,15 @@ def main() -> None:
 
 
 def measure(name: str, config: MemoryConfig, tokens: int) -> dict[str, int]:
-    """Bytes of a fresh process: with the libraries loaded, of parameters and moments, and at the peak."""
+    """Bytes of a fresh process: with all libraries and kernels loaded, of parameters and moments, and at the peak."""
+    STEPS[name](ProductKeyMemory(TINY[0]), *flow_of(TINY[0], TINY_TOKENS))()
     libraries = peak_bytes()
-    memory = ProductKeyMemory(config)
+    with torch.device("meta" if name == PEER else "cpu"):  # PEER makes tables of its own
+        memory = ProductKeyMemory(config)
     step = STEPS[name](memory, *flow_of(config, tokens))
-    own = set(step.layer.parameters()) | set(memory.parameters())
     for _ in range(3):
         step()
-    needed = 3 * sum(parameter.nbytes for parameter in own)
+    needed = 3 * sum(parameter.nbytes for parameter in step.layer.parameters())
     return {"libraries": libraries, "parameters_and_moments": needed, "peak": peak_bytes()}
 
 
@@ -62,8 +65,8 @@ def add(report: Report, what: str, measured: dict[str, int], is_ours: bool) -> N
     needed, peak = measured["parameters_and_moments"] / GB, measured["peak"] / GB
     report.add(f"{what}: parameters and moments, GB", needed)
     report.add(f"{what}: peak RSS, GB", peak, at_most=needed + BESIDE_GB if is_ours else None)
-    report.add(f"{what}: beside parameters and moments, GB", peak - needed)
-    report.add(f"{what}: of it libraries before the first tensor, GB", measured["libraries"] / GB)
+    libraries = measured["libraries"] / GB
+    report.add(f"{what}: peak less parameters, moments and libraries ({libraries:.2f}), GB", peak - needed - libraries)
 
 
 if __name__ == "__main__":

@@ -66,7 +66,7 @@ assert not heavy, heavy
     subprocess.run([sys.executable, "-c", script], check=True)
 
 
-@pytest.mark.parametrize("verb", [[], ["train"], ["eval"], ["generate"], ["inspect"], ["demo"]])
+@pytest.mark.parametrize("verb", [[], ["train"], ["eval"], ["generate"], ["inspect"], ["demo"], ["warmup"]])
 def test_help_names_verbs_and_options(verb: list[str], capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit) as caught:
         main([*verb, "--help"])
@@ -87,6 +87,7 @@ def test_help_names_verbs_and_options(verb: list[str], capsys: pytest.CaptureFix
         "generate": ["--prompt", "--temperature", "--top_k", "--seed", "Example:"],
         "inspect": ["--data", "--hottest", "Example:"],
         "demo": ["--out", "--overwrite", "ten minutes"],
+        "warmup": ["Example:"],
     }
     for name in expected[verb[0]] if verb else expected:
         assert name in text
@@ -437,3 +438,21 @@ def test_a_command_prints_its_answer_and_no_noise_of_libraries(run: Path, text: 
     said = subprocess.run(command, capture_output=True, text=True, check=True)
     assert json.loads(said.stdout)["num_tokens"] > 0
     assert [line for line in said.stderr.replace("\r", "\n").splitlines() if line and "evaluating" not in line] == []
+
+
+def test_warmup_says_how_many_kernels_it_compiled(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr("pkmem.ops.cpu.warmup", lambda: 7)
+    main(["warmup"])
+    assert capsys.readouterr().out == "7 CPU kernels are compiled\n"
+
+
+def test_warmup_without_numba_names_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(SystemExit) as caught:
+        main(["warmup"])
+    assert caught.value.code == 2
+    assert "numba is not installed, so there is nothing to compile: pip install 'pkmem[cpu]'" in capsys.readouterr().err

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -196,3 +200,16 @@ def test_any_order_of_scores_gives_the_reference_selection(name: str, size: int,
     ours, expected = (module.product_key_topk(query, sub_keys, knn) for module in (cpu, reference))
     assert torch.equal(ours[0], expected[0])
     assert torch.equal(ours[1], expected[1])
+
+
+def test_compiling_is_announced_on_the_first_use_alone(tmp_path: Path) -> None:
+    script = """
+import torch
+from pkmem.ops import weighted_sum
+weighted_sum(torch.ones(2, 2), torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1))
+"""
+    environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}
+    for expected in ("pkmem compiles its CPU kernels, once (about 15 s); `pkmem warmup` does it ahead\n", ""):
+        said = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+        assert said.returncode == 0, said.stderr
+        assert said.stderr == expected

@@ -95,14 +95,13 @@ def test_not_lazy_is_dense_adam_on_any_reads_and_rates(backend, reads_of_steps, 
         pair.assert_equal(1e-9)
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float64, 1e-11)])
-def test_not_lazy_is_dense_adam_over_many_steps_and_a_schedule(backend, dtype, tolerance) -> None:
-    pair = Pair(table_of(40, 4, dtype, backend), **ADAM)
-    for step in range(1200):  # room for 1,024 rates at first
-        if step % 5 == 0:
-            pair.read(torch.randint(40 if step < 60 or step > 1100 else 8, (4, 1, 2)))
+def test_not_lazy_is_dense_adam_over_many_steps_and_a_schedule(backend) -> None:
+    pair = Pair(table_of(40, 4, backend=backend), **ADAM)
+    for step in range(530):  # most rows miss more steps than are replayed
+        if step % 10 == 0:
+            pair.read(torch.randint(40 if step < 50 or step > 510 else 8, (8, 1, 2)))
         pair.step(1e-2 * 0.5 ** (step / 200) * (0.5 + step % 3))
-    pair.assert_equal(tolerance)
+    pair.assert_equal(1e-6)
 
 
 def test_catching_up_in_many_chunks_is_the_same(monkeypatch) -> None:
@@ -132,7 +131,7 @@ def test_layers_that_share_a_table_may_catch_up_between_forward_and_backward(bac
     pair.assert_equal(1e-11)
 
 
-def test_its_state_is_dense_adams_and_either_goes_on_from_it(backend) -> None:
+def test_its_state_is_dense_adams_and_it_goes_on_from_either(backend) -> None:
     pair = Pair(table_of(9, 3, torch.float64, backend), **ADAM)
     for seed in range(4):
         pair.read(torch.randint(9, (3, 1, 2), generator=torch.Generator().manual_seed(seed)))
@@ -142,8 +141,8 @@ def test_its_state_is_dense_adams_and_either_goes_on_from_it(backend) -> None:
     assert saved["state"][0].keys() == pair.theirs.state_dict()["state"][0].keys()
     for state in (saved, pair.theirs.state_dict()):
         resumed = Pair(copy.deepcopy(pair.table), **ADAM)
-        for optimizer in (resumed.ours, resumed.theirs):
-            optimizer.load_state_dict(copy.deepcopy(state))
+        resumed.ours.load_state_dict(copy.deepcopy(state))
+        resumed.theirs.load_state_dict(copy.deepcopy(pair.theirs.state_dict()))
         for _ in range(3):
             resumed.step(0.1)
         resumed.read(torch.tensor([[[4]], [[5]]]))
@@ -166,7 +165,7 @@ def test_not_lazy_compiles_around_the_read_and_refuses_one_graph() -> None:
     for _ in range(3):
         pair.step(0.1)
     slots, weights = torch.tensor([[[4, 5]]]), torch.ones(1, 1, 2)
-    with pytest.raises(Exception, match="RowAdam._catching_up_as_not_lazy"):
+    with pytest.raises(Exception, match="_catching_up_as_not_lazy"):
         torch.compile(pair.table, backend="eager", fullgraph=True)(slots, weights)
     torch._dynamo.reset()
     read = torch.compile(pair.table, backend="eager")(slots, weights)
@@ -190,7 +189,7 @@ def test_a_bf16_table_learns_at_a_rate_that_rounding_to_nearest_would_lose(backe
         optimizer = RowAdam(table, lr=1e-4, moment_dtype=torch.bfloat16 if kind == "random" else None)
         errors[kind, "before"] = mean_squared_error(table, target)
         slots, weights = torch.arange(20).view(20, 1, 1), torch.ones(20, 1, 1)
-        for _ in range(100):
+        for _ in range(60):
             (table(slots, weights.to(table.weight.dtype)).float() - target).square().sum().backward()
             optimizer.step()
             if kind == "nearest":
@@ -198,8 +197,8 @@ def test_a_bf16_table_learns_at_a_rate_that_rounding_to_nearest_would_lose(backe
         errors[kind, "after"] = mean_squared_error(table, target)
     assert errors["nearest", "after"] == errors["nearest", "before"]
     gained = {kind: errors[kind, "before"] - errors[kind, "after"] for kind in ("fp32", "random")}
-    assert gained["fp32"] > 0.5 * errors["fp32", "before"]
-    assert gained["random"] > 0.8 * gained["fp32"]
+    assert gained["fp32"] > 0.4 * errors["fp32", "before"]
+    assert gained["random"] > 0.6 * gained["fp32"]
 
 
 @pytest.mark.parametrize("lazy", [True, False])
@@ -310,10 +309,10 @@ def test_bf16_moments_decay_where_rounding_to_nearest_would_keep_them(backend) -
     table(slots, torch.ones(40, 1, 1)).sum().backward()
     optimizer.step()
     start = optimizer.state[table.weight]["exp_avg_sq"].float().mean()
-    for _ in range(200):
+    for _ in range(60):
         table(slots, torch.zeros(40, 1, 1)).sum().backward()
         optimizer.step()
-    assert optimizer.state[table.weight]["exp_avg_sq"].float().mean() / start == pytest.approx(0.999**200, rel=0.02)
+    assert optimizer.state[table.weight]["exp_avg_sq"].float().mean() / start == pytest.approx(0.999**60, rel=0.005)
 
 
 @pytest.mark.parametrize(

@@ -381,6 +381,21 @@ def bf16_moments_follow_the_reference(backend: Any) -> None:
 
 
 @check
+def fp64_goes_to_the_reference_from_either_log(backend: Any) -> None:
+    all_passes = [tuple(part.double() if part.is_floating_point() else part for part in one) for one in passes()]
+    truth, before = sorted_by(reading_log.sort_reads, all_passes), [table.double() for table in tables()]
+    theirs = [table.clone() for table in before]
+    reference.adam_rows(*theirs, truth, **STEP)
+    for sort in (backend.sort_reads, reading_log.sort_reads):
+        reads, ours = sorted_by(sort, all_passes), [table.clone() for table in before]
+        backend.adam_rows(*ours, reads, **STEP)
+        assert all(torch.equal(*pair) for pair in zip(ours, theirs, strict=True))
+        assert torch.equal(backend.row_gradient_norm(reads), reference.row_gradient_norm(truth))
+        dense = backend.weighted_sum_grad_values(reads, 40)
+        assert torch.equal(dense, reference.weighted_sum_grad_values(truth, 40))
+
+
+@check
 def no_reads_are_no_work(backend: Any) -> None:
     reads = backend.sort_reads([torch.zeros(0, 3, dtype=torch.int64)], [torch.zeros(0, 3)], [torch.zeros(0, 5)])
     assert backend.row_gradient_norm(reads) == 0

@@ -246,7 +246,7 @@ class _Progress:
     def __init__(self, weight: Tensor, step: int = 0) -> None:
         self.step = step
         self.last_steps = torch.full(weight.shape[:1], step, dtype=torch.int32, device=weight.device)
-        self.lrs = torch.zeros(1024 + step, dtype=torch.float64, device=weight.device)
+        self.lrs = torch.zeros(256 + step, dtype=torch.float64, device=weight.device)
 
     def add_step(self, lr: float, rows: Tensor | None) -> None:
         """Counts a step, which these rows have had."""

@@ -8,6 +8,8 @@ bits.
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -62,6 +64,13 @@ def sort_reads(
     )
 
 
+def _touched(reads: SortedReads) -> SortedReads:
+    """The reads without empty segments, for the reference; waits for the GPU."""
+    is_touched = reads.offsets.diff() > 0
+    offsets = torch.cat((reads.offsets[:-1][is_touched], reads.offsets[-1:]))
+    return replace(reads, rows=reads.rows[is_touched], offsets=offsets)
+
+
 def _tokens(slots: list[Tensor]) -> Tensor:
     """Row of `grad_output` of each read, in the order of reading."""
     tokens, first = [], 0
@@ -75,7 +84,7 @@ def _tokens(slots: list[Tensor]) -> Tensor:
 def weighted_sum_grad_values(reads: SortedReads, num_rows: int) -> Tensor:
     """The dense gradient (m, v) of a table of `num_rows` rows, in the dtype of grad_output."""
     if reads.grad_output.dtype == torch.float64:
-        return reference.weighted_sum_grad_values(reads, num_rows)
+        return reference.weighted_sum_grad_values(_touched(reads), num_rows)
     dense = torch.zeros(num_rows, reads.grad_output.shape[1], dtype=reads.grad_output.dtype, device=reads.rows.device)
     _over_rows(_write_gradients, reads, dense)
     return dense
@@ -84,7 +93,7 @@ def weighted_sum_grad_values(reads: SortedReads, num_rows: int) -> Tensor:
 def row_gradient_norm(reads: SortedReads) -> Tensor:
     """The Euclidean norm of the table's gradient, an fp64 scalar; not finite if any entry is not."""
     if reads.grad_output.dtype == torch.float64:
-        return reference.row_gradient_norm(reads)
+        return reference.row_gradient_norm(_touched(reads))
     squares = torch.zeros(num_programs(_work(reads), reads.rows.device), dtype=torch.float64, device=reads.rows.device)
     _over_rows(_sum_squares, reads, squares)
     return squares.sum().sqrt()
@@ -117,9 +126,16 @@ def adam_rows(
     """
     tables = (values, first_moment, second_moment)
     if torch.float64 in (reads.grad_output.dtype, *(table.dtype for table in tables)):
-        reference.adam_rows(
-            *tables, reads, lr=float(lr), betas=betas, eps=eps, step=int(step), scale=float(scale)
-        )  # fmt: skip
+        numbers: dict[str, Any] = {
+            "lr": float(lr),
+            "betas": betas,
+            "eps": eps,
+            "step": int(step),
+            "scale": float(scale),
+            "seed": seed,
+        }
+        if math.isfinite(float(scale)):
+            reference.adam_rows(*tables, _touched(reads), **numbers)
         return
     contiguous = tuple(table.contiguous() for table in tables)
     factors = _adam_factors(lr, betas, step, scale, values.device)
