@@ -44,7 +44,7 @@ PROMPT = "def read_lines(path):\n"
 def recipes(out: Path, data: str = "python", seed: int = 0) -> dict[str, Recipe]:
     """The three runs: same data, tokens, order and seed; each model at its own best learning rate.
 
-    The rates are the best of `python benchmarks/demo_sweep.py rates`; docs/log.md has its table.
+    The rates are the best of `python benchmarks/demo_sweep.py`; docs/log.md has its table.
     """
     dense = Recipe(
         data=data,
@@ -53,14 +53,13 @@ def recipes(out: Path, data: str = "python", seed: int = 0) -> dict[str, Recipe]
         model=ModelConfig(num_layers=NUM_LAYERS, width=128, num_heads=4, context_tokens=256, vocab_size=2048),
         memory=MemoryConfig(num_sub_keys=128, heads=4, knn=16, query_dim=128, gate=True),
         training=TrainingConfig(
-            num_tokens=1_000_000, batch_tokens=1024, lr=3e-3, value_lr=1.6e-2, eval_every_steps=100, seed=seed
+            num_tokens=1_000_000, batch_tokens=1024, lr=2e-3, value_lr=1.6e-2, eval_every_steps=100, seed=seed
         ),
     )
     memory = dataclasses.replace(
         dense,
         out=out / "memory",
         model=dataclasses.replace(dense.model, memory_layers=[MEMORY_LAYER]),
-        training=dataclasses.replace(dense.training, lr=2e-3),
     )
     deep = dataclasses.replace(
         dense,
