@@ -30,7 +30,8 @@ format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(INSTALLED)        ## operator and layer timings
+bench: $(INSTALLED)        ## operators, layer, training step and growth against peers, about half an hour
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[bench]'
 	$(BIN)/pkmem bench
 
 constraints: $(INSTALLED)  ## write the pins of what is installed now

@@ -66,7 +66,7 @@ assert not heavy, heavy
     subprocess.run([sys.executable, "-c", script], check=True)
 
 
-@pytest.mark.parametrize("verb", [[], ["train"], ["eval"], ["generate"], ["inspect"], ["demo"], ["warmup"]])
+@pytest.mark.parametrize("verb", [[], ["train"], ["eval"], ["generate"], ["inspect"], ["demo"], ["warmup"], ["bench"]])
 def test_help_names_verbs_and_options(verb: list[str], capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit) as caught:
         main([*verb, "--help"])
@@ -88,6 +88,7 @@ def test_help_names_verbs_and_options(verb: list[str], capsys: pytest.CaptureFix
         "inspect": ["--data", "--hottest", "Example:"],
         "demo": ["--out", "--overwrite", "ten minutes"],
         "warmup": ["Example:"],
+        "bench": ["Example:"],
     }
     for name in expected[verb[0]] if verb else expected:
         assert name in text
@@ -456,3 +457,10 @@ def test_warmup_without_numba_names_what_to_install(
         main(["warmup"])
     assert caught.value.code == 2
     assert "numba is not installed, so there is nothing to compile: pip install 'pkmem[cpu]'" in capsys.readouterr().err
+
+
+def test_bench_names_the_benchmarks_there_are(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["bench", "layer_foward"])
+    assert stop.value.code == 2
+    assert "layer_forward, training_step" in capsys.readouterr().err

@@ -241,6 +241,26 @@ def _warmup(options: Namespace) -> None:
     print(f"{cpu.warmup()} CPU kernels are compiled")
 
 
+def _bench_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("names", nargs="*", default=[], help="questions to measure, such as layer_forward; all if none")
+    parser.add_argument("--smoke", action=ActionYesNo, default=False, help="tiny sizes, to see that everything runs")
+
+
+def _bench(options: Namespace) -> None:
+    import subprocess
+
+    folder = Path(__file__).parents[2] / "benchmarks"
+    if not folder.is_dir():
+        raise ValueError("the benchmarks are in pkmem's source tree, not in its wheel: run this from a checkout")
+    unknown = sorted(set(options.names) - set(_BENCHMARKS))
+    if unknown:
+        raise ValueError(f"no benchmark is called {unknown[0]!r}: they are {', '.join(_BENCHMARKS)}")
+    for name in options.names or _BENCHMARKS:
+        command = [sys.executable, str(folder / f"{name}.py"), *(["--smoke"] if options.smoke else [])]
+        if subprocess.run(command).returncode:
+            raise ValueError(f"benchmark {name} failed: its output above says why")
+
+
 def _model_argument(parser: ArgumentParser) -> None:
     parser.add_argument("model", type=str, help="a run directory, one of its checkpoints, or any saved model directory")
 
@@ -269,7 +289,13 @@ _ARGUMENTS = {
         _warmup_arguments,
         "Compile the CPU kernels ahead of their first use. Once per machine and version. Example: pkmem warmup",
     ),
+    "bench": (
+        _bench_arguments,
+        "Measure this machine: pkmem against plain torch and its peers, interleaved, beside the floor. "
+        "Example: pkmem bench layer_forward",
+    ),
 }
+_BENCHMARKS = ("operators", "layer_forward", "training_step", "growth", "peak_memory", "billion")
 _VERBS = {
     "train": _train,
     "eval": _eval,
@@ -277,6 +303,7 @@ _VERBS = {
     "inspect": _inspect,
     "demo": _demo,
     "warmup": _warmup,
+    "bench": _bench,
 }
 
 
