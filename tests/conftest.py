@@ -12,6 +12,11 @@ import torch
 from pkmem.ops import BACKENDS
 
 
+ON_CPU = [
+    backend for backend in BACKENDS if backend != "triton"
+]  # its interpreter has a process to itself: test_triton.py
+
+
 def pytest_configure(config: pytest.Config) -> None:
     if hasattr(config, "workerinput"):  # a pytest-xdist worker
         torch.set_num_threads(1)
@@ -30,6 +35,6 @@ def _fresh_compiler() -> Iterator[None]:
         torch._dynamo.reset()
 
 
-@pytest.fixture(scope="session", params=BACKENDS)  # session: Hypothesis may not rerun a narrower fixture
+@pytest.fixture(scope="session", params=ON_CPU)  # session: Hypothesis may not rerun a narrower fixture
 def backend(request: pytest.FixtureRequest) -> str:
     return request.param

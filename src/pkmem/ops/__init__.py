@@ -22,14 +22,17 @@ from pkmem.ops.reading_log import ReadLog
 
 _logger = logging.getLogger(__name__)
 
-BACKENDS = ("reference", "cpu")
+BACKENDS = ("reference", "cpu", "triton")
 _HAS_NUMBA = importlib.util.find_spec("numba") is not None
 if not _HAS_NUMBA:
     warnings.warn("numba is not installed, so the slow reference runs: pip install 'pkmem[cpu]'", stacklevel=2)
 
 
 def choose_backend(device: torch.device, backend: str | None = None) -> str:
-    """The backend for tensors on `device`: the one asked for, else the fastest that can run there.
+    """The backend for tensors on `device`: the one asked for, else the fastest that has been measured there.
+
+    "triton" has to be asked for: its kernels are checked in triton's interpreter and compile, but have not yet run
+    on a GPU.
 
     Raises:
         ValueError: `backend` is not in `BACKENDS`.
