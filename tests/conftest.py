@@ -11,7 +11,6 @@ import torch
 
 from pkmem.ops import BACKENDS
 
-
 ON_CPU = [
     backend for backend in BACKENDS if backend != "triton"
 ]  # its interpreter has a process to itself: test_triton.py

@@ -53,7 +53,13 @@ def recipes(out: Path, data: str = "python", seed: int = 0) -> dict[str, Recipe]
         model=ModelConfig(num_layers=NUM_LAYERS, width=128, num_heads=4, context_tokens=256, vocab_size=2048),
         memory=MemoryConfig(num_sub_keys=128, heads=4, knn=16, query_dim=128, gate=True),
         training=TrainingConfig(
-            num_tokens=1_000_000, batch_tokens=1024, lr=2e-3, value_lr=1.6e-2, eval_every_steps=100, seed=seed
+            num_tokens=1_000_000,
+            batch_tokens=1024,
+            lr=2e-3,
+            value_lr=1.6e-2,
+            eval_every_steps=100,
+            warmup_share=0.15,
+            seed=seed,
         ),
     )
     memory = dataclasses.replace(
