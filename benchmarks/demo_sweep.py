@@ -60,9 +60,13 @@ def seed_cells() -> list[dict[str, Any]]:
     longer = {"warmup_share": 0.15}
     dense, memory = {"model": "dense", **longer}, {"model": "memory", "value_lr": 1.6e-2, **longer}
     return [
-        *({**model, "seed": 0, "lr": lr} for lr in (2e-3, 3e-3) for model in (dense, memory)),
-        *({**model, "seed": seed, "lr": 2e-3} for seed in (1, 2) for model in (dense, memory)),
-        *({"model": "deep", "seed": 0, "lr": lr, **longer} for lr in (2e-3, 3e-3)),
+        *({**model, "seed": 0, "lr": lr} for lr in (2e-3, 3e-3, 4e-3) for model in (dense, memory)),
+        {**dense, "seed": 0, "lr": 6e-3},
+        {**memory, "seed": 1, "lr": 3e-3},
+        {**dense, "seed": 1, "lr": 4e-3},
+        {**memory, "seed": 2, "lr": 3e-3},
+        {**dense, "seed": 2, "lr": 4e-3},
+        *({"model": "deep", "seed": 0, "lr": lr, **longer} for lr in (3e-3, 4e-3)),
     ]
 
 

@@ -55,7 +55,7 @@ def recipes(out: Path, data: str = "python", seed: int = 0) -> dict[str, Recipe]
         training=TrainingConfig(
             num_tokens=1_000_000,
             batch_tokens=1024,
-            lr=2e-3,
+            lr=4e-3,
             value_lr=1.6e-2,
             eval_every_steps=100,
             warmup_share=0.15,
@@ -66,11 +66,13 @@ def recipes(out: Path, data: str = "python", seed: int = 0) -> dict[str, Recipe]
         dense,
         out=out / "memory",
         model=dataclasses.replace(dense.model, memory_layers=[MEMORY_LAYER]),
+        training=dataclasses.replace(dense.training, lr=3e-3),
     )
     deep = dataclasses.replace(
         dense,
         out=out / "deep",
         model=dataclasses.replace(dense.model, num_layers=2 * NUM_LAYERS),
+        training=dataclasses.replace(dense.training, lr=3e-3),
     )
     return {"dense": dense, "memory": memory, "deep": deep}
 
