@@ -72,7 +72,6 @@ def recipes(out: Path, data: str = "python", seed: int = 0) -> dict[str, Recipe]
         dense,
         out=out / "deep",
         model=dataclasses.replace(dense.model, num_layers=2 * NUM_LAYERS),
-        training=dataclasses.replace(dense.training, lr=3e-3),
     )
     return {"dense": dense, "memory": memory, "deep": deep}
 
