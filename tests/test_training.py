@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import resource
 import shutil
 import signal
@@ -239,7 +240,8 @@ train(tiny(Path(sys.argv[1]), Path(sys.argv[2])), progress=False)
 """
     recipe = tiny(text, tmp_path / "run")
     command = [sys.executable, "-c", script, str(text), str(recipe.out)]
-    killed = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, check=False)
+    same_threads = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # sums go by thread
+    killed = subprocess.run(command, cwd=Path(__file__).parent, env=same_threads, capture_output=True, check=False)
     assert killed.returncode == -signal.SIGKILL
     assert [(r["kind"], r["step"]) for r in read_metrics(recipe.out)] == [("train", 4), ("held_out", 5)]
     checkpoint = latest_checkpoint(recipe.out)

@@ -66,7 +66,8 @@ def train(recipe: Recipe, resume: bool = False, overwrite: bool = False, progres
 
     Args:
         recipe: the run; when resuming, the one it was started with.
-        resume: continue from the newest checkpoint, to the same losses as if never interrupted.
+        resume: continue from the newest checkpoint, to the same losses, bit for bit on as many threads, as if never
+            interrupted.
         overwrite: replace the run directory if there is one.
         progress: show progress bars and say what is done, on stderr.
 
