@@ -1,5 +1,6 @@
 """The README's code runs as written, and what it calls equivalent is."""
 
+import json
 import re
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import torch
 
 import pkmem
 from pkmem.cli import build_parser
+from pkmem.demo import FIGURES, LABELS
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
@@ -57,3 +59,12 @@ def test_the_files_it_names_exist() -> None:
     assert named
     for name in named:
         assert (Path(__file__).parents[1] / name).exists(), name
+
+
+def test_its_table_has_the_figures_of_the_results_file() -> None:
+    models = json.loads((Path(__file__).parents[1] / "experiments" / "results" / "demo" / "summary.json").read_text())[
+        "models"
+    ]
+    for key, title, form in FIGURES:
+        cells = ["-" if models[name][key] is None else form.format(models[name][key]) for name in LABELS]
+        assert f"| {title} | {' | '.join(cells)} |" in README
