@@ -15,7 +15,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.library import custom_op
 
 from pkmem.ops.reading_log import ReadLog
@@ -95,7 +95,10 @@ def product_key_topk(query: Tensor, sub_keys: Tensor, knn: int, *, backend: str 
         )
     if not 1 <= knn <= sub_keys.shape[2]:
         raise ValueError(f"knn is {knn} but must be in [1, s = {sub_keys.shape[2]}]")
-    return _topk(query, sub_keys, knn, choose_backend(query.device, backend))
+    chosen = choose_backend(query.device, backend)
+    if _nobody_watches(query, sub_keys):
+        return _select(query, sub_keys, knn, chosen)
+    return _topk(query, sub_keys, knn, chosen)
 
 
 def weighted_sum(
@@ -139,18 +142,79 @@ def weighted_sum(
     if slots.dtype != torch.int64:
         raise ValueError(f"slots are {slots.dtype} but must be torch.int64: use slots.long()")
     chosen = choose_backend(values.device, backend)
+    if _nobody_watches(values, slots, weights):
+        return _checked_bag(values, slots, weights, chosen)
     if log is None:
         return _bag(values, slots, weights, chosen)
     return _logged_bag(values, slots, weights, log.counter, log.handle, chosen)
 
 
-# --- registration with torch.library: forward, shapes, backward -----------------------------------------
+MOST_DECODED = 8  # tokens; for more, matrix products pay
+NORM_TENSORS = {  # of a query norm, in the order in which `decode` takes them
+    "batch": ("weight", "bias", "running_mean", "running_var"),
+    "layer": ("weight", "bias"),
+    "rms": ("weight",),
+    "none": (),
+}
 
 
-@custom_op("pkmem::product_key_topk", mutates_args=())
-def _topk(query: Tensor, sub_keys: Tensor, knn: int, backend: str) -> tuple[Tensor, Tensor]:
+def decode(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    norm: str,
+    norm_tensors: list[Tensor],
+    eps: float | None,
+    sub_keys: Tensor,
+    values: Tensor,
+    knn: int,
+    *,
+    backend: str | None = None,
+) -> Tensor | None:
+    """The whole layer (Lample et al. 2019, section 3) for a few tokens in one call: inference only, fp32 queries.
+
+    Equivalent to `weighted_sum` of the softmax of `product_key_topk` of the normalised linear query.
+
+    Args:
+        x: (n, d), n <= `MOST_DECODED`.
+        weight, bias: (h * q, d) and (h * q,) the linear query.
+        norm: key of `NORM_TENSORS`: the query's norm, in evaluation mode.
+        norm_tensors: as `NORM_TENSORS` names them: (h * q,) each for "batch", else (q,).
+        eps: added to the variance by the norm; None is fp32's.
+        sub_keys: (h, 2, s, q / 2). values: (s ** 2, v). knn: slots per head.
+        backend: one of `BACKENDS`; None takes the fastest for the device.
+
+    Returns:
+        (n, v) in the dtype of values; None where no backend can: call the operators then.
+    """
+    if choose_backend(x.device, backend) != "cpu" or torch.is_autocast_enabled("cpu") or values.dtype == torch.float64:
+        return None
+    parameters = (weight, bias, *norm_tensors, sub_keys)
+    if any(tensor.dtype != torch.float32 for tensor in (x, *parameters)) or not _nobody_watches(x, *parameters, values):
+        return None
+    eps = torch.finfo(torch.float32).eps if eps is None else eps
+    decoded: Tensor = backend_module("cpu").decode(x, weight, bias, norm, norm_tensors, eps, sub_keys, values, knn)
+    return decoded
+
+
+def _nobody_watches(*tensors: Tensor) -> bool:
+    """Whether neither a gradient nor a compiler nor a tensor subclass has to see an operator.
+
+    A registered operator costs some 35 us a call before it does anything, half of a decoded token's whole memory.
+    """
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return False
+    return all(type(tensor) in (Tensor, nn.Parameter) for tensor in tensors)
+
+
+def _select(query: Tensor, sub_keys: Tensor, knn: int, backend: str) -> tuple[Tensor, Tensor]:
     scores, slots = backend_module(backend).product_key_topk(query, sub_keys, knn)
     return scores.contiguous(), slots.contiguous()
+
+
+# --- registration with torch.library: forward, shapes, backward -----------------------------------------
+
+_topk = custom_op("pkmem::product_key_topk", mutates_args=())(_select)
 
 
 @_topk.register_fake
@@ -201,9 +265,7 @@ def _checked_bag(values: Tensor, slots: Tensor, weights: Tensor, backend: str) -
     return backend_module(backend).weighted_sum(values, slots, weights).contiguous()
 
 
-@custom_op("pkmem::weighted_sum", mutates_args=())
-def _bag(values: Tensor, slots: Tensor, weights: Tensor, backend: str) -> Tensor:
-    return _checked_bag(values, slots, weights, backend)
+_bag = custom_op("pkmem::weighted_sum", mutates_args=())(_checked_bag)
 
 
 @custom_op("pkmem::weighted_sum_logged", mutates_args=())

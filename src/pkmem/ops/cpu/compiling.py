@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from pkmem.ops.cpu import bag, rows, selection, selection_backward
+from pkmem.ops.cpu import bag, decoding, rows, selection, selection_backward
 
 KERNELS = (
     selection.select,
@@ -14,6 +14,7 @@ KERNELS = (
     selection_backward.to_keys,
     bag.sum_rows,
     bag.dot_rows,
+    decoding.read,
     rows.sort,
     rows.write_gradients,
     rows.sum_squares,
@@ -40,6 +41,7 @@ def warmup(dtypes: tuple[torch.dtype, ...] = _DTYPES) -> int:
     for dtype in dtypes:
         values = weights.to(dtype)
         bag.weighted_sum(values, slots[0], weights)
+        decoding.decode(weights, weights, weights[0], "none", [], 1.0, sub_keys, values, 1)
         bag.weighted_sum_grad_weights(values, slots[0], values)
         reads = rows.sort_reads([slots[0]], [weights], [values])
         rows.weighted_sum_grad_values(reads, 1)

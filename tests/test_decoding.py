@@ -1,0 +1,178 @@
+"""One kernel for a few tokens: the same as the parts it stands for, and only where it may stand for them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from pkmem import MemoryConfig, MemoryUsage, ProductKeyMemory, RowAdam, ops
+
+pytest.importorskip("numba")
+
+from pkmem.ops.cpu import decoding
+
+NORMS = tuple(ops.NORM_TENSORS)
+
+
+def build(norm: str = "batch", **options) -> ProductKeyMemory:
+    """A memory in evaluation mode in which no weight and no statistic has a special value."""
+    shape = {"dim": 20, "num_sub_keys": 37, "heads": 3, "knn": 9, "query_dim": 14}
+    memory = ProductKeyMemory(MemoryConfig(**shape | {"query_norm": norm} | options)).eval()
+    for name, tensor in (*memory.query.norm.named_parameters(), *memory.query.norm.named_buffers()):
+        if tensor.is_floating_point():
+            nn.init.uniform_(tensor, -0.5 if "bias" in name or "mean" in name else 0.5, 1.5)
+    return memory
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The tokens of each call that took the kernel."""
+    seen: list[int] = []
+    decode = decoding.decode
+
+    def counted(x: Tensor, *arguments: object) -> Tensor:
+        seen.append(len(x))
+        return decode(x, *arguments)
+
+    monkeypatch.setattr("pkmem.ops.cpu.decode", counted)
+    return seen
+
+
+def by_parts(memory: ProductKeyMemory, x: Tensor) -> Tensor:
+    out = memory.values(*memory.keys(memory.query(x))).to(x.dtype)
+    return out if memory.gate is None else memory.gate(out, x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "options", [{}, {"gate": True, "value_dim": 11}, {"knn": 1}, {"knn": 37}, {"num_sub_keys": 64}]
+)
+@pytest.mark.parametrize("norm", NORMS)
+@torch.no_grad()
+def test_equals_the_parts(norm: str, options: dict, dtype: torch.dtype, calls: list[int]) -> None:
+    memory = build(norm, **options)
+    memory.values.to(dtype)
+    last_place = max(1e-5, torch.finfo(dtype).eps)
+    for tokens in range(ops.MOST_DECODED + 1):
+        x = torch.randn(tokens, 20)
+        # Sums that differ in the last place of fp32 may round to neighbours in the table's dtype.
+        torch.testing.assert_close(memory(x), by_parts(memory, x), rtol=last_place, atol=last_place)
+    assert calls == list(range(ops.MOST_DECODED + 1))
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@torch.no_grad()
+def test_twice_as_wrong_as_torch_at_most(norm: str, calls: list[int]) -> None:
+    memory, x = build(norm, dim=512, num_sub_keys=64, query_dim=128, knn=64), torch.randn(8, 512)
+    ours, theirs = memory(x), by_parts(memory, x)
+    assert calls == [8]
+    exact = memory.double()(x.double())
+    assert (ours - exact).abs().max() <= 2 * (theirs - exact).abs().max()
+
+
+@torch.no_grad()
+def test_hidden_states_of_any_layout(calls: list[int]) -> None:
+    memory, wide = build(), torch.randn(2, 3, 40)
+    strided = wide[..., ::2]
+    assert memory(strided).equal(memory(strided.contiguous()))
+    assert memory(strided).shape == (2, 3, 20)
+    assert len(calls) == 3
+
+
+@torch.no_grad()
+def test_what_is_not_finite_comes_out_as_from_the_parts(calls: list[int]) -> None:
+    memory, x = build("none"), torch.randn(3, 20)
+    x[0, 0], x[1, 0] = torch.inf, torch.nan
+    ours, theirs = memory(x), by_parts(memory, x)
+    assert calls == [3]
+    assert ours.isnan().equal(theirs.isnan())
+    torch.testing.assert_close(ours[2], theirs[2])
+
+
+class _Doubled(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+class _Half(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight / 2
+
+
+def _replace_query(memory: ProductKeyMemory) -> None:
+    memory.query.project = _Doubled(20, 42)
+
+
+def _halve_query(memory: ProductKeyMemory) -> None:
+    parametrize.register_parametrization(memory.query.project, "weight", _Half())
+
+
+def _no_bias(memory: ProductKeyMemory) -> None:
+    memory.query.project.bias = None
+
+
+def _hook_output(memory: ProductKeyMemory) -> None:
+    memory.values.register_forward_hook(lambda *arguments: 2 * arguments[2])
+
+
+def _hook_input(memory: ProductKeyMemory) -> None:
+    memory.query.norm.register_forward_pre_hook(lambda module, inputs: (inputs[0] + 1, *inputs[1:]))
+
+
+def _use_reference(memory: ProductKeyMemory) -> None:
+    memory.backend = "reference"
+
+
+def _use_reference_for_keys(memory: ProductKeyMemory) -> None:
+    memory.keys.backend = "reference"
+
+
+def _catch_up(memory: ProductKeyMemory) -> None:
+    memory.optimizer = RowAdam(memory, lazy=False)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        _replace_query, _halve_query, _no_bias, _hook_output, _hook_input, _use_reference, _use_reference_for_keys,
+        _catch_up, nn.Module.double, nn.Module.bfloat16, nn.Module.train,
+    ],
+)  # fmt: skip
+@torch.no_grad()
+def test_parts_run_where_one_is_changed_or_watched(change, calls: list[int]) -> None:
+    memory = build("layer")
+    change(memory)
+    x = torch.randn(2, 20, dtype=memory.keys.sub_keys.dtype)
+    torch.testing.assert_close(memory(x), by_parts(memory, x))
+    assert calls == []
+
+
+@pytest.mark.parametrize("options", [{"query_hidden_dim": 8}, {"keys": "flat"}])
+@torch.no_grad()
+def test_other_queries_and_keys_run_in_parts(options: dict, calls: list[int]) -> None:
+    memory, x = build(**options), torch.randn(2, 20)
+    torch.testing.assert_close(memory(x), by_parts(memory, x))
+    assert calls == []
+
+
+def test_gradients_autocast_compilers_and_many_tokens_run_in_parts(calls: list[int]) -> None:
+    memory, x = build(), torch.randn(2, 20)
+    memory(x).sum().backward()
+    assert memory.keys.sub_keys.grad is not None
+    with torch.no_grad():
+        memory(torch.randn(ops.MOST_DECODED + 1, 20))
+        with torch.autocast("cpu"):
+            memory(x)
+        torch.export.export(memory, (x,))
+    assert calls == []
+
+
+@torch.no_grad()
+def test_usage_is_counted(calls: list[int]) -> None:
+    memory = build()
+    with MemoryUsage(memory) as usage:
+        memory(torch.randn(1, 20))
+    assert int(usage.num_reads.sum()) == 27
+    assert calls == []
