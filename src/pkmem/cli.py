@@ -227,6 +227,57 @@ def _demo(options: Namespace) -> None:
     demo(Path(options.out), options.overwrite, options.data, options.seed)
 
 
+def _experiment_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "name",
+        type=str,
+        help="table1, speed, size, position, keys or heads of the paper; layers or scaling beyond it; "
+        "a file of configs/experiments each",
+    )
+    parser.add_argument("--scale", type=str, default="laptop", help="laptop, gpu or paper")
+    parser.add_argument("--seeds", type=int, default=1, help="seeds 0 .. SEEDS - 1 of each model")
+    parser.add_argument(
+        "--out", type=str, default="runs/experiments", help="where all families' results go, a file per run"
+    )
+    parser.add_argument("--data", type=str | None, default=None, help="text to learn instead of the family's")
+    parser.add_argument(
+        "--resume", action=ActionYesNo, default=False, help="continue half-trained runs; they start over otherwise"
+    )
+    parser.add_argument(
+        "--dry_run", action=ActionYesNo, default=False, help="say what the runs cost, and their commands; train nothing"
+    )
+
+
+def _experiment(options: Namespace) -> None:
+    from pkmem.experiment import describe, experiment
+    from pkmem.family import load_family
+
+    family = load_family(options.name, options.scale)
+    if options.dry_run:
+        print(describe(family, options.seeds, options.data))
+        return
+    left = experiment(family, Path(options.out), options.seeds, options.data, options.resume)
+    for reason in [*left["unused"], *left["waiting"]]:
+        print(reason, file=sys.stderr)
+    if left["failed"]:
+        raise ValueError(f"{len(left['failed'])} runs have no result; run this again for {left['failed'][0]}")
+    if left["unused"] or left["waiting"]:
+        raise ValueError("not all runs have a usable result: see above")
+    print(f"all results are in {Path(options.out) / family.name / family.scale}; next: pkmem report {options.out}")
+
+
+def _report_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("folders", nargs="+", type=str, help="directories with results, such as an experiment's --out")
+    parser.add_argument("--out", type=str, default="runs/report", help="the page's directory")
+
+
+def _report(options: Namespace) -> None:
+    from pkmem.report import write_report
+
+    page = write_report([Path(folder) for folder in options.folders], Path(options.out))
+    print(f"{page}\n{page.with_suffix('.md')}")
+
+
 def _warmup_arguments(parser: ArgumentParser) -> None:
     """None."""
 
@@ -285,6 +336,16 @@ _ARGUMENTS = {
         "The paper's claim at laptop size, in about ten minutes: L layers with a memory against L and 2L without. "
         "Example: pkmem demo --out runs/demo",
     ),
+    "experiment": (
+        _experiment_arguments,
+        "Run one of the paper's tables or figures, model by model; finished runs are kept and skipped. "
+        "Example: pkmem experiment table1 --scale laptop --seeds 3, after a look with --dry_run",
+    ),
+    "report": (
+        _report_arguments,
+        "A page with the results of experiments beside the paper's, from all machines they ran on. "
+        "Example: pkmem report runs/experiments --out runs/report",
+    ),
     "warmup": (
         _warmup_arguments,
         "Compile the CPU kernels ahead of their first use. Once per machine and version. Example: pkmem warmup",
@@ -302,6 +363,8 @@ _VERBS = {
     "generate": _generate,
     "inspect": _inspect,
     "demo": _demo,
+    "experiment": _experiment,
+    "report": _report,
     "warmup": _warmup,
     "bench": _bench,
 }

@@ -1,0 +1,246 @@
+"""How many facts does a small model store, with a memory and without?
+
+    python benchmarks/facts.py    # -> experiments/results/facts.json, facts.png, and the table
+
+Four models learn the same number of tokens of `synthetic:facts`, so the more facts, the fewer exposures of each: a small
+dense one; the same with a memory; a dense one as wide as trains in the seconds of that (measured once, in turns, and
+kept); and a dense one of its size. Each at several learning rates: the table and the plot have the best by bits. Cells
+run one thread each, two at a time; finished ones are kept, so an interrupted sweep goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+RESULTS = Path(__file__).parents[1] / "experiments" / "results"
+LABELS = {
+    "dense": "dense",
+    "memory": "dense + memory",
+    "equal_time": "dense of equal time",
+    "equal_size": "dense of equal size",
+}
+RATES = {  # a wider model wants lower ones
+    "dense": [{"lr": lr} for lr in (2e-3, 4e-3, 8e-3)],
+    "memory": [{"lr": lr, "value_lr": 8 * lr} for lr in (1e-3, 2e-3, 4e-3)],
+    "equal_time": [{"lr": lr} for lr in (2e-3, 4e-3, 8e-3)],
+    "equal_size": [{"lr": lr} for lr in (1e-3, 2e-3, 4e-3)],
+}
+NUMS = (1000, 4000, 16000)
+WIDTH, WIDTH_STEP, LADDER = 64, 16, range(64, 257, 16)
+NUM_TOKENS = 2_000_000
+KEPT = ("recall", "bits_per_fact", "stored_bits", "bits_per_param", "bits_per_dense_param", "bits_per_active_param")
+TURNS = 9
+
+
+def main() -> None:
+    """Runs the missing cells, prints the table and draws the plot."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--smoke", action="store_true", help="few facts and tokens, to see that everything runs")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
+    parser.add_argument("--cell", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.cell is not None:
+        print(json.dumps(run_cell(json.loads(options.cell))))
+        return
+    nums, num_tokens, rates = ((32, 64), 2048, 1) if options.smoke else (NUMS, NUM_TOKENS, None)
+    path = options.out / "facts.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    document = json.loads(path.read_text()) if path.exists() else {"widths": choose_widths(), "cells": []}
+    cells = [
+        {"model": model, "width": document["widths"][model], "num_facts": num, "num_tokens": num_tokens, **rate}
+        for num in nums
+        for model in LABELS
+        for rate in RATES[model][:rates]
+    ]
+    run_missing(path, document, cells)
+    best = best_cells(document["cells"])
+    print(table(best))
+    plot(best, path.with_suffix(".png"))
+
+
+def recipe(cell: dict[str, Any], folder: Path) -> Any:
+    """The training run of a cell."""
+    from pkmem.config import MemoryConfig
+    from pkmem.recipe import ModelConfig, Recipe, TrainingConfig
+
+    return Recipe(
+        data=f"synthetic:facts:{cell['num_facts']}",
+        out=folder / "run",
+        tokenizer=str(folder / "tokenizer"),
+        model=ModelConfig(
+            num_layers=2,
+            width=cell["width"],
+            num_heads=cell["width"] // WIDTH_STEP,
+            context_tokens=128,
+            vocab_size=1024,
+            memory_layers=[1] if cell["model"] == "memory" else [],
+        ),
+        memory=MemoryConfig(num_sub_keys=128, heads=4, knn=16, query_dim=64, gate=True),
+        training=TrainingConfig(
+            num_tokens=cell["num_tokens"],
+            batch_tokens=1024,
+            lr=cell["lr"],
+            value_lr=cell.get("value_lr", cell["lr"]),
+            warmup_share=0.15,
+            eval_every_steps=10**9,
+            checkpoint_every_steps=10**9,
+            eval_tokens=10_000,
+        ),
+    )
+
+
+def choose_widths() -> dict[str, int]:
+    """The width of every model: those of equal time and size are the nearest to the one with memory."""
+    memory = {"model": "memory", "width": WIDTH}
+    ladder = {width: {"model": "dense", "width": width} for width in LADDER}
+    seconds = step_seconds([memory, *ladder.values()])
+    sizes = {width: num_params(cell) for width, cell in ladder.items()}
+    return {
+        "dense": WIDTH,
+        "memory": WIDTH,
+        "equal_time": min(ladder, key=lambda width: abs(math.log(seconds[1 + LADDER.index(width)] / seconds[0]))),
+        "equal_size": min(ladder, key=lambda width: abs(sizes[width] - num_params(memory))),
+    }
+
+
+def step_seconds(cells: list[dict[str, Any]]) -> list[float]:
+    """Median seconds of a training step of each cell's model, taken in turns on one thread."""
+    import torch
+
+    from pkmem.training import build_optimizer
+
+    torch.set_num_threads(1)
+    runs = [recipe({"num_facts": 1, "num_tokens": 1, "lr": 1e-3, **cell}, Path()) for cell in cells]
+    models = [build(run) for run in runs]
+    optimizers = [build_optimizer(model, run.training) for model, run in zip(models, runs, strict=True)]
+    seconds: list[list[float]] = [[] for _ in cells]
+    tokens = torch.randint(runs[0].model.vocab_size, (runs[0].micro_batch_sequences, runs[0].model.context_tokens))
+    for _ in range(TURNS):
+        for model, optimizer, taken in zip(models, optimizers, seconds, strict=True):
+            start = time.perf_counter()
+            model(input_ids=tokens, labels=tokens).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            taken.append(time.perf_counter() - start)
+    return [statistics.median(taken[1:]) for taken in seconds]  # the first warms up
+
+
+def build(run: Any) -> Any:
+    """The untrained model of a recipe."""
+    from pkmem.huggingface import build_model
+
+    return build_model(run.model, run.memory, run.model.vocab_size, 0).train()
+
+
+def num_params(cell: dict[str, Any]) -> int:
+    """All parameters of a cell's model."""
+    from pkmem.evaluation import count_parameters
+
+    return sum(count_parameters(build(recipe({"num_facts": 1, "num_tokens": 1, "lr": 1e-3, **cell}, Path()))).values())
+
+
+def run_missing(path: Path, document: dict[str, Any], cells: list[dict[str, Any]]) -> None:
+    """Runs the cells that `document` does not hold yet, each in a process of its own, and saves it after each."""
+    from pkmem.environment import environment
+    from pkmem.state import save_json
+
+    done = [{key: cell[key] for key in cell if key != "figures"} for cell in document["cells"]]
+    lock = Lock()
+
+    def run(cell: dict[str, Any]) -> None:
+        one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
+        command = [sys.executable, __file__, "--cell", json.dumps(cell)]
+        out = subprocess.run(command, env=one_thread, check=True, stdout=subprocess.PIPE, text=True).stdout
+        with lock:
+            document["cells"].append({**cell, "figures": json.loads(out.splitlines()[-1])})
+            document["environment"] = environment()
+            save_json(path, document)
+            print(json.dumps(document["cells"][-1]), file=sys.stderr, flush=True)
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(run, [cell for cell in cells if cell not in done]))
+
+
+def run_cell(cell: dict[str, Any]) -> dict[str, Any]:
+    """Trains one model and asks it every fact."""
+    from pkmem.facts import EXPOSURES, Facts
+    from pkmem.recall import measure_recall
+    from pkmem.saved import load_saved
+    from pkmem.text import read_documents, tokenize, train_tokenizer
+    from pkmem.training import train
+
+    with tempfile.TemporaryDirectory() as folder:
+        run = recipe(cell, Path(folder))
+        vocabulary = read_documents(f"synthetic:facts:{max(NUMS)}", "train")  # the same for every number of facts
+        train_tokenizer(vocabulary, run.model.vocab_size).save_pretrained(run.tokenizer)
+        summary = train(run, progress=False)
+        model, tokenizer = load_saved(run.out)
+        figures = measure_recall(model, tokenizer, Facts.named(run.data))
+        epochs = summary["train_tokens"] / tokenize(run.data, "train", tokenizer, progress=False).num_tokens
+    learned = ("dense_params", "memory_params", "bits_per_byte", "train_seconds", "memory_0/usage")
+    return (
+        {name: figures[name] for name in KEPT}
+        | {"exposures": epochs * EXPOSURES}
+        | {name: summary[name] for name in learned if name in summary}
+    )
+
+
+def best_cells(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Per number of facts and model the cell that stores most, in order."""
+    best: dict[tuple[int, str], dict[str, Any]] = {}
+    for cell in cells:
+        key = cell["num_facts"], cell["model"]
+        if key not in best or cell["figures"]["bits_per_fact"] > best[key]["figures"]["bits_per_fact"]:
+            best[key] = cell
+    return sorted(best.values(), key=lambda cell: (cell["num_facts"], list(LABELS).index(cell["model"])))
+
+
+def table(best: list[dict[str, Any]]) -> str:
+    """The best cells as Markdown."""
+    titles = ("facts", "exposures", "model", "width", "parameters", "lr", "training seconds", "recall", "bits per fact")
+    titles += ("bits per parameter", "per dense parameter", "per active parameter")
+    rows = [f"| {' | '.join(titles)} |", "|" + "---|" * len(titles)]
+    for cell in best:
+        figures = cell["figures"]
+        rows.append(
+            f"| {cell['num_facts']:,} | {figures['exposures']:.0f} | {LABELS[cell['model']]} | {cell['width']} "
+            f"| {figures['dense_params'] + figures['memory_params']:,} | {cell['lr']} | {figures['train_seconds']:.0f} "
+            f"| {figures['recall']:.1%} | {figures['bits_per_fact']:.2f} | {figures['bits_per_param']:.3f} "
+            f"| {figures['bits_per_dense_param']:.3f} | {figures['bits_per_active_param']:.3f} |"
+        )
+    return "\n".join(rows)
+
+
+def plot(best: list[dict[str, Any]], path: Path) -> None:
+    """Recall, and stored bits per parameter, against the number of facts."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    by_recall, by_bits = figure.subplots(1, 2)
+    for model, label in LABELS.items():
+        cells = [cell for cell in best if cell["model"] == model]
+        nums = [cell["num_facts"] for cell in cells]
+        by_recall.plot(nums, [cell["figures"]["recall"] for cell in cells], marker="o", label=label)
+        by_bits.plot(nums, [cell["figures"]["bits_per_param"] for cell in cells], marker="o", label=label)
+    by_recall.set(xlabel="facts", ylabel="recall", xscale="log", ylim=(0, 1))
+    by_bits.set(xlabel="facts", ylabel="stored bits per parameter", xscale="log", yscale="symlog")
+    for axes in (by_recall, by_bits):
+        axes.grid(visible=True, which="both", alpha=0.3)
+    by_recall.legend()
+    figure.savefig(path, dpi=150)
+
+
+if __name__ == "__main__":
+    main()

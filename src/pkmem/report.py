@@ -1,0 +1,396 @@
+"""The results of experiments, beside the paper's, as a page."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pkmem.family import SCALES, Cell, Family, config_folder, family_names, load_family
+from pkmem.page import Block, Heading, Items, Paragraph, Picture, Table, is_page, write_page
+from pkmem.plots import plot_learning_curves, plot_lines, plot_speeds, plot_usage
+from pkmem.recipe import Recipe
+from pkmem.results import NotYetError, Result, Speeds, at_edge, best_of_sweep, find_results, standing
+
+_NONE = "-"
+
+
+def write_report(folders: Iterable[Path], out: Path) -> Path:
+    """Writes the page of all results in some directories.
+
+    Args:
+        folders: with results, possibly from several machines; of two results of one run the first counts.
+        out: the page's directory: index.html with all pictures inside, index.md beside its PNGs.
+
+    Returns:
+        the HTML file.
+
+    Raises:
+        ValueError: there is no result, or `out` holds something that is not such a page.
+    """
+    folders = list(folders)
+    results, speeds, damaged = _collected(folders)
+    if not results and not speeds:
+        where = ", ".join(str(folder) for folder in folders)
+        raise ValueError(
+            f"no result in {where}: make one with `pkmem experiment table1 --out {folders[0]}`"
+            + "".join(f"; {message}" for message in damaged)
+        )
+    if out.exists() and any(out.iterdir()) and not is_page(out):
+        raise ValueError(f"{out} is there and holds no page of `pkmem report`: choose another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    blocks: list[Block] = [Heading("Files that could not be read"), Items(damaged)] if damaged else []
+    found = {(r.family, r.scale) for r in results} | {(s.family, s.scale) for s in speeds}
+    for scale in SCALES:
+        for name in family_names():
+            if (name, scale) in found:
+                blocks += _Section(load_family(name, scale), results, speeds).blocks(out)
+    unknown = sorted(found - {(name, scale) for name in family_names() for scale in SCALES})
+    if unknown:
+        blocks += [Heading("Results of families that are no more"), Items([" ".join(pair) for pair in unknown])]
+    return write_page(out, "Product-key memories: the experiments", blocks)
+
+
+def _collected(folders: list[Path]) -> tuple[list[Result], list[Speeds], list[str]]:
+    results: list[Result] = []
+    speeds: list[Speeds] = []
+    damaged: list[str] = []
+    for folder in folders:
+        if not folder.is_dir():
+            raise ValueError(f"{folder} is not a directory: give the --out of an experiment")
+        some_results, some_speeds, some_damaged = find_results(folder)
+        results += some_results
+        speeds += some_speeds
+        damaged += some_damaged
+    return results, speeds, damaged
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A figure over seeds."""
+
+    figures: tuple[float, ...]
+
+    @property
+    def mean(self) -> float:
+        """Over seeds."""
+        return statistics.mean(self.figures)
+
+    def text(self, form: str) -> str:
+        """The mean, and with several seeds the standard deviation and the range."""
+        if len(self.figures) == 1:
+            return format(self.mean, form)
+        low, high = (format(edge, form) for edge in (min(self.figures), max(self.figures)))
+        return f"{self.mean:{form}} ± {statistics.stdev(self.figures):{form}} ({low} to {high})"
+
+
+class _Section:
+    """What the page says of one family at one scale."""
+
+    def __init__(self, family: Family, results: list[Result], speeds: list[Speeds]) -> None:
+        self.family = family
+        own = [r for r in results if (r.family, r.scale) == (family.name, family.scale)]
+        self.seeds = 1 + max((result.seed for result in own), default=0)
+        self.data = next((result.recipe.data for result in own), None)
+        self.standing = standing(family, own, self.seeds, self.data)
+        self.results = self.standing.valid
+        self.best = {cell.name: self._of_best_rate(cell) for cell in family.cells.values()}
+        at_scale = [s for s in speeds if s.scale == family.scale]
+        self.speeds = [s for s in at_scale if s.family == family.name and self._is_current(s)]
+        self.stale_speeds = [s for s in at_scale if s.family == family.name and not self._is_current(s)]
+        # table1 is the family whose models `speed` measures: either serves the other
+        twin = {"speed": "table1", "table1": "speed"}.get(family.name)
+        self.speeds = self.speeds or [s for s in at_scale if s.family == twin and self._is_current(s)]
+        self.environments = [r.environment for r in self.results] + [s.environment for s in self.speeds]
+        if family.name == "speed":
+            self.trained = _Section(load_family("table1", family.scale), results, []).best
+
+    def _of_best_rate(self, cell: Cell) -> list[Result]:
+        """A cell's results, by seed, at its best rate; of those tried, if its sweep is not complete."""
+        tried = [result for result in self.results if result.cell == cell.name]
+        first = [result for result in tried if result.seed == 0]
+        if not first:
+            return []
+        rate = min(first, key=lambda result: result.bits_per_byte).rate
+        return [result for result in tried if result.rate == rate]
+
+    def _is_current(self, speeds: Speeds) -> bool:
+        """Whether the models measured are still the family's."""
+        for name, recipe in speeds.recipes.items():
+            cell = self.family.cells.get(name)
+            if cell is None:
+                return False
+            wanted = self.family.run(cell, cell.rates[0]).recipe
+            if _model_of(recipe) != _model_of(wanted):
+                return False
+        return True
+
+    def blocks(self, out: Path) -> list[Block]:
+        """The section, its pictures written to `out`."""
+        family = self.family
+        blocks: list[Block] = [
+            Heading(f"{family.title} ({family.paper}), {family.scale}"),
+            Paragraph(f"{family.name}: {family.about}. {self._places()}"),
+        ]
+        for texts in (self._claims(), self._problems()):
+            blocks += [Items(texts)] if texts else []
+        blocks += [self._table(), *_papers_table(family.name), *self._pictures(out)]
+        blocks += [self._sweeps(), self._commands()] if self.results else []
+        return blocks
+
+    # What is missing, mixed or old
+
+    def _places(self) -> str:
+        """The machine, when there is one alone."""
+        places = {_place(environment) for environment in self.environments}
+        return f"Measured on {places.pop()}." if len(places) == 1 else ""
+
+    def _problems(self) -> list[str]:
+        now = self.standing
+        problems = [f"unused: {message}" for message in now.unused]
+        problems += [f"unused: {s.file} measured other models than the family's" for s in self.stale_speeds]
+        if self.family.trains:
+            problems += [f"missing: {run.name}" for run in now.missing] + [f"missing: {text}" for text in now.waiting]
+        if self.family.measures_speed and not self.speeds:
+            problems.append(f"missing: the speeds (pkmem experiment {self.family.name} --scale {self.family.scale})")
+        for what, kinds in (
+            ("commits", {str(environment.get("commit")) for environment in self.environments}),
+            ("machines", {_place(environment) for environment in self.environments}),
+            ("data", {result.recipe.data for result in self.results}),
+        ):
+            if len(kinds) > 1:
+                problems.append(f"mixed: {len(kinds)} {what}: {'; '.join(sorted(kinds))}")
+        return problems
+
+    # The family's table
+
+    def _table(self) -> Table:
+        columns = ["model", "dense", "in memory", "perplexity", "bits per byte", "usage", "KL", "training tokens/s"]
+        columns += ["prefill tokens/s", "decode tokens/s", "words/s", "learning rate", "seeds"]
+        caption = "Ours: mean, and over several seeds ± standard deviation (lowest to highest)"
+        return Table(caption, columns, [self._row(cell) for cell in self.family.cells.values()])
+
+    def _row(self, cell: Cell) -> list[str]:
+        results = self._trained(cell)
+        row = [cell.label]
+        for name, form in (
+            ("dense_params", ","),
+            ("memory_params", ","),
+            ("perplexity", ".2f"),
+            ("bits_per_byte", ".4f"),
+        ):
+            row.append(_over_seeds(results, name, form))
+        row += [_of_memories(results, "usage", ".1%"), _of_memories(results, "kl", ".3f")]
+        row.append(_over_seeds(results, "train_tokens_per_s", ",.0f"))
+        for name in ("prefill_tokens_per_s", "decode_tokens_per_s", "prefill_words_per_s"):
+            measured = self._speeds_of(cell, name)
+            row.append(Spread(measured).text(",.0f") if measured else _NONE)
+        return [*row, results[0].rate if results else _NONE, str(len(results))]
+
+    def _trained(self, cell: Cell) -> list[Result]:
+        return self.trained[cell.name] if self.family.name == "speed" else self.best[cell.name]
+
+    def _speeds_of(self, cell: Cell, name: str) -> tuple[float, ...]:
+        model = cell.like or cell.name
+        return tuple(s.models[model][name] for s in self.speeds if name in s.models.get(model, {}))
+
+    # L layers with a memory against 2L without
+
+    def _claims(self) -> list[str]:
+        claims = []
+        for memory in self.family.cells.values():
+            for deep in self.family.cells.values():
+                if self._is_twice_as_deep(deep, memory):
+                    claims.append(self._claim(memory, deep))
+            for rival in self.family.cells.values():
+                if rival.match_seconds_of == memory.name:
+                    claims.append(self._bits_saved(memory, rival) + ".")
+        return claims
+
+    def _is_twice_as_deep(self, deep: Cell, memory: Cell) -> bool:
+        a, b = (self.family.run(cell, cell.rates[0]).recipe.model for cell in (deep, memory))
+        same_width = a.width == b.width and deep.like is None and memory.like is None
+        return same_width and bool(b.memory_layers) and not a.memory_layers and a.num_layers == 2 * b.num_layers
+
+    def _claim(self, memory: Cell, deep: Cell) -> str:
+        """The paper's claim for a pair, and plainly whether it holds."""
+        text = f"{self._bits_saved(memory, deep)}; {self._ratios(memory, deep)}."
+        saved, ratios = self._saved(memory, deep), self._speed_ratios(memory, deep)
+        if not saved or not ratios:
+            return f"{text} Whether the claim holds cannot be said yet."
+        if statistics.mean(saved) >= 0 and min(ratios) > 1:
+            won = sum(bits >= 0 for bits in saved)
+            text += " The claim holds" + (
+                f" in the mean, but at {won} of {len(saved)} seeds." if won < len(saved) else "."
+            )
+        else:
+            text += " The claim does not hold."
+        return text + self._weakness(memory, deep)
+
+    def _weakness(self, memory: Cell, deep: Cell) -> str:
+        """A warning where twice the layers are no better than the layers alone: then the claim is easy."""
+        depth = self.family.run(memory, memory.rates[0]).recipe.model
+        for cell in self.family.cells.values():
+            model = self.family.run(cell, cell.rates[0]).recipe.model
+            is_shallow = (model.num_layers, model.width, model.memory_layers) == (depth.num_layers, depth.width, [])
+            if is_shallow and cell.like is None:
+                gained = self._saved(deep, cell)
+                if gained and statistics.mean(gained) <= 0:
+                    return f" But {deep.label} are no better than {cell.label} here, so that it says little."
+        return ""
+
+    def _saved(self, model: Cell, rival: Cell) -> list[float]:
+        """Bits per byte a model saves over another, at each seed that both have."""
+        theirs = {result.seed: result.bits_per_byte for result in self.best[rival.name]}
+        return [theirs[r.seed] - r.bits_per_byte for r in self.best[model.name] if r.seed in theirs]
+
+    def _bits_saved(self, memory: Cell, rival: Cell) -> str:
+        pair, saved = f"{memory.label} against {rival.label}", self._saved(memory, rival)
+        if not saved:
+            return f"{pair}: not both trained yet"
+        won = f"better at {sum(bits > 0 for bits in saved)} of {len(saved)} seeds"
+        return f"{pair}: {Spread(tuple(saved)).text('+.4f')} bits per byte saved, {won}"
+
+    def _speed_ratios(self, memory: Cell, deep: Cell) -> list[float]:
+        """Prefill and decode, each the mean over measurements of the ratio within one."""
+        ratios = []
+        for name in ("prefill_tokens_per_s", "decode_tokens_per_s"):
+            pairs = zip(self._speeds_of(memory, name), self._speeds_of(deep, name), strict=True)
+            within = [ours / theirs for ours, theirs in pairs]
+            ratios += [statistics.mean(within)] if within else []
+        return ratios
+
+    def _ratios(self, memory: Cell, deep: Cell) -> str:
+        ratios = self._speed_ratios(memory, deep)
+        if not ratios:
+            return "speeds not measured yet"
+        return f"{ratios[0]:.2f}x as fast in prefill, {ratios[1]:.2f}x in decode"
+
+    # Pictures
+
+    def _pictures(self, out: Path) -> list[Block]:
+        stem, family = f"{self.family.scale}_{self.family.name}", self.family
+        made: list[Block] = []
+        curves = {family.cells[name].label: _mean_curve(results) for name, results in self.best.items() if results}
+        if curves:
+            plot_learning_curves(curves, out / f"{stem}_curves.png")
+            made.append(Picture(f"{stem}_curves.png", "Held-out bits per byte, mean over seeds, on part of the text"))
+        if any("memory_0/usage" in record for records in curves.values() for record in records):
+            plot_usage(curves, out / f"{stem}_usage.png")
+            made.append(Picture(f"{stem}_usage.png", "Use of the first memory on that text"))
+        series, levels = self._lines()
+        if series:
+            plot_lines(series, levels, out / f"{stem}_lines.png", family.plot["x"], "held-out bits per byte")
+            made.append(
+                Picture(f"{stem}_lines.png", f"Bits per byte by {family.plot['x']} and {family.plot['series']}")
+            )
+        points = self._points()
+        if points and family.name == "speed":
+            plot_speeds(points, out / f"{stem}_speeds.png")
+            made.append(Picture(f"{stem}_speeds.png", "Perplexity against inference speed: low and right is good"))
+        return made
+
+    def _lines(self) -> tuple[dict[str, list[tuple[float, float]]], dict[str, float]]:
+        """Points by the family's x field, a series per value of another; models without a memory are levels."""
+        series: dict[str, list[tuple[float, float]]] = {}
+        levels = {}
+        for name, results in self.best.items():
+            if not results or not self.family.plot:
+                continue
+            recipe, bits = results[0].recipe, statistics.mean(result.bits_per_byte for result in results)
+            if not recipe.model.memory_layers:
+                levels[self.family.cells[name].label] = bits
+                continue
+            x = _field(recipe, self.family.plot["x"])
+            label = f"{self.family.plot['series'].split('.')[-1]} {_field(recipe, self.family.plot['series'])}"
+            series.setdefault(label, []).append((x[0] if isinstance(x, list) else x, bits))
+        return series, levels
+
+    def _points(self) -> dict[str, tuple[float, float]]:
+        points = {}
+        for cell in self.family.cells.values():
+            words, results = self._speeds_of(cell, "prefill_words_per_s"), self._trained(cell)
+            if words and results and cell.like is None:
+                perplexity = statistics.mean(result.summary["perplexity"] for result in results)
+                points[cell.label] = statistics.mean(words), perplexity
+        return points
+
+    # Where every figure is from
+
+    def _sweeps(self) -> Table:
+        rows = []
+        for cell in self.family.cells.values():
+            tried = sorted(
+                (r for r in self.results if r.cell == cell.name and r.seed == 0), key=lambda r: r.bits_per_byte
+            )
+            remark = ""
+            try:
+                best = best_of_sweep(self.family, cell, self.results)
+                if at_edge(self.family, cell, best):
+                    remark = "at the edge of those tried: a better one may lie beyond"
+            except NotYetError as error:
+                remark = f"not complete: {error}"
+            rows.append([cell.label, "; ".join(f"{r.rate}: {r.bits_per_byte:.4f}" for r in tried) or _NONE, remark])
+        return Table("Learning rates tried at seed 0, best first, in bits per byte", ["model", "rates", ""], rows)
+
+    def _commands(self) -> Table:
+        rows = [
+            [r.file.name, _place(r.environment), str(r.environment.get("commit")), str(r.environment.get("command"))]
+            for r in self.results
+        ]
+        return Table("Every run", ["result", "machine", "commit", "command"], rows)
+
+
+def _model_of(recipe: Recipe) -> tuple[Any, Any]:
+    return recipe.model, recipe.memory if recipe.model.memory_layers else None
+
+
+def _field(recipe: Recipe, name: str) -> Any:
+    part, _, field = name.partition(".")
+    return getattr(getattr(recipe, part), field)
+
+
+def _place(environment: dict[str, Any]) -> str:
+    """Machine and torch in a few words."""
+    machine = environment.get("gpu") or f"{environment.get('cores')} cores of {environment.get('processor')}"
+    threads = "" if environment.get("gpu") else f", {environment.get('torch_threads')} threads"
+    return f"{machine}{threads}, torch {environment.get('versions', {}).get('torch')}"
+
+
+def _over_seeds(results: Sequence[Result], name: str, form: str) -> str:
+    figures = tuple(result.summary[name] for result in results if name in result.summary)
+    if not figures:
+        return _NONE
+    return format(figures[0], form) if len(set(figures)) == 1 else Spread(figures).text(form)
+
+
+def _of_memories(results: Sequence[Result], name: str, form: str) -> str:
+    """A figure of each memory of a model, in order of the blocks."""
+    texts: list[str] = []
+    while any(f"memory_{len(texts)}/{name}" in result.summary for result in results):
+        texts.append(_over_seeds(results, f"memory_{len(texts)}/{name}", form))
+    return ", ".join(texts) or _NONE
+
+
+def _mean_curve(results: Sequence[Result]) -> list[dict[str, Any]]:
+    """The held-out records of several seeds, evaluation by evaluation, as far as all have come."""
+    curve = []
+    for records in zip(*(result.held_out for result in results), strict=False):
+        names = [name for name, figure in records[0].items() if isinstance(figure, int | float)]
+        means = {name: statistics.mean(record[name] for record in records) for name in names}
+        curve.append(means | {"kind": "held_out"})
+    return curve
+
+
+def _papers_table(family: str) -> list[Block]:
+    """What the paper reports, where it does."""
+    document = yaml.safe_load((config_folder() / "paper_results.yaml").read_text())
+    if family not in document["families"]:
+        return []
+    table = document["families"][family]
+    rows = [[_NONE if figure is None else str(figure) for figure in row] for row in table["rows"]]
+    return [Table(f"The paper's. {table['caption']} ({document['source']})", [str(c) for c in table["columns"]], rows)]

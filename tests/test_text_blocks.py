@@ -1,0 +1,92 @@
+"""text/blocks.py: every token in its place, at whatever block a run goes on."""
+
+import pickle
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from pkmem.text import TokenBlocks, TokenFile
+
+
+def counting_tokens(tmp_path: Path, num_tokens: int) -> TokenFile:
+    """Every token its own position."""
+    path = tmp_path / f"{num_tokens}.uint32"
+    np.arange(num_tokens, dtype=np.uint32).tofile(path)
+    return TokenFile(path, num_tokens, num_bytes=num_tokens, num_documents=1, num_skipped=0)
+
+
+def blocks_of(blocks: TokenBlocks, indices) -> list[list[int]]:
+    return [blocks[index]["input_ids"].tolist() for index in indices]
+
+
+def test_evaluation_blocks_cover_the_text_in_order(tmp_path):
+    blocks = TokenBlocks(counting_tokens(tmp_path, 107), 10)
+    assert len(blocks) == 10
+    assert list(chain(*blocks_of(blocks, range(10)))) == list(range(100))
+    assert len(list(blocks)) == 10
+    item = blocks[3]
+    assert item.keys() == {"input_ids", "labels"}
+    assert item["input_ids"].dtype == item["labels"].dtype == torch.int64
+    assert torch.equal(item["input_ids"], item["labels"])
+    item["labels"][0] = -100
+    assert item["input_ids"][0] == 30
+
+
+@pytest.mark.parametrize("num_tokens", [10, 19, 100, 107])
+def test_an_epoch_reads_no_token_twice_and_drops_less_than_a_block(tmp_path, num_tokens):
+    per_epoch = num_tokens // 10
+    blocks = TokenBlocks(counting_tokens(tmp_path, num_tokens), 10, num_blocks=3 * per_epoch)
+    for epoch in range(3):
+        read_blocks = blocks_of(blocks, range(epoch * per_epoch, (epoch + 1) * per_epoch))
+        assert all(block == [(block[0] + n) % num_tokens for n in range(10)] for block in read_blocks)
+        tokens = list(chain(*read_blocks))
+        assert len(set(tokens)) == len(tokens) == 10 * per_epoch
+
+
+def test_epochs_differ_in_cuts_and_order(tmp_path):
+    blocks = TokenBlocks(counting_tokens(tmp_path, 1000), 10, num_blocks=400)
+    starts = [block[0] for block in blocks_of(blocks, range(400))]
+    epochs = [starts[first : first + 100] for first in range(0, 400, 100)]
+    assert len({start % 10 for epoch in epochs for start in epoch}) > 1
+    assert all(epoch != sorted(epoch) for epoch in epochs)
+    orders = [[(start - min(epoch)) // 10 for start in epoch] for epoch in epochs]
+    assert len({tuple(order) for order in orders}) == 4
+
+
+def test_a_block_depends_on_seed_and_index_alone(tmp_path):
+    tokens = counting_tokens(tmp_path, 500)
+    straight = blocks_of(TokenBlocks(tokens, 10, num_blocks=170), range(170))
+    assert blocks_of(TokenBlocks(tokens, 10, num_blocks=170), range(120, 170)) == straight[120:]
+    assert blocks_of(TokenBlocks(tokens, 10, num_blocks=170), reversed(range(170))) == straight[::-1]
+    assert blocks_of(TokenBlocks(tokens, 10, num_blocks=900), range(170)) == straight
+    assert blocks_of(TokenBlocks(tokens, 10, num_blocks=170, seed=1), range(170)) != straight
+
+
+def test_blocks_travel_to_workers_without_their_tokens(tmp_path):
+    blocks = TokenBlocks(counting_tokens(tmp_path, 100_000), 10, num_blocks=50)
+    before = blocks_of(blocks, range(50))
+    pickled = pickle.dumps(blocks)
+    assert len(pickled) < 2000
+    assert blocks_of(pickle.loads(pickled), range(50)) == before
+
+
+def test_too_short_a_text_is_refused_with_its_fixes(tmp_path):
+    message = "a block needs 10; use shorter blocks .context_tokens. or give more data"
+    with pytest.raises(ValueError, match=message):
+        TokenBlocks(counting_tokens(tmp_path, 9), 10)
+    assert blocks_of(TokenBlocks(counting_tokens(tmp_path, 9), 9), [0]) == [list(range(9))]
+
+
+@pytest.mark.parametrize("arguments", [{"block_tokens": 0}, {"num_blocks": 0}, {"seed": -1}])
+def test_numbers_out_of_range_are_refused(tmp_path, arguments):
+    with pytest.raises(ValueError, match="at least"):
+        TokenBlocks(counting_tokens(tmp_path, 100), **{"block_tokens": 10, **arguments})
+
+
+@pytest.mark.parametrize("index", [-1, 10])
+def test_an_index_out_of_range_is_refused(tmp_path, index):
+    with pytest.raises(IndexError, match=rf"block {index} is outside \[0, 10\)"):
+        TokenBlocks(counting_tokens(tmp_path, 100), 10)[index]
