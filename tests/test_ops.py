@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import oracle
-from pkmem.ops import choose_backend, product_key_topk, reference, weighted_sum
+from pkmem.ops import choose_backend, prepare, product_key_topk, reference, weighted_sum
 from pkmem.ops.reading_log import ReadLog
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -626,3 +626,12 @@ def test_an_unknown_backend_is_named_with_those_there_are(backend: str) -> None:
         product_key_topk(torch.zeros(1, 1, 2), torch.zeros(1, 2, 3, 1), 1, backend="abacus")
     with pytest.raises(ValueError, match=message):
         weighted_sum(torch.zeros(1, 1), torch.zeros(1, 1).long(), torch.zeros(1, 1), backend="abacus")
+
+
+def test_prepare_compiles_what_a_step_on_the_cpu_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = pytest.importorskip("pkmem.ops.cpu")
+    asked: list[tuple[torch.dtype, ...]] = []
+    monkeypatch.setattr(cpu, "warmup", asked.append)
+    for device, dtype in (("cpu", torch.bfloat16), ("cpu", torch.float64), ("cuda", torch.float32)):
+        prepare(torch.device(device), dtype)
+    assert asked == [(torch.bfloat16,)]

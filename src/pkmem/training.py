@@ -47,6 +47,7 @@ from pkmem.checkpoint import CheckpointError, latest_checkpoint, save_checkpoint
 from pkmem.evaluation import count_parameters, evaluate, usage_figures, watching
 from pkmem.huggingface import build_model
 from pkmem.memory import tables_in
+from pkmem.ops import prepare
 from pkmem.optim import CombinedOptimizer, RowAdam, dense_parameters
 from pkmem.recipe import Recipe, TrainingConfig
 from pkmem.state import load_json, load_state, rng_state, save_json, save_state, set_rng_state
@@ -96,6 +97,8 @@ def train(recipe: Recipe, resume: bool = False, overwrite: bool = False, progres
         journal = Journal(recipe, progress, held_out, train_file.bytes_per_token, held_out_file.bytes_per_token, usages)
         trainer = MemoryTrainer(recipe, model, blocks, tokenizer, journal)
         checkpoint = _checkpoint_to_resume(recipe.out) if resume else None
+        for table in tables_in(model):
+            prepare(table.weight.device, table.weight.dtype)
         with contextlib.closing(journal), _finishing_the_step_on_ctrl_c(journal):
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     if journal.interrupted:

@@ -57,6 +57,12 @@ def backend_module(backend: str) -> ModuleType:
     return module
 
 
+def prepare(device: torch.device, dtype: torch.dtype) -> None:
+    """Compiles what the first calls on `device` with a table of `dtype` would, so that nobody times a compiler."""
+    if choose_backend(device) == "cpu" and dtype != torch.float64:
+        backend_module("cpu").warmup((dtype,))
+
+
 def product_key_topk(query: Tensor, sub_keys: Tensor, knn: int, *, backend: str | None = None) -> tuple[Tensor, Tensor]:
     """The `knn` slots whose product keys best match each query (Lample et al. 2019, section 3.1, eq. 4).
 
