@@ -16,6 +16,7 @@ from pkmem import ops
 from pkmem.config import MemoryConfig
 from pkmem.ops.reading_log import ReadLog
 from pkmem.ops.reference import best_first, inner_products
+from pkmem.pages import prefer_huge_pages
 
 
 class ProductKeyMemory(nn.Module):
@@ -241,7 +242,7 @@ class ValueTable(nn.Module):
 
     def __init__(self, num_slots: int, width: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(num_slots, width))
+        self.weight = nn.Parameter(prefer_huge_pages(torch.empty(num_slots, width)))
         self.log: ReadLog | None = None
         self.backend: str | None = None
         self.reset_parameters()

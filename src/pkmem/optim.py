@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from pkmem.memory import ValueTable, tables_in
 from pkmem.ops import backend_module, choose_backend, reference
 from pkmem.ops.reading_log import ReadLog, SortedReads
+from pkmem.pages import prefer_huge_pages
 
 
 class RowAdam(Optimizer):
@@ -226,8 +227,8 @@ class RowAdam(Optimizer):
         if not state:
             dtype = self._dtype_of_moments(weight)
             state["step"] = torch.zeros(())
-            state["exp_avg"] = torch.zeros_like(weight, dtype=dtype)
-            state["exp_avg_sq"] = torch.zeros_like(weight, dtype=dtype)
+            for name in ("exp_avg", "exp_avg_sq"):
+                state[name] = prefer_huge_pages(torch.empty_like(weight, dtype=dtype, requires_grad=False)).zero_()
         return state
 
 
