@@ -50,7 +50,7 @@ class Knows(nn.Module):
             ids = [tokenizer.eos_token_id, *tokenizer.encode(prompt + answer)]
             self.following |= {tuple(ids[:end]): ids[end] for end in range(1, len(ids))}
 
-    def forward(self, input_ids: torch.Tensor, use_cache: bool) -> SimpleNamespace:
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, use_cache: bool) -> SimpleNamespace:
         assert not self.training
         logits = torch.zeros(*input_ids.shape, self.vocab)
         for row, ids in enumerate(input_ids.tolist()):

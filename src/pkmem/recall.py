@@ -114,9 +114,9 @@ def _last_logits(model: nn.Module, sequences: list[list[int]]) -> Tensor:
     """What a causal model predicts after each sequence, (n, vocabulary) float64."""
     device = next(model.parameters()).device
     lengths = torch.tensor([len(tokens) for tokens in sequences], device=device)
-    # Padding on the right needs no mask: nothing before it sees it.
     tokens = pad_sequence([torch.tensor(tokens) for tokens in sequences], batch_first=True).to(device)
-    logits = model(input_ids=tokens, use_cache=False).logits
+    is_token = torch.arange(tokens.shape[1], device=device) < lengths[:, None]
+    logits = model(input_ids=tokens, attention_mask=is_token.long(), use_cache=False).logits
     return logits[torch.arange(len(sequences), device=device), lengths - 1].double()
 
 

@@ -117,7 +117,7 @@ class Recipe:
     """One training run.
 
     Args:
-        data: "python", "python+", a file, directory or glob, or "hf:NAME".
+        data: "python", "python+", a file, directory or glob, "hf:NAME", or "synthetic:facts:NUM".
         out: the run directory.
         tokenizer: a saved tokenizer's directory, or a name on the Hugging Face Hub; None trains a byte-level BPE.
         model: the decoder and where its memories are.
