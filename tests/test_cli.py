@@ -66,7 +66,10 @@ assert not heavy, heavy
     subprocess.run([sys.executable, "-c", script], check=True)
 
 
-@pytest.mark.parametrize("verb", [[], ["train"], ["eval"], ["generate"], ["inspect"], ["demo"], ["warmup"], ["bench"]])
+@pytest.mark.parametrize(
+    "verb",
+    [[], ["train"], ["eval"], ["generate"], ["inspect"], ["demo"], ["experiment"], ["report"], ["warmup"], ["bench"]],
+)
 def test_help_names_verbs_and_options(verb: list[str], capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit) as caught:
         main([*verb, "--help"])
@@ -87,6 +90,8 @@ def test_help_names_verbs_and_options(verb: list[str], capsys: pytest.CaptureFix
         "generate": ["--prompt", "--temperature", "--top_k", "--seed", "Example:"],
         "inspect": ["--data", "--hottest", "Example:"],
         "demo": ["--out", "--overwrite", "ten minutes"],
+        "experiment": ["--scale", "--seeds", "--out", "--data", "--resume", "--dry_run", "table1", "Example:"],
+        "report": ["--out", "folders", "Example:"],
         "warmup": ["Example:"],
         "bench": ["Example:"],
     }
@@ -464,3 +469,46 @@ def test_bench_names_the_benchmarks_there_are(capsys: pytest.CaptureFixture[str]
         main(["bench", "layer_foward"])
     assert stop.value.code == 2
     assert "layer_forward, training_step" in capsys.readouterr().err
+
+
+# Experiments ------------------------------------------------------------------------------------------------
+
+
+def test_a_dry_run_trains_nothing(capsys: pytest.CaptureFixture) -> None:
+    printed = output_of(["experiment", "position", "--scale", "paper", "--dry_run", "--data", "mine"], capsys)
+    assert "hours of one" in printed
+    assert "--config configs/paper.yaml" in printed
+    assert "data=mine" in printed
+    assert list(Path().iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["experiment", "tabel1"], "no experiment 'tabel1': did you mean 'table1'? they are heads, keys"),
+        (["experiment", "size", "--scale", "phone"], "no scale 'phone': they are laptop, gpu, paper"),
+        (["experiment", "size", "--seeds", "0"], "seeds is 0 but must be >= 1"),
+        (["report", "."], "no result in .: make one with `pkmem experiment table1 --out .`"),
+    ],
+)
+def test_a_bad_experiment_is_one_line_with_the_fix(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture
+) -> None:
+    assert message in error_of(arguments, capsys)
+
+
+def test_what_an_experiment_left_undone_ends_it_with_an_error(
+    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left = {"failed": [], "waiting": [], "unused": []}
+    monkeypatch.setattr("pkmem.experiment.experiment", lambda *_: left)
+    assert "next: pkmem report runs/experiments" in output_of(["experiment", "size"], capsys)
+    left["failed"] = ["a__b__seed0: killed", "c"]
+    assert error_of(["experiment", "size"], capsys) == "2 runs have no result; run this again for a__b__seed0: killed"
+    left["failed"], left["unused"] = [], ["x.json is of another recipe"]
+    with pytest.raises(SystemExit):
+        main(["experiment", "size"])
+    assert capsys.readouterr().err.splitlines() == [
+        "x.json is of another recipe",
+        "pkmem: error: not all runs have a usable result: see above",
+    ]

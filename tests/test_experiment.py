@@ -2,12 +2,12 @@
 
 import fcntl
 import json
+import multiprocessing
 import os
 import shlex
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -225,11 +225,14 @@ def test_zero_seeds_are_refused(file: Path, tmp_path: Path) -> None:
 # Processes --------------------------------------------------------------------------------------------------
 
 
+LONG = {"training.num_tokens": 25_600, "training.eval_every_steps": 100, "training.checkpoint_every_steps": 20}
+
+
 @pytest.fixture
 def long_run(text: Path, tmp_path: Path) -> Path:
     """The file of a family of one run that lasts until it is stopped, and checkpoints early."""
     cells = {"memory": {"label": "memory", "model.memory_layers": [1]}}
-    return write_family(tmp_path, text, cells=cells, overrides={"training.num_tokens": 128_000})
+    return write_family(tmp_path, text, cells=cells, overrides=LONG)
 
 
 def test_a_run_survives_its_parent_and_resumes_after_its_own_kill(
@@ -238,19 +241,23 @@ def test_a_run_survives_its_parent_and_resumes_after_its_own_kill(
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     out = tmp_path / "out"
     folder, family = out / "little" / "laptop", read_family(long_run, "laptop")
-    with parent_of_a_grid(long_run, out) as parent:
-        wait_for(lambda: list(folder.glob("runs/*/checkpoints/step-*")))
-        parent.kill()
+    parent = multiprocessing.get_context("fork").Process(target=experiment, args=(family, out))  # starts at once
+    parent.start()
+    wait_for(lambda: list(folder.glob("runs/*/checkpoints/step-*/manifest.json")))
+    parent.kill()
+    parent.join()
     (lock,) = folder.glob("runs/*.lock")
-    assert experiment(family, out)["failed"][0].endswith(
-        "another process is training it: wait for that, then run this again"
-    )
+    reason = "another process is training it: wait for that, then run this again"
+    assert experiment(family, out)["failed"] == [f"{lock.stem}: {reason}"]
     (child,) = processes_of(lock.stem)
     os.kill(child, signal.SIGKILL)
     wait_for(lambda: is_free(lock))
+    popen, commands = subprocess.Popen, []
+    monkeypatch.setattr(subprocess, "Popen", lambda command, **how: commands.append(command) or popen(command, **how))
     assert experiment(family, out, resume=True)["failed"] == []
+    assert [command[-1] for command in commands if "pkmem.cli" in command] == ["--resume"]
     (result,) = find_results(out)[0]
-    assert [record["tokens"] for record in result.held_out] == list(range(640, 128_001, 640))
+    assert [record["tokens"] for record in result.held_out] == [12_800, 25_600]
     assert list((folder / "runs").iterdir()) == []
 
 
@@ -263,13 +270,31 @@ def test_a_process_that_fails_is_quoted(file: Path, tmp_path: Path, monkeypatch:
         module._train(family, run, tmp_path, resume=False)
 
 
-def parent_of_a_grid(file: Path, out: Path) -> subprocess.Popen:
-    script = (
-        "import sys; from pathlib import Path; from pkmem.experiment import experiment;"
-        "from pkmem.family import read_family;"
-        "experiment(read_family(Path(sys.argv[1]), 'laptop'), Path(sys.argv[2]))"
-    )
-    return subprocess.Popen([sys.executable, "-c", script, str(file), str(out)], stderr=subprocess.DEVNULL)
+def test_ctrl_c_is_passed_on_and_waited_for(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told, signals = [], []
+
+    class Child:
+        def __init__(self, *_: object, **__: object) -> None: ...
+
+        def wait(self) -> int:
+            told.append("waited")
+            if len(told) == 1:
+                signal.raise_signal(signals[-1])
+            return 130
+
+        def send_signal(self, number: int) -> None:
+            told.append(number)
+
+    monkeypatch.setattr(subprocess, "Popen", Child)
+    family = read_family(file, "laptop")
+    run = family.run(family.cells["memory"], {})
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signals.append(number)
+        told.clear()
+        with pytest.raises(KeyboardInterrupt, match=f"stopped in {run.name}; continue with --resume"):
+            module._start(family, run, tmp_path / run.name, False, 0)
+        assert told == ["waited", signal.SIGINT, "waited"]
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
 def wait_for(what, seconds: float = 120) -> None:
@@ -354,6 +379,6 @@ def test_the_dry_run_of_every_family_tells_costs_and_commands(name: str, scale: 
             (command,) = [line for line in lines if f"runs/{cell.name}__" in line]
             assert f"--config configs/{scale}.yaml" in command
             assert command.startswith("torchrun " if family.processes > 1 else "pkmem train ")
-    assert [line for line in lines if line.startswith("in all")][0].split()[-1] == str(
+    assert next(line for line in lines if line.startswith("in all")).split()[-1] == str(
         num_runs(family, 2) * family.trains
     )

@@ -132,6 +132,8 @@ def _eval(options: Namespace) -> None:
     import json
 
     from pkmem.evaluation import count_parameters, evaluate, measure_speed
+    from pkmem.facts import SYNTHETIC, Facts
+    from pkmem.recall import measure_recall
     from pkmem.saved import context_tokens, load_saved
     from pkmem.text import TokenBlocks, tokenize
 
@@ -151,6 +153,8 @@ def _eval(options: Namespace) -> None:
         max_tokens=options.max_tokens,
         progress=True,
     )
+    if options.data.startswith(SYNTHETIC):
+        figures |= measure_recall(model, tokenizer, Facts.named(options.data), progress=True)
     if options.speed:
         figures |= measure_speed({"model": model}, context)["model"]
     print(json.dumps(figures, indent=2))

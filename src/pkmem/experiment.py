@@ -87,7 +87,7 @@ def experiment(
     return {
         "failed": [f"{name}: {reason}" for name, reason in failed.items()],
         "waiting": now.waiting,
-        "unused": [f"{message}: move it away, or choose another --out" for message in now.unused],
+        "unused": [f"{file} {why}: move it away, or choose another --out" for file, why in now.unused.items()],
     }
 
 
@@ -133,11 +133,11 @@ def _train(family: Family, run: Run, folder: Path, resume: bool) -> str:
     with _locked(lock) as handle:
         if file.exists():
             raise RunFailedError(f"{file} is there but damaged: move it away")
+        place = environment() | {"command": shown_command(family, run)}  # before: a commit may follow meanwhile
         if not _is_finished(out, run):
             _start(family, run, out, resume, handle)
         summary = load_json(out / "summary.json")
         curve = [record for record in read_metrics(out) if record["kind"] == "held_out"]
-        place = environment() | {"command": shown_command(family, run)}
         save_result(file, family, run, {"summary": summary, "held_out": curve, "environment": place})
         shutil.rmtree(out)
         _log_file(out).unlink(missing_ok=True)

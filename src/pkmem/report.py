@@ -10,8 +10,8 @@ from typing import Any
 
 import yaml
 
-from pkmem.family import SCALES, Cell, Family, config_folder, family_names, load_family
-from pkmem.page import Block, Heading, Items, Paragraph, Picture, Table, is_page, write_page
+from pkmem.document import Block, Heading, Items, Paragraph, Picture, Table, is_page, write_page
+from pkmem.family import Cell, Family, config_folder, load_family
 from pkmem.plots import plot_learning_curves, plot_lines, plot_speeds, plot_usage
 from pkmem.recipe import Recipe
 from pkmem.results import NotYetError, Result, Speeds, at_edge, best_of_sweep, find_results, standing
@@ -45,13 +45,13 @@ def write_report(folders: Iterable[Path], out: Path) -> Path:
     out.mkdir(parents=True, exist_ok=True)
     blocks: list[Block] = [Heading("Files that could not be read"), Items(damaged)] if damaged else []
     found = {(r.family, r.scale) for r in results} | {(s.family, s.scale) for s in speeds}
-    for scale in SCALES:
-        for name in family_names():
-            if (name, scale) in found:
-                blocks += _Section(load_family(name, scale), results, speeds).blocks(out)
-    unknown = sorted(found - {(name, scale) for name in family_names() for scale in SCALES})
-    if unknown:
-        blocks += [Heading("Results of families that are no more"), Items([" ".join(pair) for pair in unknown])]
+    for name, scale in sorted(found, key=lambda pair: (pair[1], pair[0] != "table1", pair[0])):
+        try:
+            family = load_family(name, scale)
+        except ValueError as error:
+            blocks += [Heading(f"{name}, {scale}"), Items([f"unused: there is no such family any more ({error})"])]
+            continue
+        blocks += _Section(family, results, speeds).blocks(out)
     return write_page(out, "Product-key memories: the experiments", blocks)
 
 
@@ -85,7 +85,7 @@ class Spread:
         if len(self.figures) == 1:
             return format(self.mean, form)
         low, high = (format(edge, form) for edge in (min(self.figures), max(self.figures)))
-        return f"{self.mean:{form}} ± {statistics.stdev(self.figures):{form}} ({low} to {high})"
+        return f"{self.mean:{form}} ± {statistics.stdev(self.figures):{form.lstrip('+')}} ({low} to {high})"
 
 
 class _Section:
@@ -93,7 +93,8 @@ class _Section:
 
     def __init__(self, family: Family, results: list[Result], speeds: list[Speeds]) -> None:
         self.family = family
-        own = [r for r in results if (r.family, r.scale) == (family.name, family.scale)]
+        own = _first_of_each(r for r in results if (r.family, r.scale) == (family.name, family.scale))
+        self.own = own
         self.seeds = 1 + max((result.seed for result in own), default=0)
         self.data = next((result.recipe.data for result in own), None)
         self.standing = standing(family, own, self.seeds, self.data)
@@ -151,16 +152,19 @@ class _Section:
 
     def _problems(self) -> list[str]:
         now = self.standing
-        problems = [f"unused: {message}" for message in now.unused]
+        leftover = {r.file for r in self.own} - {r.file for r in now.valid}
+        reasons = dict.fromkeys(sorted(leftover), "is of no run of the family as it is, or of a sweep not complete")
+        problems = [f"unused: {file} {why}" for file, why in (reasons | now.unused).items()]
         problems += [f"unused: {s.file} measured other models than the family's" for s in self.stale_speeds]
+        if now.missing and self.family.trains:
+            problems.append(f"missing: {', '.join(run.name for run in now.missing)}")
         if self.family.trains:
-            problems += [f"missing: {run.name}" for run in now.missing] + [f"missing: {text}" for text in now.waiting]
+            problems += [f"missing: {text}" for text in now.waiting]
         if self.family.measures_speed and not self.speeds:
             problems.append(f"missing: the speeds (pkmem experiment {self.family.name} --scale {self.family.scale})")
         for what, kinds in (
             ("commits", {str(environment.get("commit")) for environment in self.environments}),
             ("machines", {_place(environment) for environment in self.environments}),
-            ("data", {result.recipe.data for result in self.results}),
         ):
             if len(kinds) > 1:
                 problems.append(f"mixed: {len(kinds)} {what}: {'; '.join(sorted(kinds))}")
@@ -345,6 +349,14 @@ class _Section:
         return Table("Every run", ["result", "machine", "commit", "command"], rows)
 
 
+def _first_of_each(results: Iterable[Result]) -> list[Result]:
+    """Of several results of one run the first."""
+    first: dict[str, Result] = {}
+    for result in results:
+        first.setdefault(f"{result.cell}__{result.rate}__seed{result.seed}", result)
+    return list(first.values())
+
+
 def _model_of(recipe: Recipe) -> tuple[Any, Any]:
     return recipe.model, recipe.memory if recipe.model.memory_layers else None
 
@@ -356,9 +368,10 @@ def _field(recipe: Recipe, name: str) -> Any:
 
 def _place(environment: dict[str, Any]) -> str:
     """Machine and torch in a few words."""
-    machine = environment.get("gpu") or f"{environment.get('cores')} cores of {environment.get('processor')}"
-    threads = "" if environment.get("gpu") else f", {environment.get('torch_threads')} threads"
-    return f"{machine}{threads}, torch {environment.get('versions', {}).get('torch')}"
+    cores = (
+        f"{environment.get('cores')} cores of {environment.get('processor')} ({environment.get('torch_threads')} used)"
+    )
+    return f"{environment.get('gpu') or cores}, torch {environment.get('versions', {}).get('torch')}"
 
 
 def _over_seeds(results: Sequence[Result], name: str, form: str) -> str:

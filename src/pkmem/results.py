@@ -222,13 +222,13 @@ class Standing:
         valid: results of the family's runs.
         missing: runs without a result.
         waiting: why further runs cannot be planned yet.
-        unused: results that are of another recipe than the family's, and how they differ.
+        unused: files of results that are of another recipe than the family's, and how they differ.
     """
 
     valid: list[Result]
     missing: list[Run]
     waiting: list[str]
-    unused: list[str]
+    unused: dict[Path, str]
 
 
 def standing(family: Family, results: Iterable[Result], seeds: int, data: str | None = None) -> Standing:
@@ -244,7 +244,7 @@ def standing(family: Family, results: Iterable[Result], seeds: int, data: str | 
     for result in results:
         if (result.family, result.scale) == (family.name, family.scale):
             there.setdefault((result.cell, result.rate, result.seed), result)
-    now = Standing([], [], [], [])
+    now = Standing([], [], [], {})
     for seed in range(seeds):
         for cell in family.cells.values():
             try:
@@ -257,7 +257,7 @@ def standing(family: Family, results: Iterable[Result], seeds: int, data: str | 
                 if found is None:
                     now.missing.append(run)
                 elif change := difference(found.recipe, run.recipe):
-                    now.unused.append(f"{found.file} is of another recipe ({change})")
+                    now.unused[found.file] = f"is of another recipe ({change})"
                 else:
                     now.valid.append(found)
     return now

@@ -10,10 +10,10 @@ from pathlib import Path
 
 _GENERATOR = '<meta name="generator" content="pkmem report">'
 _STYLE = (
-    "body{font:15px/1.5 system-ui,sans-serif;max-width:1200px;margin:2em auto;padding:0 1em;color:#222}"
+    "body{font:15px/1.5 system-ui,sans-serif;max-width:1500px;margin:2em auto;padding:0 1em;color:#222}"
     "table{border-collapse:collapse;margin:1em 0;display:block;overflow-x:auto}"
     "caption{text-align:left;font-weight:600;padding:.3em 0}"
-    "th,td{border-bottom:1px solid #ddd;padding:.25em .7em;text-align:right;white-space:nowrap}"
+    "th,td{border-bottom:1px solid #ddd;padding:.25em .5em;text-align:right;white-space:nowrap}"
     "th:first-child,td:first-child{text-align:left}th{background:#f4f4f4}"
     "img{max-width:100%;height:auto}code{font-size:85%}"
 )

@@ -1,0 +1,351 @@
+"""The report: from result files alone, whole or partial or mixed, with the claim stated as it is."""
+
+import base64
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from pkmem.family import Family, load_family
+from pkmem.report import Spread, write_report
+from pkmem.results import Result, find_results, runs_of, save_result, save_speeds
+from test_document import Reader
+
+HERE = {"gpu": None, "cores": 2, "processor": "P", "torch_threads": 2, "versions": {"torch": "2"}, "commit": "abc"}
+
+
+def figures(cell: str, rate: str, seed: int) -> dict:
+    """Made-up figures: every layer and memory helps, the middle rate is the best."""
+    layers, memories = int(cell[0]), int(cell[9]) if "memor" in cell else 0
+    tokens_per_s = 1000 * 40 / (10 * layers + memories)
+    bits = 2.5 - 0.04 * layers - 0.2 * memories + 0.01 * seed + 0.1 * ("equal" in cell)
+    bits += 0.0 if rate.startswith(("lr0.003", "lr0.004")) else 0.05
+    found = {
+        "bits_per_byte": bits,
+        "perplexity": 30 * bits,
+        "dense_params": 1000 * layers,
+        "memory_params": 10 * memories,
+    }
+    for memory in range(memories):
+        found |= {f"memory_{memory}/usage": 0.5 + memory / 10, f"memory_{memory}/kl": 1.25}
+    return found | {"train_tokens_per_s": tokens_per_s, "train_seconds": 500_000 / tokens_per_s}
+
+
+def make(folder: Path, family: Family, seeds: int, **changed: object) -> None:
+    """Results of a family as if it had been run."""
+    folder = folder / family.name / family.scale
+    folder.mkdir(parents=True, exist_ok=True)
+    results: list[Result] = []
+    for seed in range(seeds):
+        for cell in family.cells.values():
+            for run in runs_of(family, cell, seed, results):
+                summary = figures(run.cell, run.rate, seed) | changed.get(run.cell, {})
+                curve = [
+                    {
+                        **summary,
+                        "kind": "held_out",
+                        "step": s,
+                        "tokens": s * 1000,
+                        "seconds": s * 1.0,
+                        "bits_per_byte": 6 / s,
+                    }
+                    for s in (1, 2, 3)
+                ]
+                found = {"summary": summary, "held_out": curve}
+                save_result(folder / f"{run.name}.json", family, run, found | {"environment": HERE | {"command": "c"}})
+            results = find_results(folder)[0]
+
+
+def make_speeds(folder: Path, family: Family, number: int = 0, faster: float = 1.0) -> None:
+    folder = folder / family.name / family.scale
+    folder.mkdir(parents=True, exist_ok=True)
+    models = {}
+    for cell in family.cells.values():
+        if cell.like is None:
+            prefill = 80_000 / int(cell.name[0]) * (faster if "memor" in cell.name else 1)
+            models[cell.name] = {
+                "prefill_tokens_per_s": prefill,
+                "decode_tokens_per_s": prefill / 100,
+                "prefill_words_per_s": prefill / 4,
+            }
+    save_speeds(folder / f"speed__{number}.json", family, models, HERE)
+
+
+@pytest.fixture(scope="module")
+def table1(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All results of table 1 at laptop size with two seeds; not to be changed."""
+    folder = tmp_path_factory.mktemp("results")
+    family = load_family("table1", "laptop")
+    make(folder, family, seeds=2)
+    make_speeds(folder, family, faster=0.9)
+    return folder
+
+
+def page_of(folders: list[Path], out: Path) -> tuple[str, Reader]:
+    """The Markdown, and the HTML as read."""
+    html = write_report(folders, out)
+    return html.with_suffix(".md").read_text(), Reader(html.read_text())
+
+
+def row_of(markdown: str, label: str) -> dict[str, str]:
+    """A row of the first table."""
+    rows = [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in markdown.splitlines() if "| " in line]
+    return dict(zip(rows[0], next(row for row in rows if row[0] == label), strict=True))
+
+
+def test_the_table_has_means_spreads_usage_speed_and_rates(table1: Path, tmp_path: Path) -> None:
+    markdown, _ = page_of([table1], tmp_path)
+    row = row_of(markdown, "4 layers + memory")
+    bits = [2.5 - 0.16 - 0.2, 2.5 - 0.16 - 0.2 + 0.01]
+    assert row["bits per byte"] == f"{sum(bits) / 2:.4f} ± 0.0071 ({bits[0]:.4f} to {bits[1]:.4f})"
+    assert row["dense"] == "4,000"
+    assert row["in memory"] == "10"
+    assert row["usage"] == "50.0%"
+    assert row["KL"] == "1.250"
+    assert row["prefill tokens/s"] == "18,000"
+    assert row["decode tokens/s"] == "180"
+    assert row["words/s"] == "4,500"
+    assert row["learning rate"] == "lr0.003_value_lr0.016"
+    assert row["seeds"] == "2"
+    assert row_of(markdown, "4 layers + 2 memories")["usage"] == "50.0%, 60.0%"
+    assert row_of(markdown, "4 layers")["usage"] == "-"
+    assert row_of(markdown, "8 layers at equal seconds")["seeds"] == "2"
+
+
+def test_the_papers_numbers_stand_beside_ours(table1: Path, tmp_path: Path) -> None:
+    markdown, page = page_of([table1], tmp_path)
+    assert "| 12 | 17.7 | 15.6 | 14.8 | 14.5 | 15.0 | 13.7 |" in markdown
+    assert "arXiv 1907.05242" in markdown
+    assert "17.7" in page.texts
+
+
+def test_the_claim_is_told_with_seeds_speeds_and_equal_seconds(table1: Path, tmp_path: Path) -> None:
+    markdown, _ = page_of([table1], tmp_path)
+    saved = -0.04 * 4 + 0.2
+    assert (
+        f"- 4 layers + memory against 8 layers: {saved:+.4f} ± 0.0000 ({saved:+.4f} to {saved:+.4f}) bits per byte saved, "
+        "better at 2 of 2 seeds; 1.80x as fast in prefill, 1.80x in decode. The claim holds.\n"
+    ) in markdown
+    timed = saved + 0.1
+    assert f"4 layers + memory against 8 layers at equal seconds: {timed:+.4f}" in markdown
+    assert "4 layers + memory against 4 layers at equal seconds: +0.3000" in markdown
+    assert "missing" not in markdown
+    assert "mixed" not in markdown
+
+
+@pytest.mark.parametrize(
+    ("changed", "verdict"),
+    [
+        (
+            {"4_layers_1_memory": {"bits_per_byte": 2.3}},
+            "better at 0 of 2 seeds; 1.80x as fast in prefill, 1.80x in decode. The claim does not hold.",
+        ),
+        (
+            {"8_layers": {"bits_per_byte": 2.5}},
+            "But 8 layers are no better than 4 layers here, so that it says little.",
+        ),
+    ],
+)
+def test_a_claim_that_fails_or_says_little_is_told(changed: dict, verdict: str, tmp_path: Path) -> None:
+    family = load_family("table1", "laptop")
+    make(tmp_path / "in", family, seeds=2, **changed)
+    make_speeds(tmp_path / "in", family, faster=0.9)
+    line = next(
+        x
+        for x in page_of([tmp_path / "in"], tmp_path / "out")[0].splitlines()
+        if x.startswith("- 4 layers + memory against 8 layers:")
+    )
+    assert verdict in line
+
+
+def test_a_slower_memory_loses_the_claim(table1: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(table1, tmp_path / "in")
+    make_speeds(folder, load_family("table1", "laptop"), faster=0.4)
+    assert (
+        "0.80x as fast in prefill, 0.80x in decode. The claim does not hold." in page_of([folder], tmp_path / "out")[0]
+    )
+
+
+def test_a_sweep_is_shown_and_its_edge_told(table1: Path, tmp_path: Path) -> None:
+    markdown, _ = page_of([table1], tmp_path)
+    edge = "at the edge of those tried: a better one may lie beyond"
+    assert f"| 4 layers | lr0.003: 2.3400; lr0.004: 2.3400; lr0.006: 2.3900 | {edge} |" in markdown
+    assert (
+        "| 4 layers + memory | lr0.003_value_lr0.016: 2.1400; lr0.004_value_lr0.016: 2.1400; lr0.002_value_lr0.016: 2.1900 |  |"
+        in markdown
+    )
+
+
+def test_every_run_names_machine_commit_and_command(table1: Path, tmp_path: Path) -> None:
+    markdown, _ = page_of([table1], tmp_path)
+    results = find_results(table1)[0]
+    for result in results:
+        assert f"| {result.file.name} | 2 cores of P (2 used), torch 2 | abc | c |" in markdown
+
+
+def test_html_has_all_tables_and_pictures_inside(table1: Path, tmp_path: Path) -> None:
+    markdown, page = page_of([table1], tmp_path)
+    images = [attributes["src"] for tag, attributes in page.seen if tag == "img"]
+    assert len(images) == 2  # curves, usage
+    files = re.findall(r"!\[.*\]\((.*)\)", markdown)
+    for image, file in zip(images, files, strict=True):
+        assert base64.b64decode(image.removeprefix("data:image/png;base64,")) == (tmp_path / file).read_bytes()
+        assert (tmp_path / file).read_bytes().startswith(b"\x89PNG")
+    assert sum(tag == "table" for tag, _ in page.seen) == 4  # ours, the paper's, the sweeps, the runs
+
+
+def test_partial_results_name_what_is_missing(table1: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(table1, tmp_path / "in")
+    (folder / "table1/laptop/8_layers__lr0.003__seed0.json").unlink()
+    (folder / "table1/laptop/speed__0.json").unlink()
+    markdown, _ = page_of([folder], tmp_path / "out")
+    assert "- missing: 8_layers__lr0.003__seed0\n" in markdown
+    assert "- missing: 8_layers, seed 1: 8_layers has no result at seed 0 for lr0.003" in markdown
+    assert "- missing: 8_layers_equal_seconds, seed 0: 8_layers has no result" in markdown
+    assert "- missing: the speeds (pkmem experiment table1 --scale laptop)" in markdown
+    assert "4 layers + memory against 8 layers: " in markdown
+    assert "Whether the claim holds cannot be said yet." in markdown
+    assert "not complete: 8_layers has no result at seed 0 for lr0.003" in markdown
+    assert row_of(markdown, "8 layers")["prefill tokens/s"] == "-"
+
+
+def test_one_result_alone_makes_a_page(table1: Path, tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    shutil.copy(table1 / "table1/laptop/4_layers__lr0.004__seed0.json", tmp_path / "in")
+    markdown, _ = page_of([tmp_path / "in"], tmp_path / "out")
+    assert row_of(markdown, "4 layers")["bits per byte"] == "2.3400"
+    (missing,) = re.findall(r"^- missing: (2_layers__.*)$", markdown, re.MULTILINE)
+    family = load_family("table1", "laptop")
+    untried = [run.name for cell in family.cells.values() if cell.like is None for run in runs_of(family, cell, 0, [])]
+    assert missing.split(", ") == [name for name in untried if name != "4_layers__lr0.004__seed0"]
+    assert "- missing: 8_layers_equal_seconds, seed 0: 8_layers has no result" in markdown
+
+
+def test_several_directories_are_one_and_differences_are_told(table1: Path, tmp_path: Path) -> None:
+    other = shutil.copytree(table1, tmp_path / "other")
+    for file in other.rglob("*.json"):
+        document = json.loads(file.read_text())
+        document["environment"] |= {"commit": "def", "gpu": "G"}
+        file.write_text(json.dumps(document))
+    for file in list(other.rglob("*.json"))[::2]:
+        file.unlink()
+    some = shutil.copytree(table1, tmp_path / "some")
+    for file in other.rglob("*.json"):
+        (some / file.relative_to(other)).unlink()
+    markdown, _ = page_of([some, other], tmp_path / "out")
+    assert "- mixed: 2 commits: abc; def" in markdown
+    assert "- mixed: 2 machines: 2 cores of P (2 used), torch 2; G, torch 2" in markdown
+    assert "missing: " not in markdown
+    assert row_of(markdown, "8 layers")["seeds"] == "2"
+
+
+def test_results_of_other_recipes_and_damaged_ones_are_named(table1: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(table1, tmp_path / "in")
+    old, broken = (folder / f"table1/laptop/4_layers__lr{lr}__seed0.json" for lr in ("0.003", "0.006"))
+    document = json.loads(old.read_text())
+    document["recipe"]["training"]["num_tokens"] = 7_000_000
+    old.write_text(json.dumps(document))
+    broken.write_text("{")
+    markdown, _ = page_of([folder], tmp_path / "out")
+    assert f"- unused: {old} is of another recipe (training.num_tokens 7000000 -> 500000)" in markdown
+    assert f"- {broken} is not a result of an experiment, or damaged" in markdown
+    assert "- missing: 4_layers__lr0.006__seed0" in markdown
+
+
+def test_results_without_a_family_or_cell_are_named(table1: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(table1, tmp_path / "in")
+    cell, family, scale = (folder / f"table1/laptop/4_layers__lr{lr}__seed0.json" for lr in ("0.003", "0.004", "0.006"))
+    for file, change in ((cell, {"cell": "5_layers"}), (family, {"family": "table9"}), (scale, {"scale": "phone"})):
+        file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    markdown, _ = page_of([folder], tmp_path / "out")
+    assert f"- unused: {cell} is of no run of the family as it is" in markdown
+    assert "## table9, laptop\n\n- unused: there is no such family any more (no experiment 'table9'" in markdown
+    assert "## table1, phone\n\n- unused: there is no such family any more (" in markdown
+
+
+def test_speed_takes_perplexity_from_table1_and_draws_figure_4(table1: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(table1, tmp_path / "in")
+    make_speeds(folder, load_family("speed", "laptop"))
+    markdown, _ = page_of([folder], tmp_path / "out")
+    section = markdown[markdown.index("figure 4") :]
+    assert "(laptop_speed_speeds.png)" in section
+    assert row_of(section, "8 layers")["perplexity"].startswith("65.55")
+    assert "| 12 | 14.89 |" in section
+    alone = page_of([folder / "speed"], tmp_path / "alone")[0]
+    assert row_of(alone, "8 layers")["perplexity"] == "-"
+    assert row_of(alone, "8 layers")["words/s"] == "2,500"
+
+
+def test_speeds_of_other_models_are_not_used(table1: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(table1, tmp_path / "in")
+    file = folder / "table1/laptop/speed__0.json"
+    document = json.loads(file.read_text())
+    document["recipes"]["4_layers"]["model"]["width"] = 64
+    file.write_text(json.dumps(document))
+    markdown, _ = page_of([folder], tmp_path / "out")
+    assert f"- unused: {file} measured other models than the family's" in markdown
+    assert row_of(markdown, "4 layers")["words/s"] == "-"
+
+
+@pytest.mark.parametrize("name", ["size", "position", "keys", "heads", "layers", "scaling"])
+def test_every_other_family_has_a_section(name: str, tmp_path: Path) -> None:
+    family = load_family(name, "laptop")
+    folder = tmp_path / "in" / name / "laptop"
+    folder.mkdir(parents=True)
+    results: list[Result] = []
+    for cell in family.cells.values():
+        for run in runs_of(family, cell, 0, results):
+            summary = figures("4_layers_1_memory", run.rate, 0)
+            found = {"summary": summary, "held_out": [], "environment": HERE}
+            save_result(folder / f"{run.name}.json", family, run, found)
+        results = find_results(folder)[0]
+    markdown, _ = page_of([tmp_path / "in"], tmp_path / "out")
+    assert f"## {family.title} ({family.paper}), laptop" in markdown
+    for cell in family.cells.values():
+        assert row_of(markdown, cell.label)["seeds"] == "1"
+    assert (f"(laptop_{name}_lines.png)" in markdown) == bool(family.plot)
+
+
+def test_nothing_to_report_says_how_to_make_a_result(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    with pytest.raises(ValueError, match=r"no result in .*in: make one with `pkmem experiment table1 --out .*in`"):
+        write_report([tmp_path / "in"], tmp_path / "out")
+    (tmp_path / "in" / "a__b__seed0.json").write_text("{")
+    with pytest.raises(ValueError, match=r"a__b__seed0\.json is not a result of an experiment, or damaged"):
+        write_report([tmp_path / "in"], tmp_path / "out")
+    with pytest.raises(ValueError, match=r"nowhere is not a directory: give the --out of an experiment"):
+        write_report([tmp_path / "nowhere"], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_page_replaces_a_page_and_nothing_else(table1: Path, tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").touch()
+    with pytest.raises(ValueError, match="holds no page of `pkmem report`: choose another --out"):
+        write_report([table1], tmp_path)
+    (tmp_path / "thesis.txt").unlink()
+    write_report([table1], tmp_path)
+    write_report([table1], tmp_path)
+
+
+def test_spread_is_sample_deviation_and_range() -> None:
+    assert Spread((1.0, 2.0, 6.0)).text(".2f") == "3.00 ± 2.65 (1.00 to 6.00)"
+    assert Spread((1.5,)).text(".2f") == "1.50"
+
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no browser on this machine")
+def test_a_browser_shows_the_page(table1: Path, tmp_path: Path) -> None:
+    html = write_report([table1], tmp_path / "page")
+    picture = tmp_path / "page.png"
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--window-size=1200,2400", f"--screenshot={picture}"]
+    subprocess.run([str(BROWSER), *options, html.as_uri()], check=True, timeout=60, capture_output=True)
+    import matplotlib.image
+
+    pixels = matplotlib.image.imread(picture)
+    assert pixels.shape[:2] == (2400, 1200)
+    assert pixels[..., :3].std() > 0.05  # something is drawn
