@@ -19,6 +19,7 @@ from pkmem.ops import reading_log, reference
 pytest.importorskip("numba")
 
 from pkmem.ops import cpu
+from pkmem.ops.cpu import selection
 from pkmem.ops.cpu.threads import run_over
 from pkmem.ops.cpu.vectors import array, kernel, narrow, widen
 
@@ -200,6 +201,30 @@ def test_any_order_of_scores_gives_the_reference_selection(name: str, size: int,
     ours, expected = (module.product_key_topk(query, sub_keys, knn) for module in (cpu, reference))
     assert torch.equal(ours[0], expected[0])
     assert torch.equal(ours[1], expected[1])
+
+
+@pytest.mark.parametrize(("size", "knn"), [(7, 7), (130, 32), (300, 33), (512, 32), (1000, 64), (1025, 200)])
+@pytest.mark.parametrize("largest", [3, 1000], ids=["many ties", "few ties"])
+def test_integers_give_the_reference_selection_for_few_and_for_many_tokens(size: int, knn: int, largest: int) -> None:
+    random = torch.Generator().manual_seed(size)
+    query, sub_keys = (
+        torch.randint(-largest, largest + 1, shape, generator=random).float() for shape in ((21, 2, 6), (2, 2, size, 3))
+    )
+    scores, slots = reference.product_key_topk(query, sub_keys, knn)
+    for first, last in ((0, 21), (0, 1), (3, 5), (17, 21), (4, 4)):
+        ours = cpu.product_key_topk(query[first:last], sub_keys, knn)
+        assert torch.equal(ours[0], scores[first:last])
+        assert torch.equal(ours[1], slots[first:last])
+
+
+def test_a_score_of_every_bit_pattern_selects_by_its_place_in_the_order() -> None:
+    bits = torch.randint(-(1 << 31), 1 << 31, (1, 1000), generator=torch.Generator().manual_seed(0)).to(torch.int32)
+    bits[0, :3] = torch.tensor([-1, -(1 << 31), 0])  # the lowest of all: what the kernel pads with; -0.0 and 0.0
+    half_scores = torch.stack((bits.view(torch.float32), torch.zeros(1, 1000)))
+    scores, slots = torch.empty(1, 1, 1), torch.empty(1, 1, 1, dtype=torch.int64)
+    selection.select(array(half_scores), 1, array(scores), array(slots), 0, 1)
+    magnitude, sign = bits.long() & 0x7FFFFFFF, bits < 0
+    assert slots[0, 0, 0] == 1000 * torch.where(sign, -magnitude, magnitude).argmax()
 
 
 def test_compiling_is_announced_on_the_first_use_alone(tmp_path: Path) -> None:

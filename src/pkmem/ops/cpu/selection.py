@@ -1,8 +1,9 @@
 """The best slots of each query in one pass per token and head (Lample et al. 2019, section 3.1).
 
-A score and its index are packed into one integer, score first and the index upside down, so that integers in
-falling order are scores in falling order with ties by lower index, whatever a kernel does. NaN is a number
-like any other then: above infinity, or below minus infinity if its sign is set.
+Scores become integers of the same order, so that NaN is a number like any other: above infinity, or below minus
+infinity if its sign is set. A half has four steps: a bound that at least knn scores reach and not many more, the
+candidates that reach it, the rank of each (how many are above it), and each is written where its rank says. The
+pairs of the two halves go the same way. Nothing branches on a score, and all but the last step is vectors.
 """
 
 from __future__ import annotations
@@ -13,10 +14,22 @@ from torch import Tensor
 
 from pkmem.ops import reference
 from pkmem.ops.cpu.threads import run_over
-from pkmem.ops.cpu.vectors import array, count_above, kernel, lowest_bit, part_of_kernel, rank_all, which_at_least
+from pkmem.ops.cpu.vectors import (
+    append_at_least,
+    append_sums_at_least,
+    array,
+    inlined,
+    kernel,
+    order_with_maxima,
+    part_of_kernel,
+    rank_all,
+    reached_by,
+)
 
+_FEW_TOKENS = 2  # for which reading the keys once, in their own layout, is all that counts
 _SCORES_AT_ONCE = 2 << 20  # few enough for the cache, enough for the matrix product
-_INDEX = np.int64(0xFFFFFFFF)
+_GRAIN = 1 << 19  # elements of sub-keys that one thread reads in some 40 us
+_ROWS_AT_ONCE = 16  # halves before their pairs: the processor overlaps what it does for one row and the next
 _LOWEST = np.int32(-(1 << 31))
 
 
@@ -28,17 +41,23 @@ def product_key_topk(query: Tensor, sub_keys: Tensor, knn: int) -> tuple[Tensor,
         return reference.product_key_topk(query, sub_keys, knn)
     scores = query.new_empty((num_tokens, heads, knn), dtype=torch.float32)
     slots = query.new_empty((num_tokens, heads, knn), dtype=torch.int64)
-    queries = query_halves(query.detach()).transpose(0, 1)  # (2h, n, q / 2)
-    keys = sub_keys.detach().to(torch.float32).flatten(0, 1).mT  # (2h, q / 2, s)
+    queries = query_halves(query.detach())
+    keys = sub_keys.detach().to(torch.float32).flatten(0, 1)
+    grain = 1 + 64 // heads
     token_scores = 2 * heads * num_sub_keys
+    if num_tokens <= _FEW_TOKENS:
+        half_scores = np.empty((2 * heads, num_tokens, num_sub_keys), np.float32)
+        run_over(multiply, (array(queries), array(keys), half_scores), token_scores, 1 + _GRAIN // (1 + keys.shape[2]))
+        select(half_scores, knn, array(scores), array(slots), 0, num_tokens)
+        return scores, slots
     block = max(1, min(num_tokens, max(64, _SCORES_AT_ONCE // token_scores)))
     memory = scores.new_empty(block * token_scores)
     for first in range(0, num_tokens, block):
         part = slice(first, min(first + block, num_tokens))
         size = part.stop - first
-        half_scores = memory[: size * token_scores].view(2 * heads, size, num_sub_keys)
-        torch.bmm(queries[:, part], keys, out=half_scores)  # autocast leaves `out=` alone
-        run_over(select, (array(half_scores), knn, array(scores[part]), array(slots[part])), size, 1 + 64 // heads)
+        products = memory[: size * token_scores].view(2 * heads, size, num_sub_keys)
+        torch.bmm(queries[part].transpose(0, 1), keys.mT, out=products)  # autocast leaves `out=` alone
+        run_over(select, (array(products), knn, array(scores[part]), array(slots[part])), size, grain)
     return scores, slots
 
 
@@ -48,143 +67,160 @@ def query_halves(query: Tensor) -> Tensor:
 
 
 @kernel
+def multiply(queries, keys, half_scores, first, last):  # type: ignore[no-untyped-def]
+    """Writes the scores of the sub-keys [first, last) of all 2 h s, (2h, n, s), from queries (n, 2h, q / 2)."""
+    num_tokens, _, width = queries.shape
+    num_sub_keys = keys.shape[1]
+    for sub_key in range(first, last):
+        half, index = sub_key // num_sub_keys, sub_key % num_sub_keys
+        for token in range(num_tokens):
+            dot = np.float32(0)
+            for column in range(width):
+                dot += queries[token, half, column] * keys[half, index, column]
+            half_scores[half, token, index] = dot
+
+
+@kernel
 def select(half_scores, knn, scores, slots, first, last):  # type: ignore[no-untyped-def]
     """Writes scores[first:last] and slots[first:last], (n, h, knn), from half_scores (2h, n, s)."""
-    num_sub_keys = half_scores.shape[2]
-    row_lengths, row_ends = np.empty(knn, np.int64), np.empty(knn, np.int64)
-    num_pairs = 0
-    for i in range(knn):  # the pairs of ranks (i, j) that can win have (i + 1)(j + 1) <= knn
+    _, num_tokens, size = half_scores.shape
+    flat = half_scores.reshape(-1)
+    row_lengths, corners = _winning_pairs(knn)
+    groups = _up_to(2 * knn, 64)
+    ordered, maxima = np.empty(_up_to(size, groups), np.int32), np.empty(groups, np.int32)
+    ordered[size:] = _LOWEST
+    capacity = max(_up_to(2 * knn, 64) + 128, row_lengths.sum() + 64)
+    candidates = np.empty(capacity, np.int32), np.empty(capacity, np.int32), np.empty(capacity, np.int32)
+    best = np.empty(capacity, np.int32), np.empty(capacity, np.int32)
+    best_numbers, best_indices = best
+    half_best, parts = np.empty((_ROWS_AT_ONCE, knn + 16), np.float32), np.empty((_ROWS_AT_ONCE, knn + 16), np.int32)
+    for head in range(half_scores.shape[0] // 2):
+        for start in range(first, last, _ROWS_AT_ONCE // 2):
+            rows = 2 * min(_ROWS_AT_ONCE // 2, last - start)
+            for row in range(rows):
+                place = ((2 * head + row % 2) * num_tokens + start + row // 2) * size
+                _best_of_row(flat, place, size, knn, ordered, maxima, candidates, best)
+                factor = np.int32(1 if row % 2 else size)
+                for rank in range(knn):
+                    half_best[row, rank] = _as_score(best_numbers[rank])
+                    parts[row, rank] = best_indices[rank] * factor  # a slot is the sum of its parts, as a uint32
+            for row in range(0, rows, 2):
+                _best_pairs(half_best, parts, row, knn, row_lengths, corners, candidates, best)
+                token = start + row // 2
+                for rank in range(knn):
+                    scores[token, head, rank] = _as_score(best_numbers[rank])
+                    slots[token, head, rank] = np.uint32(best_indices[rank])
+
+
+@part_of_kernel
+def _winning_pairs(knn):  # type: ignore[no-untyped-def]
+    """The pairs of ranks (i, j) that can win: those with (i + 1)(j + 1) <= knn, as the number of j per i; and the
+    corners of those with (i + 1)(j + 1) >= knn: every corner has knn pairs that are no worse."""
+    row_lengths, corners = np.empty(knn + 1, np.int64), np.empty((2, knn), np.int64)
+    count, last = 0, knn
+    for i in range(knn):
         row_lengths[i] = knn // (i + 1)
-        row_ends[i] = (knn - 1) // (i + 1)
-        num_pairs += row_lengths[i]
-    capacity = _up_to_64(max(2 * knn + 64, num_pairs))
-    ordered, maxima = np.empty(_up_to_64(num_sub_keys), np.int32), np.empty(_up_to_64(2 * knn), np.int32)
-    candidates = np.empty(capacity, np.int32), np.empty(capacity, np.int64), np.empty(capacity, np.int32)
-    best = np.empty(knn + 1, np.int64)
-    scores1, scores2 = np.empty(knn, np.float32), np.empty(knn, np.float32)
-    indices1, indices2 = np.empty(knn, np.int64), np.empty(knn, np.int64)
-    for token in range(first, last):
-        for head in range(half_scores.shape[0] // 2):
-            _best_of_row(half_scores[2 * head, token], knn, ordered, maxima, candidates, best)
-            _unpack(best, scores1, indices1)
-            _best_of_row(half_scores[2 * head + 1, token], knn, ordered, maxima, candidates, best)
-            _unpack(best, scores2, indices2)
-            bound = _bound_of_pairs(scores1, scores2, row_ends)
-            count = 0
-            for i in range(knn):
-                score1, first_slot = scores1[i], indices1[i] * num_sub_keys
-                for j in range(row_lengths[i]):
-                    number = _as_integer(score1 + scores2[j])
-                    candidates[0][count] = number
-                    candidates[1][count] = _packed(number, first_slot + indices2[j])
-                    count += number >= bound
-            _keep_best(candidates, count, knn, best)
-            _unpack(best, scores[token, head], slots[token, head])
+        end = (knn - 1) // (i + 1)
+        if end < last:
+            corners[0, count], corners[1, count] = i, end
+            count, last = count + 1, end
+    row_lengths[knn] = 0
+    return row_lengths, corners[:, :count].copy()
 
 
-@part_of_kernel
-def _best_of_row(row, knn, ordered, maxima, candidates, best):  # type: ignore[no-untyped-def]
-    """Packs the knn best of a row of scores into `best`; the other arrays are scratch."""
-    size, groups = len(row), len(maxima)
-    numbers, keys, _ = candidates
-    for index in range(size):
-        ordered[index] = _as_integer(row[index])
-    for index in range(size, len(ordered)):
-        ordered[index] = _LOWEST
-    bound = _LOWEST
-    if size >= 2 * groups:
-        bound = _bound_of_row(ordered, knn, maxima)
-    count = 0
-    for start in range(0, len(ordered), 64):
-        if count + 64 > len(keys):
-            _keep_best(candidates, count, knn, best)
-            count = knn
-            for rank in range(knn):
-                keys[rank] = best[rank]
-                numbers[rank] = best[rank] >> 32
-            bound = numbers[knn - 1]
-        found = which_at_least(ordered, start, bound)
-        if start + 64 > size:
-            found &= (np.uint64(1) << np.uint64(size - start)) - np.uint64(1)
-        while found:
-            index = start + lowest_bit(found)
-            found &= found - np.uint64(1)
-            numbers[count] = ordered[index]
-            keys[count] = _packed(ordered[index], index)
-            count += 1
-    _keep_best(candidates, count, knn, best)
-
-
-@part_of_kernel
-def _bound_of_row(ordered, knn, maxima):  # type: ignore[no-untyped-def]
-    """A number that at least knn elements reach, and not many more: knn groups have a maximum that does."""
+@inlined
+def _best_of_row(flat, place, size, knn, ordered, maxima, candidates, best):  # type: ignore[no-untyped-def]
+    """Sorts the knn best of the `size` scores that begin at `place` into `best`; the other arrays are scratch."""
+    numbers, indices, _ = candidates
     groups = len(maxima)
-    for group in range(groups):
-        maxima[group] = ordered[group]
-    for start in range(groups, len(ordered) - groups + 1, groups):
-        part = ordered[start : start + groups]
-        for group in range(groups):
-            maxima[group] = max(maxima[group], part[group])
-    low, high = np.int64(maxima[0]), np.int64(maxima[0])
-    for group in range(groups):
-        low, high = min(low, np.int64(maxima[group])), max(high, np.int64(maxima[group]))
-    while low < high:  # at least knn maxima reach `low`
-        middle = (low + high + 1) >> 1
-        count = 0
-        for start in range(0, groups, 16):
-            count += count_above(maxima, start, np.int32(middle - 1))
-        if count < knn:
-            high = middle - 1
-        else:
-            low = middle
-            if count <= knn + knn // 8:
-                break
-    return np.int32(low)
+    whole, bound = 0, _LOWEST
+    if size >= 2 * groups:
+        whole = size - size % groups
+        for column in range(0, groups, 64):
+            order_with_maxima(flat, place, whole, groups, column, ordered, maxima)
+        bound = reached_by(maxima, groups, knn)
+    for index in range(whole, size):
+        ordered[index] = _as_integer(flat[place + index])
+    count = 0
+    for start in range(0, size, 64):
+        if count + 128 > len(numbers):
+            _make_room(candidates, count, knn, best)
+            count, bound = knn, numbers[knn - 1]
+        count = append_at_least(ordered, start, bound, numbers, indices, count)
+    _sort_best(candidates, count, best)
 
 
 @part_of_kernel
-def _bound_of_pairs(scores1, scores2, row_ends):  # type: ignore[no-untyped-def]
-    """A number that knn pairs reach: all up to the pair of ranks (i, j), if (i + 1)(j + 1) >= knn."""
-    ends = abs(scores1[0]) + abs(scores1[-1]) + abs(scores2[0]) + abs(scores2[-1])
-    if not ends < np.float32(np.inf):  # a sum may be NaN, and the order of the pairs lost
-        return _LOWEST
-    bound = np.float32(-np.inf)
-    for i in range(len(scores1)):
-        bound = max(bound, scores1[i] + scores2[row_ends[i]])
-    return _as_integer(bound)
+def _make_room(candidates, count, knn, best):  # type: ignore[no-untyped-def]
+    """Leaves the knn best as the first candidates: few scores stood out, as when all are equal."""
+    _sort_best(candidates, count, best)
+    for rank in range(knn):
+        candidates[0][rank], candidates[1][rank] = best[0][rank], best[1][rank]
 
 
-@part_of_kernel
-def _keep_best(candidates, count, knn, best):  # type: ignore[no-untyped-def]
-    """Sorts the knn highest of the first `count` keys into best[:knn]: a rank is the number of keys above.
+@inlined
+def _best_pairs(half_best, parts, row, knn, row_lengths, corners, candidates, best):  # type: ignore[no-untyped-def]
+    """Sorts the knn best pairs of the halves in rows `row` and `row + 1` into `best`: sums as numbers, and slots."""
+    numbers, indices, _ = candidates
+    count = 0
+    ends = (
+        abs(half_best[row, 0])
+        + abs(half_best[row, knn - 1])
+        + abs(half_best[row + 1, 0])
+        + abs(half_best[row + 1, knn - 1])
+    )
+    if ends < np.float32(np.inf):
+        bound = _LOWEST
+        for corner in range(corners.shape[1]):
+            bound = max(bound, _as_integer(half_best[row, corners[0, corner]] + half_best[row + 1, corners[1, corner]]))
+        i = 0
+        while row_lengths[i] > i:  # the pairs (i, j >= i), then (j > i, i)
+            for side in range(2):
+                for j in range(i + side, row_lengths[i], 16):
+                    count = append_sums_at_least(
+                        half_best, parts, (row + 1 - side) * half_best.shape[1] + j, row_lengths[i] - j,
+                        half_best[row + side, i], parts[row + side, i], bound, numbers, indices, count,
+                    )  # fmt: skip
+            i += 1
+    else:  # a sum may be NaN, and the order of the pairs lost
+        for i in range(knn):
+            for j in range(row_lengths[i]):
+                numbers[count] = _as_integer(half_best[row, i] + half_best[row + 1, j])
+                indices[count] = parts[row, i] + parts[row + 1, j]
+                count += 1
+    _sort_best(candidates, count, best)
+
+
+@inlined
+def _sort_best(candidates, count, best):  # type: ignore[no-untyped-def]
+    """Sorts the first `count` candidates, and a few of the lowest numbers behind them, into `best`.
 
     Args:
-        candidates: scores as numbers, keys (the same, packed with an index) and scratch, 16 more than count.
-        count: at least knn.
-        best: (knn + 1,) keys; the last takes what is left over.
+        candidates: scores as numbers, their indices, read as uint32, and scratch; 64 more than count.
+        best: numbers and indices, falling, of equal numbers the lower index first.
     """
-    numbers, keys, ranks = candidates
-    rank_all(numbers, count, ranks)
-    total = 0
-    for place in range(count):
-        total += ranks[place]
-    if total != count * (count - 1) // 2:  # some numbers are equal, keys never
-        rank_all(keys, count, ranks)
-    for place in range(count):
-        best[min(ranks[place], knn)] = keys[place]
+    numbers, indices, ranks = candidates
+    for lane in range(16):
+        numbers[count + lane], indices[count + lane] = _LOWEST, np.int32(-1)
+    padded = _up_to(count, 16)
+    if (
+        rank_all(numbers, padded, ranks) != count * (count - 1) // 2 + (padded - count) * count
+    ):  # some numbers are equal
+        _settle_ties(numbers, indices, ranks, padded)
+    for place in range(padded):
+        rank = np.uint32(ranks[place])
+        best[0][rank], best[1][rank] = numbers[place], indices[place]
 
 
 @part_of_kernel
-def _unpack(best, scores, indices):  # type: ignore[no-untyped-def]
-    for rank in range(len(scores)):
-        bits = np.int32(best[rank] >> 32)
-        scores[rank] = np.int32(bits ^ ((bits >> 31) & np.int32(0x7FFFFFFF))).view(np.float32)
-        indices[rank] = _INDEX - (best[rank] & _INDEX)
-
-
-@part_of_kernel
-def _packed(ordered, index):  # type: ignore[no-untyped-def]
-    return (np.int64(ordered) << 32) | (_INDEX - index)
+def _settle_ties(numbers, indices, ranks, count):  # type: ignore[no-untyped-def]
+    """Adds to each rank the number of equal candidates with a lower index."""
+    for place in range(count):
+        number, index = numbers[place], np.uint32(indices[place])
+        earlier = np.int32(0)
+        for other in range(count):
+            earlier += np.int32((numbers[other] == number) & (np.uint32(indices[other]) < index))
+        ranks[place] += earlier
 
 
 @part_of_kernel
@@ -195,5 +231,10 @@ def _as_integer(score):  # type: ignore[no-untyped-def]
 
 
 @part_of_kernel
-def _up_to_64(size):  # type: ignore[no-untyped-def]
-    return (size + 63) & ~63
+def _as_score(number):  # type: ignore[no-untyped-def]
+    return np.int32(number ^ ((number >> 31) & np.int32(0x7FFFFFFF))).view(np.float32)
+
+
+@part_of_kernel
+def _up_to(size, step):  # type: ignore[no-untyped-def]
+    return -(-size // step) * step

@@ -23,6 +23,7 @@ _HALF_VIEWS = {torch.bfloat16: torch.uint16, torch.float16: torch.int16}  # numb
 # Sums may be reordered into vectors, the same way in every run; NaN and infinities keep their meaning.
 _OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": {"contract", "reassoc"}}
 part_of_kernel = njit(**_OPTIONS)
+inlined = njit(forceinline=True, **_OPTIONS)  # where a call would pass many arrays, each seven numbers, by memory
 
 
 def kernel(function: Callable[..., Any]) -> Any:
@@ -42,89 +43,237 @@ def array(tensor: Tensor) -> np.ndarray:
 
 
 # --- vector instructions --------------------------------------------------------------------------------
+# Sixteen lanes to pack, a single instruction with AVX-512; eight to count, since there a comparison gives integers
+# at once where a wider one gives a mask. LLVM takes apart what a processor does not have.
+
+_I1, _I16, _I32, _I64 = (ir.IntType(bits) for bits in (1, 16, 32, 64))
+_I32x16, _I32x8, _F32x16 = ir.VectorType(_I32, 16), ir.VectorType(_I32, 8), ir.VectorType(ir.FloatType(), 16)
 
 
-def _pointer(context: Any, builder: Any, array_type: Any, values: Any, start: Any, lanes: int) -> Any:
-    """Where the vector values[start : start + lanes] is."""
-    data = context.make_array(array_type)(context, builder, values).data
-    vector = ir.VectorType(context.get_data_type(array_type.dtype), lanes)
-    return builder.bitcast(builder.gep(data, [start]), vector.as_pointer())
+def _constant(vector: Any, number: float) -> Any:
+    return ir.Constant(vector, [number] * vector.count)
 
 
-def _load(context: Any, builder: Any, array_type: Any, values: Any, start: Any, lanes: int) -> Any:
-    elements = builder.load(_pointer(context, builder, array_type, values, start, lanes))
-    elements.align = array_type.dtype.bitwidth // 8
+def _spread(builder: Any, number: Any, lanes: int = 16) -> Any:
+    """A number in every lane."""
+    empty = ir.Constant(ir.VectorType(number.type, lanes), ir.Undefined)
+    first = builder.insert_element(empty, number, _I32(0))
+    return builder.shuffle_vector(first, empty, _constant(ir.VectorType(_I32, lanes), 0))
+
+
+def _data(context: Any, builder: Any, array_type: Any, values: Any) -> Any:
+    return context.make_array(array_type)(context, builder, values).data
+
+
+def _load(builder: Any, vector: Any, data: Any, start: Any) -> Any:
+    elements = builder.load(builder.bitcast(builder.gep(data, [start]), vector.as_pointer()))
+    elements.align = 4
     return elements
 
 
-def _spread(builder: Any, number: Any, lanes: int) -> Any:
-    """A number in every lane."""
-    index = ir.IntType(32)
-    empty = ir.Constant(ir.VectorType(number.type, lanes), ir.Undefined)
-    first = builder.insert_element(empty, number, index(0))
-    return builder.shuffle_vector(first, empty, ir.Constant(ir.VectorType(index, lanes), [0] * lanes))
+def _store(builder: Any, elements: Any, data: Any, start: Any) -> None:
+    builder.store(elements, builder.bitcast(builder.gep(data, [start]), elements.type.as_pointer())).align = 4
+
+
+def _call(builder: Any, name: str, result: Any, *arguments: Any) -> Any:
+    """An intrinsic function of LLVM."""
+    signature = ir.FunctionType(result, [argument.type for argument in arguments])
+    return builder.call(cgutils.get_or_insert_function(builder.module, signature, f"llvm.{name}"), arguments)
+
+
+def _maximum(builder: Any, first: Any, second: Any) -> Any:
+    return builder.select(builder.icmp_signed(">", first, second), first, second)
+
+
+def _ordered(builder: Any, scores: Any) -> Any:
+    """Integers ordered like the scores: sign and magnitude to two's complement; + 0.0 drops -0.0."""
+    bits = builder.bitcast(builder.fadd(scores, _constant(_F32x16, 0.0)), _I32x16)
+    sign = builder.ashr(bits, _constant(_I32x16, 31))
+    return builder.xor(bits, builder.and_(sign, _constant(_I32x16, 0x7FFFFFFF)))
+
+
+def _append(context: Any, builder: Any, chosen: Any, columns: Any, count: Any) -> Any:
+    """Appends the chosen lanes of some vectors to arrays, and returns the new count.
+
+    Args:
+        chosen: masks of sixteen lanes, four at most.
+        columns: for each array its vectors, as many as masks, and its data.
+        count: how many elements the arrays hold; anything may be written to as many as there are lanes behind.
+    """
+    masks = [builder.zext(builder.bitcast(mask, _I16), _I64) for mask in chosen]
+    if "+avx512f" not in context.codegen().magic_tuple()[2]:
+        return _append_one_by_one(builder, masks, columns, count)
+    for number, mask in enumerate(masks):
+        for vectors, data in columns:
+            operands = vectors[number], chosen[number], ir.Constant(_I32x16, ir.Undefined)
+            _store(builder, _call(builder, "experimental.vector.compress.v16i32", _I32x16, *operands), data, count)
+        count = builder.add(count, builder.ctpop(mask))
+    return count
+
+
+def _append_one_by_one(builder: Any, masks: Any, columns: Any, count: Any) -> Any:
+    """The same without an instruction that packs: by way of memory, from one bit of the masks to the next."""
+    copies = []
+    for vectors, _ in columns:
+        copies.append(cgutils.alloca_once(builder, ir.ArrayType(_I32, 64)))
+        for number, vector in enumerate(vectors):
+            _store(builder, vector, builder.bitcast(copies[-1], _I32.as_pointer()), _I64(16 * number))
+    bits = _I64(0)
+    for number, mask in enumerate(masks):
+        bits = builder.or_(bits, builder.shl(mask, _I64(16 * number)))
+    left = cgutils.alloca_once(builder, _I64)
+    builder.store(bits, left)
+    found = builder.ctpop(bits)
+    with cgutils.for_range(builder, found) as loop:
+        lane = builder.cttz(builder.load(left), _I1(1))
+        builder.store(builder.and_(builder.load(left), builder.sub(builder.load(left), _I64(1))), left)
+        for copy, (_, data) in zip(copies, columns, strict=True):
+            element = builder.load(builder.gep(copy, [_I64(0), lane]))
+            builder.store(element, builder.gep(data, [builder.add(count, loop.index)]))
+    return builder.add(count, found)
 
 
 @intrinsic
-def which_at_least(_: Any, values: Any, start: Any, bound: Any) -> Any:
-    """Which of the 64 integers values[start : start + 64] are >= bound, as the bits of a uint64."""
+def order_with_maxima(
+    _: Any, scores: Any, first: Any, size: Any, stride: Any, column: Any, numbers: Any, maxima: Any
+) -> Any:
+    """Orders 64 columns of the `size` scores from `first` on, seen as rows of `stride`, and takes their maxima.
+
+    Writes numbers[row * stride + column : ... + 64] for every row, integers ordered like the scores, and
+    maxima[column : column + 64].
+    """
 
     def codegen(context: Any, builder: Any, _: Any, arguments: Any) -> Any:
-        elements = _load(context, builder, values, arguments[0], arguments[1], 64)
-        found = builder.icmp_signed(">=", elements, _spread(builder, arguments[2], 64))
-        return builder.bitcast(found, ir.IntType(64))
-
-    return types.uint64(values, types.intp, values.dtype), codegen
-
-
-@intrinsic
-def lowest_bit(_: Any, bits: Any) -> Any:
-    """The position of the lowest bit set in a uint64 that is not zero."""
-
-    def codegen(_context: Any, builder: Any, _: Any, arguments: Any) -> Any:
-        return builder.cttz(arguments[0], ir.IntType(1)(1))
-
-    return types.int64(types.uint64), codegen
-
-
-@intrinsic
-def count_above(_: Any, values: Any, start: Any, bound: Any) -> Any:
-    """How many of the 16 integers values[start : start + 16] are > bound."""
-
-    def codegen(context: Any, builder: Any, _: Any, arguments: Any) -> Any:
-        elements = _load(context, builder, values, arguments[0], arguments[1], 16)
-        found = builder.icmp_signed(">", elements, _spread(builder, arguments[2], 16))
-        return builder.zext(builder.ctpop(builder.bitcast(found, ir.IntType(16))), ir.IntType(64))
-
-    return types.int64(values, types.intp, values.dtype), codegen
-
-
-@intrinsic
-def _rank_16(_: Any, values: Any, count: Any, start: Any, ranks: Any) -> Any:
-    """Writes ranks[start : start + 16]: how many of the integers values[:count] are above values[start], ..."""
-
-    def codegen(context: Any, builder: Any, _: Any, arguments: Any) -> Any:
-        data = context.make_array(values)(context, builder, arguments[0]).data
-        elements = _load(context, builder, values, arguments[0], arguments[2], 16)
-        above = cgutils.alloca_once_value(builder, ir.Constant(elements.type, None))
-        with cgutils.for_range(builder, arguments[1]) as loop:
-            other = _spread(builder, builder.load(builder.gep(data, [loop.index])), 16)
-            higher = builder.zext(builder.icmp_signed(">", other, elements), elements.type)
-            builder.store(builder.add(builder.load(above), higher), above)
-        result = builder.load(above)
-        if values.dtype.bitwidth > 32:
-            result = builder.trunc(result, ir.VectorType(ir.IntType(32), 16))
-        builder.store(result, _pointer(context, builder, ranks, arguments[3], arguments[2], 16)).align = 4
+        _, first, size, stride, column, *_ = arguments
+        arrays = ((scores, 0), (numbers, 5), (maxima, 6))
+        source, target, tops = (_data(context, builder, kind, arguments[i]) for kind, i in arrays)
+        highest = [cgutils.alloca_once(builder, _I32x16) for _ in range(4)]
+        for top in highest:
+            builder.store(_constant(_I32x16, -(1 << 31)), top)
+        with cgutils.for_range_slice(builder, column, size, stride, intp=_I64) as (row, _):
+            for lane, top in zip(range(0, 64, 16), highest, strict=True):
+                place = builder.add(row, _I64(lane))
+                ordered = _ordered(builder, _load(builder, _F32x16, source, builder.add(first, place)))
+                _store(builder, ordered, target, place)
+                builder.store(_maximum(builder, ordered, builder.load(top)), top)
+        for lane, top in zip(range(0, 64, 16), highest, strict=True):
+            _store(builder, builder.load(top), tops, builder.add(column, _I64(lane)))
         return context.get_dummy_value()
 
-    return types.void(values, types.intp, types.intp, ranks), codegen
+    return types.void(scores, types.intp, types.intp, types.intp, types.intp, numbers, maxima), codegen
 
 
-@part_of_kernel
-def rank_all(values: Any, count: Any, ranks: Any) -> None:
-    """Writes the ranks (int32) of the integers values[:count], the highest 0; uses 15 more of both arrays."""
-    for start in range(0, count, 16):
-        _rank_16(values, count, start, ranks)
+def _counted(builder: Any, vectors: Any, data: Any, count: Any, comparison: str) -> Any:
+    """How many of data[:count] compare so with each lane of some vectors, which stay in registers."""
+    totals = [cgutils.alloca_once(builder, _I32x8) for _ in vectors]
+    for total in totals:
+        builder.store(_constant(_I32x8, 0), total)
+    with cgutils.for_range(builder, count) as loop:
+        other = _spread(builder, builder.load(builder.gep(data, [loop.index])), 8)
+        for elements, total in zip(vectors, totals, strict=True):
+            found = builder.zext(builder.icmp_signed(comparison, other, elements), _I32x8)
+            builder.store(builder.add(builder.load(total), found), total)
+    return [builder.load(total) for total in totals]
+
+
+@intrinsic
+def reached_by(_: Any, values: Any, size: Any, least: Any) -> Any:
+    """The highest of a sample, values[:16], that at least `least` of values[:size] reach; else the lowest integer."""
+
+    def codegen(context: Any, builder: Any, _: Any, arguments: Any) -> Any:
+        data = _data(context, builder, values, arguments[0])
+        sample = [_load(builder, _I32x8, data, _I64(lane)) for lane in range(0, 16, 8)]
+        least = _spread(builder, builder.trunc(arguments[2], _I32), 8)
+        highest = lowest = _constant(_I32x8, -(1 << 31))
+        for elements, count in zip(sample, _counted(builder, sample, data, arguments[1], ">="), strict=True):
+            reached = builder.select(builder.icmp_signed(">=", count, least), elements, lowest)
+            highest = _maximum(builder, reached, highest)
+        return _call(builder, "vector.reduce.smax.v8i32", _I32, highest)
+
+    return types.int32(values, types.intp, types.intp), codegen
+
+
+@intrinsic
+def append_at_least(_: Any, values: Any, start: Any, bound: Any, numbers: Any, indices: Any, count: Any) -> Any:
+    """Appends those of values[start : start + 64] that are >= bound, and their indices; returns the new count.
+
+    Writes anything to the 64 elements from `count` on that it does not need.
+    """
+
+    def codegen(context: Any, builder: Any, _: Any, arguments: Any) -> Any:
+        _, start, bound, *_, count = arguments
+        arrays = ((values, 0), (numbers, 3), (indices, 4))
+        source, target, places = (_data(context, builder, kind, arguments[i]) for kind, i in arrays)
+        bound, lanes = _spread(builder, bound), ir.Constant(_I32x16, list(range(16)))
+        begins = [builder.add(start, _I64(lane)) for lane in range(0, 64, 16)]
+        elements = [_load(builder, _I32x16, source, begin) for begin in begins]
+        index = [builder.add(lanes, _spread(builder, builder.trunc(begin, _I32))) for begin in begins]
+        chosen = [builder.icmp_signed(">=", part, bound) for part in elements]
+        return _append(context, builder, chosen, ((elements, target), (index, places)), count)
+
+    return types.int64(values, types.intp, types.int32, numbers, indices, types.intp), codegen
+
+
+@intrinsic
+def append_sums_at_least(
+    _: Any, scores: Any, parts: Any, start: Any, size: Any, score: Any, part: Any, bound: Any,
+    numbers: Any, indices: Any, count: Any,
+) -> Any:  # fmt: skip
+    """Appends those sums scores[start : start + min(size, 16)] + score that are >= bound, as ordered integers, and
+    the sums parts[...] + part; returns the new count.
+
+    Reads and writes 16 elements in any case.
+    """
+
+    def codegen(context: Any, builder: Any, _: Any, arguments: Any) -> Any:
+        _, _, start, size, score, part, bound, *_, count = arguments
+        arrays = ((scores, 0), (parts, 1), (numbers, 7), (indices, 8))
+        source, offsets, target, places = (_data(context, builder, kind, arguments[i]) for kind, i in arrays)
+        sums = _ordered(builder, builder.fadd(_load(builder, _F32x16, source, start), _spread(builder, score)))
+        index = builder.add(_load(builder, _I32x16, offsets, start), _spread(builder, part))
+        lanes = ir.Constant(_I32x16, list(range(16)))
+        inside = builder.icmp_signed("<", lanes, _spread(builder, builder.trunc(size, _I32)))
+        chosen = builder.and_(inside, builder.icmp_signed(">=", sums, _spread(builder, bound)))
+        return _append(context, builder, [chosen], (([sums], target), ([index], places)), count)
+
+    numbers_in = (types.intp, types.intp, types.float32, types.int32, types.int32)
+    return types.int64(scores, parts, *numbers_in, numbers, indices, types.intp), codegen
+
+
+def _ranking(lanes: int) -> Any:
+    @intrinsic
+    def rank(_: Any, values: Any, count: Any, start: Any, ranks: Any) -> Any:
+        """Writes ranks[start : start + lanes], how many of values[:count] are above values[start], ...; their sum."""
+
+        def codegen(context: Any, builder: Any, _: Any, arguments: Any) -> Any:
+            data, target = _data(context, builder, values, arguments[0]), _data(context, builder, ranks, arguments[3])
+            places = [builder.add(arguments[2], _I64(lane)) for lane in range(0, lanes, 8)]
+            vectors = [_load(builder, _I32x8, data, place) for place in places]
+            total = _constant(_I32x8, 0)
+            for above, place in zip(_counted(builder, vectors, data, arguments[1], ">"), places, strict=True):
+                _store(builder, above, target, place)
+                total = builder.add(total, above)
+            return builder.zext(_call(builder, "vector.reduce.add.v8i32", _I32, total), _I64)
+
+        return types.int64(values, types.intp, types.intp, ranks), codegen
+
+    return rank
+
+
+_rank_16, _rank_48 = _ranking(16), _ranking(48)
+
+
+@inlined
+def rank_all(values: Any, count: Any, ranks: Any) -> Any:
+    """Writes how many of the integers values[:count] are above each, and returns the sum; count is a multiple of 16."""
+    start = total = 0
+    while count - start >= 48:
+        total += _rank_48(values, count, start, ranks)
+        start += 48
+    while start < count:
+        total += _rank_16(values, count, start, ranks)
+        start += 16
+    return total
 
 
 # --- 16-bit floats: bf16 comes as uint16, fp16 as int16 -------------------------------------------------
