@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from pkmem.ops import reading_log, reference
 pytest.importorskip("numba")
 
 from pkmem.ops import cpu
-from pkmem.ops.cpu import selection
+from pkmem.ops.cpu import selection, threads
 from pkmem.ops.cpu.threads import run_over
 from pkmem.ops.cpu.vectors import array, kernel, narrow, widen
 
@@ -58,8 +59,8 @@ def training_step(dtype: torch.dtype) -> list[Tensor]:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_same_bits_for_any_number_of_threads(dtype: torch.dtype) -> None:
     results = []
-    for threads in (1, 2, 4, 1):
-        torch.set_num_threads(threads)
+    for number in (1, 2, 4, 1):
+        torch.set_num_threads(number)
         results.append(training_step(dtype))
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
@@ -238,3 +239,54 @@ weighted_sum(torch.ones(2, 2), torch.zeros(1, 1, dtype=torch.int64), torch.ones(
         said = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
         assert said.returncode == 0, said.stderr
         assert said.stderr == expected
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_a_forked_child_does_not_wait_for_its_parents_threads() -> None:
+    torch.set_num_threads(2)
+    values, slots = torch.randn(64, 512), torch.randint(64, (512, 64))
+    weights = torch.rand(slots.shape)
+    expected = cpu.weighted_sum(values, slots, weights)  # starts threads
+    child = multiprocessing.get_context("fork").Process(target=_sum_again, args=(values, slots, weights, expected))
+    child.start()
+    child.join(60)
+    code = child.exitcode
+    child.kill()
+    assert code == 0
+
+
+def _sum_again(values: Tensor, slots: Tensor, weights: Tensor, expected: Tensor) -> None:
+    # Compared by numpy: torch's own parallel operators do wait after a fork.
+    assert np.array_equal(cpu.weighted_sum(values, slots, weights).numpy(), expected.numpy())
+
+
+@pytest.mark.parametrize("openmp", [True, False])
+def test_an_error_in_any_thread_reaches_the_caller(openmp: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not openmp:
+        monkeypatch.setattr(threads, "_openmp", lambda: None)
+    torch.set_num_threads(4)
+
+    def fails(first: int, last: int) -> None:
+        if last == 64:
+            raise ArithmeticError(f"{first} to {last}")
+
+    with pytest.raises(ArithmeticError, match="to 64"):
+        run_over(fails, (), 64, 1)
+
+
+def test_every_item_is_computed_once_by_both_kinds_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.set_num_threads(4)
+    for kind in (threads._openmp, lambda: None):
+        monkeypatch.setattr(threads, "_openmp", kind)
+        counts = np.zeros(1001, np.int64)
+
+        def count(first: int, last: int) -> None:
+            counts[first:last] += 1  # noqa: B023
+
+        run_over(count, (), 1001, 3)
+        assert (counts == 1).all()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="libraries are found on Linux")
+def test_torchs_own_threads_are_found() -> None:
+    assert ("OpenMP" in torch.__config__.parallel_info()) == (threads._openmp() is not None)

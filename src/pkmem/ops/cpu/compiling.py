@@ -9,6 +9,7 @@ import torch
 from pkmem.ops.cpu import bag, decoding, rows, selection, selection_backward
 
 KERNELS = (
+    selection.multiply,
     selection.select,
     selection_backward.to_queries,
     selection_backward.to_keys,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pkmem.ops.cpu.bag import sum_rows
-from pkmem.ops.cpu.selection import select
+from pkmem.ops.cpu.selection import multiply, products, select
 from pkmem.ops.cpu.vectors import array, kernel, part_of_kernel
 
 _NORMS = ("batch", "layer", "rms", "none")
@@ -51,34 +51,17 @@ def read(x, weight, bias, norm, norm_tensors, eps, sub_keys, values, knn, query,
     """Writes query (n, h, q), half_scores (2h, n, s), weights and slots (n, h, knn), and out (n, v)."""
     tokens, heads, width = query.shape
     flat = query.reshape(tokens, heads * width)
-    _products(weight, x, flat)
+    products(weight, x, flat)
     for token in range(tokens):
         for channel in range(heads * width):
             flat[token, channel] += bias[channel]
         _normalise(query[token], norm, norm_tensors, eps)
-    halves = np.empty((tokens, width // 2), np.float32)
-    for half in range(2 * heads):
-        first = half % 2 * (width // 2)
-        for token in range(tokens):
-            halves[token] = query[token, half // 2, first : first + width // 2]
-        _products(sub_keys[half], halves, half_scores[half])
+    multiply(query.reshape(tokens, 2 * heads, width // 2), sub_keys, half_scores, 0, 2 * heads)
     select(half_scores, knn, weights, slots, 0, tokens)
     for token in range(tokens):
         for head in range(heads):
             _softmax(weights[token, head])
     sum_rows(values, slots.reshape(tokens, heads * knn), weights.reshape(tokens, heads * knn), out, 0, tokens)
-
-
-@part_of_kernel
-def _products(rows, x, products):  # type: ignore[no-untyped-def]
-    """Writes products (n, r): the inner products of rows (r, d), each read from memory once, with x (n, d)."""
-    for number in range(len(rows)):
-        row = rows[number]
-        for token in range(len(x)):
-            total, point = np.float32(0), x[token]
-            for column in range(len(row)):
-                total += row[column] * point[column]
-            products[token, number] = total
 
 
 @part_of_kernel

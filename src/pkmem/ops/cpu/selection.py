@@ -47,7 +47,8 @@ def product_key_topk(query: Tensor, sub_keys: Tensor, knn: int) -> tuple[Tensor,
     token_scores = 2 * heads * num_sub_keys
     if num_tokens <= _FEW_TOKENS:
         half_scores = np.empty((2 * heads, num_tokens, num_sub_keys), np.float32)
-        run_over(multiply, (array(queries), array(keys), half_scores), token_scores, 1 + _GRAIN // (1 + keys.shape[2]))
+        grain = 1 + _GRAIN // (1 + keys.shape[1] * keys.shape[2])
+        run_over(multiply, (array(queries), array(keys), half_scores), 2 * heads, grain)
         select(half_scores, knn, array(scores), array(slots), 0, num_tokens)
         return scores, slots
     block = max(1, min(num_tokens, max(64, _SCORES_AT_ONCE // token_scores)))
@@ -68,16 +69,23 @@ def query_halves(query: Tensor) -> Tensor:
 
 @kernel
 def multiply(queries, keys, half_scores, first, last):  # type: ignore[no-untyped-def]
-    """Writes the scores of the sub-keys [first, last) of all 2 h s, (2h, n, s), from queries (n, 2h, q / 2)."""
-    num_tokens, _, width = queries.shape
-    num_sub_keys = keys.shape[1]
-    for sub_key in range(first, last):
-        half, index = sub_key // num_sub_keys, sub_key % num_sub_keys
-        for token in range(num_tokens):
-            dot = np.float32(0)
-            for column in range(width):
-                dot += queries[token, half, column] * keys[half, index, column]
-            half_scores[half, token, index] = dot
+    """Writes half_scores[first:last], (2h, n, s), from queries (n, 2h, q / 2) and keys (2h, s, q / 2)."""
+    query = np.empty((queries.shape[0], queries.shape[2]), np.float32)
+    for half in range(first, last):
+        query[:] = queries[:, half]
+        products(keys[half], query, half_scores[half])
+
+
+@part_of_kernel
+def products(rows, x, dots):  # type: ignore[no-untyped-def]
+    """Writes dots (n, r), inner products of x (n, d) with rows (r, d), each of which is read from memory once."""
+    for number in range(len(rows)):
+        row = rows[number]
+        for token in range(len(x)):
+            dot, point = np.float32(0), x[token]
+            for column in range(len(row)):
+                dot += row[column] * point[column]
+            dots[token, number] = dot
 
 
 @kernel
