@@ -121,6 +121,10 @@ def _hook_input(memory: ProductKeyMemory) -> None:
     memory.query.norm.register_forward_pre_hook(lambda module, inputs: (inputs[0] + 1, *inputs[1:]))
 
 
+def _replace_dropout(memory: ProductKeyMemory) -> None:
+    memory.query.dropout = nn.Tanh()
+
+
 def _use_reference(memory: ProductKeyMemory) -> None:
     memory.backend = "reference"
 
@@ -136,7 +140,7 @@ def _catch_up(memory: ProductKeyMemory) -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        _replace_query, _halve_query, _no_bias, _hook_output, _hook_input, _use_reference, _use_reference_for_keys,
+        _replace_query, _halve_query, _no_bias, _hook_output, _hook_input, _replace_dropout, _use_reference, _use_reference_for_keys,
         _catch_up, nn.Module.double, nn.Module.bfloat16, nn.Module.train,
     ],
 )  # fmt: skip

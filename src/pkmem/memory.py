@@ -66,6 +66,8 @@ class ProductKeyMemory(nn.Module):
         """
         tokens = x.reshape(-1, x.shape[-1])
         out = self._decode(tokens)
+        if out is not None and self.gate is None:
+            return out.to(x.dtype).view(*x.shape[:-1], out.shape[-1])
         if out is None:
             query = self.query(tokens, None if mask is None else mask.flatten())
             slots, weights = self.keys(query)
@@ -82,7 +84,7 @@ class ProductKeyMemory(nn.Module):
         values = self.values
         if len(tokens) > ops.MOST_DECODED or self.training or torch.is_grad_enabled():
             return None
-        parts = (query, query.project, query.norm, keys, values)
+        parts = (query, query.project, query.norm, query.dropout, keys, values, self.dropout)
         if tuple(map(type, parts)) not in _DECODED or any(p._forward_hooks or p._forward_pre_hooks for p in parts):
             return None
         catches_up = values.log is not None and values.log.before_read is not None
@@ -275,7 +277,7 @@ class OutputGate(nn.Module):
 
 
 _DECODED = {  # what a kernel can stand for, if nobody has replaced a part
-    (QueryNetwork, nn.Linear, norm, ProductKeys, ValueTable)
+    (QueryNetwork, nn.Linear, norm, nn.Dropout, ProductKeys, ValueTable, nn.Dropout)
     for norm in (MaskedBatchNorm, nn.LayerNorm, nn.RMSNorm, nn.Identity)
 }
 

@@ -195,8 +195,8 @@ def decode(
     """
     if choose_backend(x.device, backend) != "cpu" or torch.is_autocast_enabled("cpu") or values.dtype == torch.float64:
         return None
-    parameters = (weight, bias, *norm_tensors, sub_keys)
-    if any(tensor.dtype != torch.float32 for tensor in (x, *parameters)) or not _nobody_watches(x, *parameters, values):
+    queried = (x, weight, bias, *norm_tensors, sub_keys)
+    if {tensor.dtype for tensor in queried} != {torch.float32} or not _nobody_watches(*queried, values):
         return None
     eps = torch.finfo(torch.float32).eps if eps is None else eps
     decoded: Tensor = backend_module("cpu").decode(x, weight, bias, norm, norm_tensors, eps, sub_keys, values, knn)

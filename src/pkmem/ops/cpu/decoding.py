@@ -7,7 +7,6 @@ of a plain loop when there is one token to multiply with, and a dozen small call
 from __future__ import annotations
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from pkmem.ops.cpu.bag import sum_rows
@@ -29,34 +28,35 @@ def decode(
     knn: int,
 ) -> Tensor:
     """The memory's output (n, v) for a few tokens, see `pkmem.ops.decode`."""
-    heads, _, num_sub_keys, half = sub_keys.shape
-    query = np.empty((len(x), heads, 2 * half), np.float32)
-    half_scores = np.empty((2 * heads, len(x), num_sub_keys), np.float32)
-    weights, slots = np.empty((len(x), heads, knn), np.float32), np.empty((len(x), heads, knn), np.int64)
+    norms = [array(tensor) for tensor in norm_tensors]
+    norms += [np.empty(0, np.float32)] * (4 - len(norms))
     out = values.new_empty(len(x), values.shape[1])
-    read(
-        array(x), array(weight), array(bias), _NORMS.index(norm), _packed(norm_tensors), np.float32(eps),
-        array(sub_keys).reshape(-1, num_sub_keys, half), array(values), knn, query, half_scores, weights, slots, array(out),
-    )  # fmt: skip
+    number = _NORMS.index(norm)
+    read(array(x), array(weight), array(bias), number, *norms, eps, array(sub_keys), array(values), knn, array(out))
     return out
 
 
-def _packed(tensors: list[Tensor]) -> np.ndarray:
-    """One (k, c) array, so that the kernel is compiled once for every norm."""
-    return array(torch.stack(tensors)) if tensors else np.empty((0, 0), np.float32)
-
-
 @kernel
-def read(x, weight, bias, norm, norm_tensors, eps, sub_keys, values, knn, query, half_scores, weights, slots, out):  # type: ignore[no-untyped-def]
-    """Writes query (n, h, q), half_scores (2h, n, s), weights and slots (n, h, knn), and out (n, v)."""
-    tokens, heads, width = query.shape
-    flat = query.reshape(tokens, heads * width)
+def read(x, weight, bias, norm, scale, shift, mean, variance, eps, sub_keys, values, knn, out):  # type: ignore[no-untyped-def]
+    """Writes out (n, v)."""
+    tokens = len(x)
+    heads, _, num_sub_keys, half = sub_keys.shape
+    query = np.empty((tokens, heads, 2 * half), np.float32)
+    half_scores = np.empty((2 * heads, tokens, num_sub_keys), np.float32)
+    weights, slots = np.empty((tokens, heads, knn), np.float32), np.empty((tokens, heads, knn), np.int64)
+    flat = query.reshape(tokens, len(weight))
     products(weight, x, flat)
     for token in range(tokens):
-        for channel in range(heads * width):
+        for channel in range(len(weight)):
             flat[token, channel] += bias[channel]
-        _normalise(query[token], norm, norm_tensors, eps)
-    multiply(query.reshape(tokens, 2 * heads, width // 2), sub_keys, half_scores, 0, 2 * heads)
+        if norm == 0:
+            for channel in range(len(weight)):
+                factor = scale[channel] / np.sqrt(variance[channel] + np.float32(eps))
+                flat[token, channel] = (flat[token, channel] - mean[channel]) * factor + shift[channel]
+        elif norm < 3:
+            _normalise(query[token], norm == 1, scale, shift, np.float32(eps))
+    keys = sub_keys.reshape(2 * heads, num_sub_keys, half)
+    multiply(query.reshape(tokens, 2 * heads, half), keys, half_scores, 0, 2 * heads)
     select(half_scores, knn, weights, slots, 0, tokens)
     for token in range(tokens):
         for head in range(heads):
@@ -65,28 +65,20 @@ def read(x, weight, bias, norm, norm_tensors, eps, sub_keys, values, knn, query,
 
 
 @part_of_kernel
-def _normalise(query, norm, tensors, eps):  # type: ignore[no-untyped-def]
-    """Normalises the queries (h, q) of a token in place; norm is a place in `_NORMS`."""
+def _normalise(query, centred, scale, shift, eps):  # type: ignore[no-untyped-def]
+    """Layer norm, or rms norm if not centred, of the queries (h, q) of a token, in place."""
     heads, width = query.shape
-    if norm == 0:
-        for head in range(heads):
-            for column in range(width):
-                channel = head * width + column
-                scale = tensors[0, channel] / np.sqrt(tensors[3, channel] + eps)
-                query[head, column] = (query[head, column] - tensors[2, channel]) * scale + tensors[1, channel]
-    for head in range(heads if norm in (1, 2) else 0):
+    for head in range(heads):
         row = query[head]
-        mean = np.float32(0)
-        if norm == 1:
-            mean = np.float32(row.sum() / width)
+        mean = np.float32(row.sum() / width) if centred else np.float32(0)
         square = np.float32(0)
         for column in range(width):
             square += (row[column] - mean) * (row[column] - mean)
-        scale = np.float32(1) / np.sqrt(np.float32(square / width) + eps)
+        factor = np.float32(1) / np.sqrt(np.float32(square / width) + eps)
         for column in range(width):
-            row[column] = (row[column] - mean) * scale * tensors[0, column]
-            if norm == 1:
-                row[column] += tensors[1, column]
+            row[column] = (row[column] - mean) * factor * scale[column]
+            if centred:
+                row[column] += shift[column]
 
 
 @part_of_kernel
