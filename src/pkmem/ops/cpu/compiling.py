@@ -42,7 +42,7 @@ def warmup(dtypes: tuple[torch.dtype, ...] = _DTYPES) -> int:
     for dtype in dtypes:
         values = weights.to(dtype)
         bag.weighted_sum(values, slots[0], weights)
-        decoding.decode(weights, weights, weights[0], "none", [], 1.0, sub_keys, values, 1)
+        decoding.decode(weights, weights.expand(2, 1), weights[0].expand(2), "none", [], 1.0, sub_keys, values, 1)
         bag.weighted_sum_grad_weights(values, slots[0], values)
         reads = rows.sort_reads([slots[0]], [weights], [values])
         rows.weighted_sum_grad_values(reads, 1)
