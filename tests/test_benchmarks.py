@@ -15,6 +15,7 @@ LINES = {
     "training_step": ["width 16, s 16, 32 tokens: SparseAdam / ours", "width 16, s 16, 32 tokens: ours / floor"],
     "growth": ["256 slots: ours / floor", "s 32 over s 8: growth of ours / growth of the floor"],
     "peak_memory": ["width 16, s 16: pkmem: peak RSS, GB"],
+    "demo_backends": ["demo's memory model, seconds of training: reference / numba kernels"],
     "billion": ["loss, last 1 steps", "peak RSS, GB"],
 }
 TUNED_MALLOC = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "99999999999", "MALLOC_TOP_PAD_": "67108864"}

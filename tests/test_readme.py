@@ -68,3 +68,24 @@ def test_its_table_has_the_figures_of_the_results_file() -> None:
     for key, title, form in FIGURES:
         cells = ["-" if models[name][key] is None else form.format(models[name][key]) for name in LABELS]
         assert f"| {title} | {' | '.join(cells)} |" in README
+
+
+def test_its_lines_of_benchmarks_are_those_of_the_results() -> None:
+    results = Path(__file__).parents[1] / "benchmarks" / "results"
+    measured = {line for file in results.glob("*.md") for line in file.read_text().splitlines()}
+    section = README.split("## On two CPU cores")[1].split("\n## ")[0]
+    quoted = re.findall(r"^\| .* \|$", section, re.MULTILINE)
+    assert len(quoted) > 10
+    assert [line for line in quoted if line not in measured] == []
+
+
+def test_its_billion_parameters_are_those_of_the_results() -> None:
+    folder = Path(__file__).parents[1] / "benchmarks" / "results"
+    document = json.loads((folder / "billion.json").read_text())
+    measured = {line["what"]: line["median"] for line in document["lines"]}
+    parameters, peak = measured["parameters of the table, billions"], measured["peak RSS, GB"]
+    seconds = next(float(note.split(": ")[1]) for note in document["notes"] if note.startswith("seconds per step"))
+    assert (
+        f"A table of {parameters:.2f} billion bf16 parameters trains in {peak:.1f} GB at {seconds:.2f} s for 2,048 tokens"
+        in README
+    )

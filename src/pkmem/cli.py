@@ -360,7 +360,7 @@ _ARGUMENTS = {
         "Example: pkmem bench layer_forward",
     ),
 }
-_BENCHMARKS = ("operators", "layer_forward", "training_step", "growth", "peak_memory", "billion")
+_BENCHMARKS = ("operators", "layer_forward", "training_step", "growth", "peak_memory", "billion", "demo_backends")
 _VERBS = {
     "train": _train,
     "eval": _eval,
