@@ -51,6 +51,7 @@ FLOOR = {
     "pkmem.optim": 3,
     "pkmem.huggingface": 4,
     "pkmem.evaluation": 4,
+    "pkmem.journal": 4.5,
     "pkmem.inspection": 5,
     "pkmem.saved": 5,
     "pkmem.training": 5,
@@ -66,6 +67,7 @@ GATES = {  # the only files that may import a library, anywhere in them
     "transformers": {
         "pkmem.huggingface",
         "pkmem.inspection",
+        "pkmem.journal",
         "pkmem.saved",
         "pkmem.training",
         "pkmem.costs",

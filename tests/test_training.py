@@ -3,12 +3,13 @@
 import json
 import math
 import os
+import re
 import resource
 import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
@@ -20,17 +21,25 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from transformers import AutoTokenizer, TrainingArguments
+from transformers import AutoTokenizer
 
 from pkmem import training
 from pkmem.checkpoint import CheckpointError, latest_checkpoint, verify_checkpoint
 from pkmem.evaluation import count_parameters
 from pkmem.huggingface import build_model
+from pkmem.journal import Journal, read_metrics
 from pkmem.optim import RowAdam
-from pkmem.recipe import TrainingConfig
+from pkmem.recipe import Recipe, TrainingConfig
 from pkmem.saved import load_saved
 from pkmem.state import load_json
-from pkmem.training import Journal, NonFiniteLossError, build_optimizer, build_schedule, read_metrics, train
+from pkmem.training import (
+    MemoryTrainer,
+    NonFiniteLossError,
+    build_optimizer,
+    build_schedule,
+    sequences_per_process,
+    train,
+)
 from tiny import MEMORY, MODEL, TRAINING, tiny
 
 pytest_plugins = "tiny"
@@ -88,41 +97,6 @@ def test_run_directory_holds_recipe_tokenizer_metrics_checkpoints_model_and_summ
     expected = load_file(run / "checkpoints" / "step-10" / "model.safetensors")
     saved = load_file(run / "model" / "model.safetensors")
     assert all(torch.equal(saved[key], expected[key]) for key in expected)
-
-
-def test_metrics_have_every_figure_at_every_interval_and_at_the_end(run: Path) -> None:
-    records = read_metrics(run)
-    assert [(r["kind"], r["step"]) for r in records] == [
-        *(("train", 4), ("held_out", 5), ("train", 8), ("train", 10), ("held_out", 10))
-    ]
-    for record in records:
-        speed = {"lr", "value_lr", "tokens_per_s"} if record["kind"] == "train" else {"perplexity", "num_tokens"}
-        assert record.keys() == {"kind", "step", "tokens", "seconds", "loss", "bits_per_byte"} | speed | USAGE
-        assert record["tokens"] == record["step"] * 128
-        assert all(math.isfinite(figure) for key, figure in record.items() if key != "kind")
-    seconds = [record["seconds"] for record in records]
-    assert seconds == sorted(seconds)
-    trained = [record for record in records if record["kind"] == "train"]
-    assert trained[1]["tokens_per_s"] == pytest.approx(4 * 128 / (trained[1]["seconds"] - trained[0]["seconds"]))
-
-
-def test_bits_per_byte_are_those_of_the_split(run: Path) -> None:
-    ratios = {(r["kind"], round(r["bits_per_byte"] / r["loss"], 9)) for r in read_metrics(run)}
-    assert len(ratios) == 2  # one for each split: each has its own bytes per token
-
-
-def test_tensorboard_has_the_metrics(run: Path) -> None:
-    events = EventAccumulator(str(run / "tensorboard"))
-    events.Reload()
-    records = read_metrics(run)
-    figures = {
-        (f"{r['kind']}/{name}", r["step"]): figure
-        for r in records
-        for name, figure in r.items()
-        if name not in ("kind", "step", "tokens", "seconds")
-    }
-    board = {(tag, e.step): e.value for tag in events.Tags()["scalars"] for e in events.Scalars(tag)}
-    assert board == pytest.approx(figures, rel=1e-6)
 
 
 def test_a_dense_model_has_no_memory_figures(text: Path, tmp_path: Path) -> None:
@@ -228,7 +202,8 @@ def test_a_run_resumed_after_kill_is_the_uninterrupted_run(run: Path, text: Path
 import os, signal, sys
 from pathlib import Path
 from tiny import tiny
-from pkmem.training import Journal, train
+from pkmem.journal import Journal
+from pkmem.training import train
 
 def on_step_begin(self, args, state, control, **kwargs):
     begin(self, args, state, control, **kwargs)
@@ -293,13 +268,119 @@ def test_resuming_needs_a_checkpoint_that_is_whole(run: Path, text: Path, tmp_pa
     assert_same_run(recipe.out, run)
 
 
-def test_half_a_record_is_no_record(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1}\n{"step": 2}\n{"ste')
-    assert read_metrics(tmp_path) == [{"step": 1}, {"step": 2}]
-    training._drop_records_after(path, 1)
-    assert path.read_text() == '{"step": 1}\n'
-    assert [file.name for file in tmp_path.iterdir()] == ["metrics.jsonl"]
+# Several processes ------------------------------------------------------------------------------------------
+
+WORKER = """
+import faulthandler, json, os, signal, sys
+from pathlib import Path
+
+import torch
+
+from pkmem.training import MemoryTrainer, train
+from tiny import tiny
+
+faulthandler.dump_traceback_later(120, exit=True)  # should they wait for each other for ever
+text, folder, changes, sitting = Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3]), sys.argv[4]
+rank, signals = int(os.environ["RANK"]), {5: signal.SIGINT, 8: signal.SIGKILL}
+backward = MemoryTrainer.training_step
+
+def training_step(self, model, inputs, *rest):
+    out, step = Path(self.args.output_dir), self.state.global_step + 1
+    if (sitting, out.name, rank) == ("first", "run", 1) and step in signals:
+        signal.raise_signal(signals.pop(step))
+    if (out.name, rank, step) == ("poisoned", 1, 2):
+        self.model.get_input_embeddings().weight.data[:] = torch.nan
+    if out.name == "run":
+        with (folder / f"seen_by_{rank}.jsonl").open("a") as seen:
+            print(json.dumps([step, rank, inputs["input_ids"].tolist()]), file=seen)
+    return backward(self, model, inputs, *rest)
+
+def ending(out):
+    try:
+        train(tiny(text, out, **changes))
+    except (KeyboardInterrupt, ValueError) as error:
+        return f"{type(error).__name__}: {error}"
+
+MemoryTrainer.training_step = training_step
+if sitting == "first":
+    endings = [ending(folder / name) for name in ("run", "poisoned", "run")]
+    (folder / f"endings_of_{rank}.json").write_text(json.dumps(endings))
+for name in ("run",) if sitting == "first" else ("run", "alone_at_first"):
+    train(tiny(text, folder / name, **changes), resume=True, progress=False)
+"""
+
+
+def by_step(seen: Iterable[tuple[int, Any, list[list[int]]]]) -> dict[int, list[list[int]]]:
+    """The sequences of each update, those that a process saw again when it went on from a checkpoint once."""
+    parts = {(step, rank, tuple(sequence)) for step, rank, batch in seen for sequence in batch}
+    return {step: sorted(list(sequence) for at, _, sequence in parts if at == step) for step, *_ in parts}
+
+
+def up_to_step_9(run: Path, copy: Path) -> None:
+    shutil.copytree(run, copy)
+    shutil.rmtree(copy / "checkpoints" / "step-10")
+
+
+@pytest.mark.slow  # four imports of everything, half a minute
+def test_two_processes_train_what_one_trains(text: Path, tmp_path: Path) -> None:
+    """Stopped by Ctrl-C in one of them, resumed, killed, resumed again; resumed on one, and two after one."""
+    changes = {
+        "model": {"dropout": 0.0},
+        "memory": {"query_norm": "layer", "query_dropout": 0.0},
+        "training": {"value_grad": "dense"},
+    }
+    alone, together = tiny(text, tmp_path / "alone", **changes), tmp_path / "run"
+    batches = []
+    with pytest.MonkeyPatch.context() as patch:
+        backward = MemoryTrainer.training_step
+
+        def recording(self: MemoryTrainer, model: Any, inputs: Any, *rest: Any) -> Any:
+            batches.append((self.state.global_step + 1, 0, inputs["input_ids"].tolist()))
+            return backward(self, model, inputs, *rest)
+
+        patch.setattr(MemoryTrainer, "training_step", recording)
+        summary = train(alone, progress=False)
+    up_to_step_9(alone.out, tmp_path / "alone_at_first")
+
+    (tmp_path / "worker.py").write_text(WORKER)
+    place = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [*launch, str(tmp_path / "worker.py"), str(text), str(tmp_path), json.dumps(changes)]
+    first, second = (
+        subprocess.run([*command, sitting], env=place, capture_output=True, text=True, check=False)
+        for sitting in ("first", "second")
+    )
+    assert first.returncode > 0
+    assert "SIGKILL" in first.stderr
+    assert second.returncode == 0, second.stderr
+
+    seen = [json.loads(line) for file in tmp_path.glob("seen_by_*.jsonl") for line in file.read_text().splitlines()]
+    assert {len(batch) for _, _, batch in seen} == {1}  # of the two sequences of a backward pass
+    assert by_step(seen) == by_step(batches)
+
+    up_to_step_9(together, tmp_path / "together_at_first")
+    train(tiny(text, tmp_path / "together_at_first", **changes), resume=True, progress=False)
+    for run in (together, tmp_path / "alone_at_first", tmp_path / "together_at_first"):
+        for ours, theirs in zip(losses(run), losses(alone.out), strict=True):
+            assert (*ours[:2], ours[3]) == (*theirs[:2], theirs[3])
+            assert ours[2] == pytest.approx(theirs[2], rel=1e-4)
+    shared = load_json(together / "summary.json")
+    assert shared["loss"] == pytest.approx(summary["loss"], rel=1e-4)
+    assert [shared[name] for name in ("train_tokens", "num_tokens")] == [summary["train_tokens"], summary["num_tokens"]]
+    assert {path.name for path in together.iterdir()} == {path.name for path in alone.out.iterdir()}
+    events = EventAccumulator(str(together / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == [4, 8, 10]
+
+    for rank in range(2):
+        stopped, poisoned, again = load_json(tmp_path / f"endings_of_{rank}.json")
+        assert stopped == "KeyboardInterrupt: stopped at step 5; continue with --resume"
+        assert poisoned.startswith("NonFiniteLossError: the loss is nan at step 2; nothing was updated with it")
+        assert (
+            again == f"ValueError: {together} already exists: choose another --out, or --overwrite it, or --resume it"
+        )
+    assert latest_checkpoint(tmp_path / "poisoned") is None
+    assert first.stderr.count("training a byte-level BPE") == 2  # the first process, for two runs
 
 
 # What is refused --------------------------------------------------------------------------------------------
@@ -366,12 +447,27 @@ def test_a_file_that_is_no_text_is_skipped_and_counted(
     ]
 
 
-def test_several_processes_need_dense_value_gradients(
-    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(TrainingArguments, "world_size", 2)
+def test_several_processes_need_dense_value_gradients() -> None:
+    recipe = tiny(Path("text"), Path("run"))
     with pytest.raises(ValueError, match=r"there are 2 processes.*set training\.value_grad=dense"):
-        train(tiny(text, tmp_path / "run"), progress=False)
+        sequences_per_process(recipe, 2)
+    assert sequences_per_process(recipe, 1) == 2
+    assert sequences_per_process(tiny(Path("text"), Path("run"), model={"memory_layers": []}), 2) == 1  # no values
+
+
+@pytest.mark.parametrize(("batch_tokens", "num_processes"), [(128, 3), (128, 4), (6 * 64, 4), (10 * 64, 3)])
+def test_a_batch_that_processes_cannot_share_comes_with_one_they_can(batch_tokens: int, num_processes: int) -> None:
+    def recipe(batch_tokens: int) -> Recipe:
+        return tiny(Path("text"), Path("run"), training={"value_grad": "dense", "batch_tokens": batch_tokens})
+
+    with pytest.raises(
+        ValueError, match=rf"is {batch_tokens} but .* {num_processes} processes = \d+: try \d+"
+    ) as caught:
+        sequences_per_process(recipe(batch_tokens), num_processes)
+    unit, near = (int(number) for number in re.findall(r"(?:= |try )(\d+)", str(caught.value)))
+    assert unit == 32 * 2 * num_processes  # context_tokens * micro_batches * processes
+    assert abs(near - batch_tokens) < unit
+    assert sequences_per_process(recipe(near), num_processes) * unit == near
 
 
 # What goes wrong on the way ---------------------------------------------------------------------------------
@@ -486,8 +582,3 @@ def test_training_works_outside_the_main_thread(text: Path, tmp_path: Path) -> N
 def test_a_tokenizer_is_trained_on_the_first_texts_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training, "_TOKENIZER_CHARS", 5)
     assert list(training._first_chars(["abc", "de", "f", "never"])) == ["abc", "de", "f"]
-
-
-def test_records_are_json_lines(run: Path) -> None:
-    for line in (run / "metrics.jsonl").read_text().splitlines():
-        assert isinstance(json.loads(line), dict)

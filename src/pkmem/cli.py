@@ -85,6 +85,8 @@ def _train(options: Namespace) -> None:
 
     recipe = _recipe(options)
     summary = train(recipe, resume=options.resume, overwrite=options.overwrite)
+    if os.environ.get("RANK", "0") != "0":  # torchrun: the first process speaks
+        return
     for name, figure in summary.items():
         print(f"{name:28} {figure:,.4f}" if isinstance(figure, float) else f"{name:28} {figure:,}")
     print(f"model: {recipe.out / 'model'}   metrics: {recipe.out / 'metrics.jsonl'}")

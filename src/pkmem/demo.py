@@ -12,12 +12,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from pkmem.config import MemoryConfig
 from pkmem.environment import environment
 from pkmem.evaluation import measure_speed
+from pkmem.journal import read_metrics
 from pkmem.plots import plot_learning_curves
 from pkmem.recipe import ModelConfig, Recipe, TrainingConfig
 from pkmem.saved import context_tokens
 from pkmem.state import save_json
 from pkmem.text import read_documents, train_tokenizer
-from pkmem.training import read_metrics, train
+from pkmem.training import train
 
 NUM_LAYERS = 4
 MEMORY_LAYER = 2

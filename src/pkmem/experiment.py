@@ -30,10 +30,11 @@ from pkmem.environment import environment
 from pkmem.evaluation import measure_speed
 from pkmem.family import Family, Run, config_folder, recipe_of
 from pkmem.huggingface import build_model
+from pkmem.journal import read_metrics
 from pkmem.results import difference, find_results, save_result, save_speeds, standing
 from pkmem.state import load_json
 from pkmem.text import read_documents
-from pkmem.training import prepare_text, read_metrics
+from pkmem.training import prepare_text
 
 
 class RunFailedError(ValueError):

@@ -12,7 +12,7 @@ def plot_learning_curves(curves: dict[str, list[dict[str, Any]]], path: Path) ->
     """Held-out bits per byte of several runs, against tokens and against training seconds.
 
     Args:
-        curves: per label the records of a run's metrics (`pkmem.training.read_metrics`).
+        curves: per label the records of a run's metrics (`pkmem.journal.read_metrics`).
         path: the PNG to write.
     """
     figure = Figure(figsize=(10, 4), layout="constrained")

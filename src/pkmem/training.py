@@ -11,22 +11,22 @@ RUN/summary.json      held-out figures of the trained model
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import shutil
 import signal
 import sys
-import time
 from collections.abc import Callable, Iterable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import yaml
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, gather_object, reduce
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 from transformers import (
     AutoTokenizer,
@@ -44,8 +44,9 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback
 
 from pkmem.checkpoint import CheckpointError, latest_checkpoint, save_checkpoint, verify_checkpoint
-from pkmem.evaluation import count_parameters, evaluate, usage_figures, watching
+from pkmem.evaluation import count_parameters, evaluate, watching
 from pkmem.huggingface import build_model
+from pkmem.journal import Journal
 from pkmem.memory import tables_in
 from pkmem.ops import prepare
 from pkmem.optim import CombinedOptimizer, RowAdam, dense_parameters
@@ -54,6 +55,9 @@ from pkmem.state import load_json, load_state, rng_state, save_json, save_state,
 from pkmem.text import TokenBlocks, TokenFile, read_documents, tokenize, train_tokenizer
 
 _TOKENIZER_CHARS = 50_000_000  # text a tokenizer is trained on; more changes little and takes minutes
+_LONGEST_WAIT = timedelta(days=1)  # for the process that reads the text, evaluates or saves
+
+T = TypeVar("T")
 
 
 class NonFiniteLossError(ValueError):
@@ -64,6 +68,9 @@ def train(recipe: Recipe, resume: bool = False, overwrite: bool = False, progres
     """Trains one model and leaves everything about it in `recipe.out`.
 
     Ctrl-C ends the run after the update in progress with a checkpoint; a second one ends it at once.
+
+    Several processes (torchrun) share the batch of each update; the first one does alone what is not training, and
+    they all see the run directory and the token cache. A run may be resumed on another number of them.
 
     Args:
         recipe: the run; when resuming, the one it was started with.
@@ -80,8 +87,12 @@ def train(recipe: Recipe, resume: bool = False, overwrite: bool = False, progres
         NonFiniteLossError: the loss became NaN or infinite.
         KeyboardInterrupt: ended by Ctrl-C, with a checkpoint.
     """
-    _check_run_directory(recipe.out, resume, overwrite)
-    tokenizer, train_file, held_out_file = prepare_text(recipe, resume, progress)
+    processes = PartialState(cpu=not torch.accelerator.is_available(), timeout=_LONGEST_WAIT)
+    sequences = sequences_per_process(recipe, processes.num_processes)
+    progress = progress and processes.is_main_process
+    tokenizer, train_file, held_out_file, checkpoint = _by_first_process(
+        lambda: _prepare(recipe, resume, overwrite, progress)
+    )
     blocks = TokenBlocks(
         train_file,
         recipe.model.context_tokens,
@@ -91,22 +102,73 @@ def train(recipe: Recipe, resume: bool = False, overwrite: bool = False, progres
     held_out = TokenBlocks(held_out_file, recipe.model.context_tokens)
     set_seed(recipe.training.seed)
     model = build_model(recipe.model, recipe.memory, len(tokenizer), tokenizer.eos_token_id)
-    if not resume:
+    if processes.is_main_process and not resume:
         _make_run_directory(recipe, tokenizer)
     with watching(model) as usages:
         journal = Journal(recipe, progress, held_out, train_file.bytes_per_token, held_out_file.bytes_per_token, usages)
-        trainer = MemoryTrainer(recipe, model, blocks, tokenizer, journal)
-        checkpoint = _checkpoint_to_resume(recipe.out) if resume else None
+        trainer = MemoryTrainer(recipe, sequences, model, blocks, tokenizer, journal)
+        stop = _StopOnCtrlC(loud=processes.is_main_process)
+        trainer.add_callback(stop)
         for table in tables_in(model):
             prepare(table.weight.device, table.weight.dtype)
-        with contextlib.closing(journal), _finishing_the_step_on_ctrl_c(journal):
+        with contextlib.closing(journal), stop:
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    if journal.interrupted:
+    if stop.stopped:
         raise KeyboardInterrupt(f"stopped at step {trainer.state.global_step}; continue with --resume")
-    summary = _summary(recipe, model, held_out, held_out_file, journal, progress)
-    _save_model(recipe.out / "model", model, tokenizer)
-    save_json(recipe.out / "summary.json", summary)
-    return summary
+    return _by_first_process(lambda: _finish(recipe, model, tokenizer, held_out, held_out_file, journal, progress))
+
+
+def sequences_per_process(recipe: Recipe, num_processes: int) -> int:
+    """Sequences of one backward pass in each of several processes, which share `recipe.micro_batch_sequences`.
+
+    Args:
+        recipe: the run.
+        num_processes: processes that train it together, >= 1.
+
+    Returns:
+        sequences, at least 1.
+
+    Raises:
+        ValueError: the processes cannot share the batch evenly, or each would update its own table of values.
+    """
+    if num_processes > 1 and recipe.training.value_grad == "rows" and recipe.model.memory_layers:
+        raise ValueError(
+            f"training.value_grad is 'rows' but there are {num_processes} processes, "
+            "each of which would update its own table: set training.value_grad=dense"
+        )
+    sequences, rest = divmod(recipe.micro_batch_sequences, num_processes)
+    if rest:
+        unit = recipe.model.context_tokens * recipe.training.micro_batches * num_processes
+        near = max(1, round(recipe.training.batch_tokens / unit)) * unit
+        raise ValueError(
+            f"training.batch_tokens is {recipe.training.batch_tokens} but must be a multiple of context_tokens * "
+            f"micro_batches * {num_processes} processes = {unit}: try {near}, or another number of processes"
+        )
+    return sequences
+
+
+def _by_first_process(work: Callable[[], T]) -> T:
+    """What `work` returns or raises, in all processes; the first one does it while the others wait."""
+    outcome: list[Any] = [None]
+    if PartialState().is_main_process:
+        try:
+            outcome[0] = work()
+        except Exception as error:
+            outcome[0] = error
+    broadcast_object_list(outcome)
+    if isinstance(outcome[0], Exception):
+        raise outcome[0]
+    result: T = outcome[0]
+    return result
+
+
+def _prepare(
+    recipe: Recipe, resume: bool, overwrite: bool, progress: bool
+) -> tuple[PreTrainedTokenizerBase, TokenFile, TokenFile, Path | None]:
+    """What a run starts from: tokenizer, tokens of both splits, and the checkpoint to resume."""
+    _check_run_directory(recipe.out, resume, overwrite)
+    checkpoint = _checkpoint_to_resume(recipe.out) if resume else None
+    return *prepare_text(recipe, resume, progress), checkpoint
 
 
 def prepare_text(recipe: Recipe, resume: bool, progress: bool) -> tuple[PreTrainedTokenizerBase, TokenFile, TokenFile]:
@@ -177,17 +239,27 @@ def _save_model(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedToken
     tokenizer.save_pretrained(folder)
 
 
-def _summary(
-    recipe: Recipe, model: nn.Module, held_out: Dataset, held_out_file: TokenFile, journal: Journal, progress: bool
+def _finish(
+    recipe: Recipe,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    held_out: Dataset,
+    held_out_file: TokenFile,
+    journal: Journal,
+    progress: bool,
 ) -> dict[str, Any]:
-    figures = evaluate(model, held_out, held_out_file.bytes_per_token, progress=progress)
-    return {
+    """Evaluates and saves the trained model; returns the summary."""
+    train_tokens = recipe.training.num_steps * recipe.training.batch_tokens
+    summary = {
         **count_parameters(model),
-        **figures,
-        "train_tokens": recipe.training.num_steps * recipe.training.batch_tokens,
+        **evaluate(model, held_out, held_out_file.bytes_per_token, progress=progress),
+        "train_tokens": train_tokens,
         "train_seconds": journal.seconds,
-        "train_tokens_per_s": recipe.training.num_steps * recipe.training.batch_tokens / journal.seconds,
+        "train_tokens_per_s": train_tokens / journal.seconds,
     }
+    _save_model(recipe.out / "model", model, tokenizer)
+    save_json(recipe.out / "summary.json", summary)
+    return summary
 
 
 def _say(loud: bool, text: str) -> None:
@@ -234,22 +306,24 @@ class MemoryTrainer(Trainer):
     def __init__(
         self,
         recipe: Recipe,
+        batch_sequences: int,
         model: PreTrainedModel,
         blocks: Dataset,
         tokenizer: PreTrainedTokenizerBase,
         journal: Journal,
     ) -> None:
         self.recipe, self.journal, self.saved_tokenizer = recipe, journal, tokenizer
-        config = recipe.training
+        config, processes = recipe.training, PartialState()
         arguments = TrainingArguments(
             output_dir=str(recipe.out),
             max_steps=config.num_steps,
-            per_device_train_batch_size=recipe.micro_batch_sequences,
+            per_device_train_batch_size=batch_sequences,
             gradient_accumulation_steps=config.micro_batches,
             max_grad_norm=config.max_norm,
             bf16=config.precision == "bf16",
             use_cpu=not torch.accelerator.is_available(),  # or bf16 is refused
-            seed=config.seed,
+            seed=config.seed + processes.process_index,  # of dropout; the weights are drawn
+            ddp_find_unused_parameters=config.value_grad == "rows",  # where values have no gradient for DDP to wait for
             train_sampling_strategy="sequential",  # TokenBlocks shuffles, the same way after a resume
             logging_strategy="no",
             save_strategy="steps",
@@ -259,12 +333,9 @@ class MemoryTrainer(Trainer):
             dataloader_pin_memory=torch.cuda.is_available(),
             disable_tqdm=True,
         )
-        if arguments.world_size > 1 and config.value_grad == "rows" and tables_in(model):
-            raise ValueError(
-                f"training.value_grad is 'rows' but there are {arguments.world_size} processes, "
-                "each of which would update its own table: set training.value_grad=dense"
-            )
-        super().__init__(model, arguments, train_dataset=blocks, callbacks=[journal])
+        super().__init__(
+            model, arguments, train_dataset=blocks, callbacks=[journal] if processes.is_main_process else []
+        )
         self.remove_callback(PrinterCallback)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -280,12 +351,12 @@ class MemoryTrainer(Trainer):
         return self.lr_scheduler
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        """One backward pass.
+        """One backward pass; returns the loss, the mean over all processes.
 
         Raises:
-            NonFiniteLossError: before anything is updated.
+            NonFiniteLossError: in all processes, before anything is updated.
         """
-        loss = super().training_step(model, inputs, num_items_in_batch)
+        loss: Tensor = reduce(super().training_step(model, inputs, num_items_in_batch), "mean")
         if not torch.isfinite(loss):
             raise NonFiniteLossError(
                 f"the loss is {loss.item()} at step {self.state.global_step + 1}; nothing was updated with it: "
@@ -295,14 +366,17 @@ class MemoryTrainer(Trainer):
         return loss
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        random = gather_object([rng_state()])  # of each process
         if self.args.should_save:
-            save_checkpoint(self.recipe.out, self.state.global_step, self._write_checkpoint)
+            save_checkpoint(self.recipe.out, self.state.global_step, lambda folder: self._write(folder, random))
+        self.accelerator.wait_for_everyone()  # who ends now may have all others killed
 
-    def _write_checkpoint(self, folder: Path) -> None:
+    def _write(self, folder: Path, random: list[dict[str, Any]]) -> None:
         _save_model(folder, self.model, self.saved_tokenizer)
         save_state(folder / "optimizer", self.optimizer.state_dict())
         save_state(folder / "schedule", self.lr_scheduler.state_dict())
-        save_state(folder / "random", rng_state())
+        for index, state in enumerate(random):
+            save_state(_random_file(folder, index), state)
         save_json(folder / "journal.json", self.journal.state())
         self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
 
@@ -314,157 +388,45 @@ class MemoryTrainer(Trainer):
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
-            set_rng_state(load_state(Path(checkpoint) / "random"))
+            file = _random_file(Path(checkpoint), self.args.process_index)
+            if file.with_suffix(".json").exists():  # or this process is more than there were: as it was seeded
+                set_rng_state(load_state(file))
 
 
-# The journal: what a run says while it goes on ------------------------------------------------------------
+def _random_file(checkpoint: Path, process_index: int) -> Path:
+    return checkpoint / (f"random-{process_index}" if process_index else "random")
 
 
-class Journal(TrainerCallback):
-    """Measures a run: losses, held-out figures, use of the memories, speed; to a bar, a file and TensorBoard."""
+# Ctrl-C ------------------------------------------------------------------------------------------------
 
-    def __init__(
-        self,
-        recipe: Recipe,
-        progress: bool,
-        held_out: Dataset,
-        train_bytes_per_token: float,
-        held_out_bytes_per_token: float,
-        usages: dict[str, Any],
-    ) -> None:
-        self.recipe, self.progress, self.held_out, self.usages = recipe, progress, held_out, usages
-        self.train_bytes_per_token, self.held_out_bytes_per_token = train_bytes_per_token, held_out_bytes_per_token
-        self.path = recipe.out / "metrics.jsonl"
-        self.interrupted = False
-        self._open = contextlib.ExitStack()
-        self.seconds = 0.0  # of training alone, over all sittings
-        self._losses: list[float] = []  # of the updates since the last record
-        self._step_loss = 0.0
-        self._logged_seconds = 0.0
 
-    def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps."""
-        return {"seconds": self.seconds, "losses": self._losses, "logged_seconds": self._logged_seconds}
+class _StopOnCtrlC(TrainerCallback):
+    """Inside a `with` block, turns the first Ctrl-C into a stop after the update in progress, with a checkpoint.
 
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Takes up what `state` gave."""
-        self.seconds, self._losses = state["seconds"], state["losses"]
-        self._logged_seconds = state["logged_seconds"]
+    It may reach one process in an update and another in the next: they agree, so that all stop after the same one.
+    """
 
-    def add_loss(self, loss: float) -> None:
-        """Adds a micro-batch's share of the update's loss."""
-        self._step_loss += loss
+    def __init__(self, loud: bool) -> None:
+        self._loud = loud
+        self._asked = False
+        self.stopped = False
 
-    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        _drop_records_after(self.path, state.global_step)
-        self._board = SummaryWriter(str(self.recipe.out / "tensorboard"), purge_step=state.global_step + 1)
-        self._bar = tqdm(
-            total=self.recipe.training.num_steps * self.recipe.training.batch_tokens,
-            initial=state.global_step * self.recipe.training.batch_tokens,
-            desc=self.recipe.out.name,
-            unit="tok",
-            unit_scale=True,
-            disable=not self.progress,
-        )
-        for opened in (self._board, self._bar):
-            self._open.callback(opened.close)
-
-    def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self._step_start = time.perf_counter()
-        self._step_loss = 0.0
-
-    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self.seconds += time.perf_counter() - self._step_start
-        self._losses.append(self._step_loss)
-        config, step = self.recipe.training, state.global_step
-        self._bar.update(config.batch_tokens)
-        is_last = step == config.num_steps
-        if step % config.log_every_steps == 0 or is_last:
-            self._record_training(step, kwargs["optimizer"])
-        if step % config.eval_every_steps == 0 or is_last:
-            self._record_held_out(step, kwargs["model"])
-        control.should_save = control.should_save or is_last
-        if self.interrupted:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.stopped = bool(reduce(torch.tensor(float(self._asked), device=args.device), "sum"))
+        if self.stopped:
             control.should_save = control.should_training_stop = True
-
-    def close(self) -> None:
-        """Closes the bar and the TensorBoard file, however the run ended."""
-        self._open.close()
-
-    def _record_training(self, step: int, optimizer: Any) -> None:
-        loss = sum(self._losses) / len(self._losses)
-        seconds = self.seconds - self._logged_seconds
-        record = {
-            "loss": loss,
-            "bits_per_byte": loss / math.log(2) / self.train_bytes_per_token,
-            "lr": optimizer.param_groups[0]["lr"],
-            "tokens_per_s": len(self._losses) * self.recipe.training.batch_tokens / max(seconds, 1e-9),
-        }
-        if self.usages:
-            record["value_lr"] = optimizer.param_groups[-1]["lr"]
-        record |= usage_figures(self.usages)
-        self._reset()
-        self._bar.set_postfix(loss=f"{loss:.3f}", bpb=f"{record['bits_per_byte']:.3f}")
-        self._write(step, "train", record)
-
-    def _record_held_out(self, step: int, model: nn.Module) -> None:
-        config = self.recipe.training
-        figures = evaluate(model, self.held_out, self.held_out_bytes_per_token, max_tokens=config.eval_tokens)
-        for usage in self.usages.values():
-            usage.reset()  # the evaluation's reads are not the training's
-        self._write(step, "held_out", figures)
-
-    def _reset(self) -> None:
-        self._losses, self._logged_seconds = [], self.seconds
-        for usage in self.usages.values():
-            usage.reset()
-
-    def _write(self, step: int, kind: str, figures: dict[str, float]) -> None:
-        tokens = step * self.recipe.training.batch_tokens
-        record = {"kind": kind, "step": step, "tokens": tokens, "seconds": self.seconds, **figures}
-        with self.path.open("a") as file:
-            file.write(json.dumps(record) + "\n")
-        for name, figure in figures.items():
-            self._board.add_scalar(f"{kind}/{name}", figure, step)
-
-
-def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """The records of a run's metrics.jsonl, in order; a half-written last line is left out."""
-    records = []
-    for line in (run / "metrics.jsonl").read_text().splitlines():
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return records
-
-
-def _drop_records_after(path: Path, step: int) -> None:
-    """Forgets what was recorded after the checkpoint a run goes on from."""
-    if path.exists():
-        kept = [json.dumps(record) for record in read_metrics(path.parent) if record["step"] <= step]
-        tmp = path.with_suffix(".tmp")
-        tmp.write_text("".join(line + "\n" for line in kept))
-        tmp.replace(path)  # at once: a kill here loses no record
-
-
-class _finishing_the_step_on_ctrl_c:
-    """Turns the first Ctrl-C into a request to stop after the update in progress, with a checkpoint."""
-
-    def __init__(self, journal: Journal) -> None:
-        self._journal = journal
 
     def __enter__(self) -> None:
         self._previous: Callable[..., Any] | int | None = None
         try:
-            self._previous = signal.signal(signal.SIGINT, self._stop)
+            self._previous = signal.signal(signal.SIGINT, self._ask)
         except ValueError:  # not the main thread: Ctrl-C never comes here
             self._previous = None
 
-    def _stop(self, signum: int, frame: FrameType | None) -> None:
-        self._journal.interrupted = True
+    def _ask(self, signum: int, frame: FrameType | None) -> None:
+        self._asked = True
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        _say(True, "stopping after this update, with a checkpoint; Ctrl-C again stops at once")
+        _say(self._loud, "stopping after this update, with a checkpoint; Ctrl-C again stops at once")
 
     def __exit__(self, *error: object) -> None:
         if self._previous is not None:
