@@ -268,7 +268,7 @@ def test_a_resumed_run_keeps_its_options(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["data=nowhere"], "'nowhere': no such file or directory; give one, a glob, 'python', 'python+' or 'hf:NAME'"),
+        (["data=nowhere"], "'nowhere': no such file or directory; give one, a glob, 'python', 'python+', 'hf:NAME' or"),
         (["data=empty"], "empty: no file to read there; read are .txt .md"),
         (["data=short.txt"], "give more data"),
         (["model.family=lama"], "did you mean 'llama'?"),

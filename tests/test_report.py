@@ -170,9 +170,14 @@ def test_a_slower_memory_loses_the_claim(table1: Path, tmp_path: Path) -> None:
 
 
 def test_a_sweep_is_shown_and_its_edge_told(table1: Path, tmp_path: Path) -> None:
-    markdown, _ = page_of([table1], tmp_path)
+    folder = shutil.copytree(table1, tmp_path / "in")
+    highest = folder / "table1/laptop/4_layers__lr0.004__seed0.json"
+    document = json.loads(highest.read_text())
+    document["summary"]["bits_per_byte"] = 2.3
+    highest.write_text(json.dumps(document))
+    markdown, _ = page_of([folder], tmp_path / "out")
     edge = "at the edge of those tried: a better one may lie beyond"
-    assert f"| 4 layers | lr0.003: 2.3400; lr0.004: 2.3400; lr0.006: 2.3900 | {edge} |" in markdown
+    assert f"| 4 layers | lr0.004: 2.3000; lr0.003: 2.3400; lr0.002: 2.3900 | {edge} |" in markdown
     assert (
         "| 4 layers + memory | lr0.003_value_lr0.016: 2.1400; lr0.004_value_lr0.016: 2.1400; lr0.002_value_lr0.016: 2.1900 |  |"
         in markdown
@@ -244,7 +249,7 @@ def test_several_directories_are_one_and_differences_are_told(table1: Path, tmp_
 
 def test_results_of_other_recipes_and_damaged_ones_are_named(table1: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(table1, tmp_path / "in")
-    old, broken = (folder / f"table1/laptop/4_layers__lr{lr}__seed0.json" for lr in ("0.003", "0.006"))
+    old, broken = (folder / f"table1/laptop/4_layers__lr{lr}__seed0.json" for lr in ("0.003", "0.002"))
     document = json.loads(old.read_text())
     document["recipe"]["training"]["num_tokens"] = 7_000_000
     old.write_text(json.dumps(document))
@@ -252,12 +257,12 @@ def test_results_of_other_recipes_and_damaged_ones_are_named(table1: Path, tmp_p
     markdown, _ = page_of([folder], tmp_path / "out")
     assert f"- unused: {old} is of another recipe (training.num_tokens 7000000 -> 500000)" in markdown
     assert f"- {broken} is not a result of an experiment, or damaged" in markdown
-    assert "- missing: 4_layers__lr0.006__seed0" in markdown
+    assert "- missing: 4_layers__lr0.002__seed0" in markdown
 
 
 def test_results_without_a_family_or_cell_are_named(table1: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(table1, tmp_path / "in")
-    cell, family, scale = (folder / f"table1/laptop/4_layers__lr{lr}__seed0.json" for lr in ("0.003", "0.004", "0.006"))
+    cell, family, scale = (folder / f"table1/laptop/4_layers__lr{lr}__seed0.json" for lr in ("0.003", "0.004", "0.002"))
     for file, change in ((cell, {"cell": "5_layers"}), (family, {"family": "table9"}), (scale, {"scale": "phone"})):
         file.write_text(json.dumps(json.loads(file.read_text()) | change))
     markdown, _ = page_of([folder], tmp_path / "out")
