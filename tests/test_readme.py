@@ -89,3 +89,11 @@ def test_its_billion_parameters_are_those_of_the_results() -> None:
         f"A table of {parameters:.2f} billion bf16 parameters trains in {peak:.1f} GB at {seconds:.2f} s for 2,048 tokens"
         in README
     )
+
+
+def test_the_results_quote_only_what_the_report_holds() -> None:
+    root = Path(__file__).parents[1]
+    report = (root / "experiments" / "results" / "report" / "index.md").read_text()
+    quoted = re.findall(r"\d+\.\d{4}|\d+\.\d%|\d+,\d{3}(?= \|)", (root / "docs" / "results.md").read_text())
+    assert len(quoted) > 30
+    assert [figure for figure in quoted if figure not in report] == []
