@@ -173,6 +173,32 @@ def test_gradients_autocast_compilers_and_many_tokens_run_in_parts(calls: list[i
     assert calls == []
 
 
+@pytest.mark.parametrize("width", [19, 21])
+@torch.no_grad()
+def test_hidden_states_of_another_width_are_refused(width: int, calls: list[int]) -> None:
+    with pytest.raises(RuntimeError, match="shapes"):
+        build()(torch.randn(2, width))
+    assert calls == []
+
+
+@pytest.mark.parametrize("norm", ["batch", "layer", "rms"])
+@torch.no_grad()
+def test_parts_that_do_not_fit_are_refused(norm: str, calls: list[int]) -> None:
+    x = torch.randn(2, 20)
+    for name, tensor in (
+        ("values.weight", torch.randn(3, 20)),
+        ("keys.sub_keys", torch.randn(3, 2, 37, 8)),
+        ("query.norm.weight", torch.randn(3)),
+        ("query.project.bias", torch.randn(3)),
+    ):
+        memory = build(norm)
+        part, _, attribute = name.rpartition(".")
+        getattr(memory.get_submodule(part), attribute).data = tensor
+        with pytest.raises((ValueError, RuntimeError)):
+            memory(x)
+    assert calls == []
+
+
 @torch.no_grad()
 def test_usage_is_counted(calls: list[int]) -> None:
     memory = build()

@@ -191,12 +191,18 @@ def decode(
         backend: one of `BACKENDS`; None takes the fastest for the device.
 
     Returns:
-        (n, v) in the dtype of values; None where no backend can: call the operators then.
+        (n, v) in the dtype of values; None where no backend can, or the shapes disagree: call the operators then,
+        which say what is wrong.
     """
     if choose_backend(x.device, backend) != "cpu" or torch.is_autocast_enabled("cpu") or values.dtype == torch.float64:
         return None
     queried = (x, weight, bias, *norm_tensors, sub_keys)
     if {tensor.dtype for tensor in queried} != {torch.float32} or not _nobody_watches(*queried, values):
+        return None
+    heads, _, num_sub_keys, half = sub_keys.shape
+    width = 2 * half if norm in ("layer", "rms") else 2 * half * heads
+    agree = weight.shape == (2 * half * heads, x.shape[1]) and len(bias) == len(weight)
+    if not agree or num_sub_keys**2 > min(len(values), 1 << 32) or any(len(t) != width for t in norm_tensors):
         return None
     eps = torch.finfo(torch.float32).eps if eps is None else eps
     decoded: Tensor = backend_module("cpu").decode(x, weight, bias, norm, norm_tensors, eps, sub_keys, values, knn)
