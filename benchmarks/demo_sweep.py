@@ -12,14 +12,11 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import os
-import subprocess
-import sys
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from threading import Lock
 from typing import Any
+
+from sweep import run_missing
 
 RESULTS = Path(__file__).parents[1] / "experiments" / "results" / "demo_sweep.json"
 RATES = {
@@ -42,8 +39,9 @@ def main() -> None:
     if cell is not None:
         print(json.dumps(run_cell(json.loads(cell))))
         return
-    run_missing(RESULTS, rate_cells() + seed_cells())
-    print(table(json.loads(RESULTS.read_text())["cells"]))
+    document = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"cells": []}
+    run_missing(__file__, RESULTS, document, rate_cells() + seed_cells())
+    print(table(document["cells"]))
 
 
 def rate_cells() -> list[dict[str, Any]]:
@@ -68,29 +66,6 @@ def seed_cells() -> list[dict[str, Any]]:
         {**dense, "seed": 2, "lr": 4e-3},
         *({"model": "deep", "seed": 0, "lr": lr, **longer} for lr in (3e-3, 4e-3)),
     ]
-
-
-def run_missing(path: Path, cells: list[dict[str, Any]]) -> None:
-    """Runs the cells that `path` does not hold yet, each in a process of its own."""
-    from pkmem.environment import environment
-    from pkmem.state import save_json
-
-    document = json.loads(path.read_text()) if path.exists() else {"cells": []}
-    done = [{key: cell[key] for key in cell if key not in ("figures",)} for cell in document["cells"]]
-    lock = Lock()
-
-    def run(cell: dict[str, Any]) -> None:
-        one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
-        command = [sys.executable, __file__, "--cell", json.dumps(cell)]
-        out = subprocess.run(command, env=one_thread, check=True, stdout=subprocess.PIPE, text=True).stdout
-        with lock:
-            document["cells"].append({**cell, "figures": json.loads(out.splitlines()[-1])})
-            document["environment"] = environment()
-            save_json(path, document)
-            print(json.dumps(document["cells"][-1]), flush=True)
-
-    with ThreadPoolExecutor(2) as pool:
-        list(pool.map(run, [cell for cell in cells if cell not in done]))
 
 
 def run_cell(cell: dict[str, Any]) -> dict[str, Any]:

@@ -13,16 +13,13 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from threading import Lock
 from typing import Any
+
+from sweep import run_missing
 
 RESULTS = Path(__file__).parents[1] / "experiments" / "results" / "facts.json"
 LABELS = {
@@ -59,7 +56,7 @@ def main() -> None:
         for model in LABELS
         for rate in RATES[model]
     ]
-    run_missing(RESULTS, document, cells)
+    run_missing(__file__, RESULTS, document, cells)
     best = best_cells(document["cells"])
     print(table(best))
     plot(best, RESULTS.with_suffix(".png"))
@@ -148,28 +145,6 @@ def num_params(cell: dict[str, Any]) -> int:
     with torch.device("meta"):
         model = build(recipe({"num_facts": 1, "num_tokens": 1, "lr": 1e-3, **cell}, Path()))
     return sum(count_parameters(model).values())
-
-
-def run_missing(path: Path, document: dict[str, Any], cells: list[dict[str, Any]]) -> None:
-    """Runs the cells that `document` does not hold yet, each in a process of its own, and saves it after each."""
-    from pkmem.environment import environment
-    from pkmem.state import save_json
-
-    done = [{key: cell[key] for key in cell if key != "figures"} for cell in document["cells"]]
-    lock = Lock()
-
-    def run(cell: dict[str, Any]) -> None:
-        one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
-        command = [sys.executable, __file__, "--cell", json.dumps(cell)]
-        out = subprocess.run(command, env=one_thread, check=True, stdout=subprocess.PIPE, text=True).stdout
-        with lock:
-            document["cells"].append({**cell, "figures": json.loads(out.splitlines()[-1])})
-            document["environment"] = environment()
-            save_json(path, document)
-            print(json.dumps(document["cells"][-1]), file=sys.stderr, flush=True)
-
-    with ThreadPoolExecutor(2) as pool:
-        list(pool.map(run, [cell for cell in cells if cell not in done]))
 
 
 def run_cell(cell: dict[str, Any]) -> dict[str, Any]:

@@ -55,14 +55,14 @@ def test_finished_cells_are_not_run_again(sweep, tmp_path, monkeypatch) -> None:
         ran.append(json.loads(command[-1]))
         return SimpleNamespace(stdout='a warning\n{"recall": 1.0}\n')
 
-    monkeypatch.setattr(sweep, "subprocess", SimpleNamespace(run=run, PIPE=None))
+    monkeypatch.setattr("sweep.subprocess", SimpleNamespace(run=run, PIPE=None))
     document = {"widths": {}, "cells": [{"model": "dense", "lr": 0.1, "figures": {"recall": 0.5}}]}
     cells = [{"model": "dense", "lr": lr} for lr in (0.1, 0.2)]
-    sweep.run_missing(tmp_path / "facts.json", document, cells)
+    sweep.run_missing("facts.py", tmp_path / "facts.json", document, cells)
     assert ran == [cells[1]]
     saved = json.loads((tmp_path / "facts.json").read_text())
     assert [cell["figures"]["recall"] for cell in saved["cells"]] == [0.5, 1.0]
-    sweep.run_missing(tmp_path / "facts.json", saved, cells)
+    sweep.run_missing("facts.py", tmp_path / "facts.json", saved, cells)
     assert len(ran) == 1
 
 

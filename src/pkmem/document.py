@@ -8,6 +8,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from pkmem.state import save_text
+
 _GENERATOR = '<meta name="generator" content="pkmem report">'
 _STYLE = (
     "body{font:15px/1.5 system-ui,sans-serif;max-width:1500px;margin:2em auto;padding:0 1em;color:#222}"
@@ -90,8 +92,8 @@ def write_page(folder: Path, title: str, blocks: Iterable[Block]) -> Path:
         f'<meta name="viewport" content="width=device-width"><title>{html.escape(title)}</title>'
         f"<style>{_STYLE}</style></head>\n<body>\n{body}\n</body>\n</html>\n"
     )
-    _replace(folder / "index.md", "\n\n".join(_markdown(block) for block in blocks) + "\n")
-    _replace(folder / "index.html", document)
+    save_text(folder / "index.md", "\n\n".join(_markdown(block) for block in blocks) + "\n")
+    save_text(folder / "index.html", document)
     return folder / "index.html"
 
 
@@ -99,12 +101,6 @@ def is_page(folder: Path) -> bool:
     """Whether a folder holds a page that `write_page` made."""
     file = folder / "index.html"
     return file.exists() and _GENERATOR in file.read_text(errors="replace")[:1000]
-
-
-def _replace(file: Path, text: str) -> None:
-    tmp = file.with_name(f"{file.name}.tmp")
-    tmp.write_text(text)
-    tmp.replace(file)
 
 
 def _html(block: Block, folder: Path) -> str:

@@ -45,7 +45,7 @@ def evaluate(
         blocks = Subset(blocks, range(min(num_blocks, len(blocks))))  # type: ignore[arg-type]
     device = next(model.parameters()).device
     total, count = 0.0, 0
-    with _in_eval_mode(model), watching(model) as usages:
+    with in_eval_mode(model), watching(model) as usages:
         for batch in tqdm(DataLoader(blocks, batch_sequences), "evaluating", disable=not progress):
             tokens = batch["input_ids"].to(device)
             logits = model(input_ids=tokens, use_cache=False).logits[:, :-1].float()
@@ -111,7 +111,7 @@ def measure_speed(
     timings: dict[str, dict[str, list[float]]] = {name: {"prefill": [], "decode": []} for name in models}
     for turn in range(repeats + 1):
         for name, model in models.items():
-            with _in_eval_mode(model):
+            with in_eval_mode(model):
                 prefill = _seconds(lambda model=model: _prefill(model, batch_sequences, context_tokens))  # type: ignore[misc]
                 decode = _decode_seconds(model, context_tokens // 2, min(32, context_tokens // 2))
             if turn:  # the first turn warms up
@@ -159,7 +159,8 @@ def _finish(device: torch.device) -> None:
 
 
 @contextlib.contextmanager
-def _in_eval_mode(model: nn.Module) -> Iterator[None]:
+def in_eval_mode(model: nn.Module) -> Iterator[None]:
+    """Within the block the model is in eval mode and nothing records gradients; then it is as it was."""
     was_training = model.training
     model.eval()
     try:

@@ -17,6 +17,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from pkmem.evaluation import evaluate, usage_figures
 from pkmem.recipe import Recipe
+from pkmem.state import save_text
 
 
 class Journal(TrainerCallback):
@@ -142,6 +143,4 @@ def _drop_records_after(path: Path, step: int) -> None:
     """Forgets what was recorded after the checkpoint a run goes on from."""
     if path.exists():
         kept = [json.dumps(record) for record in read_metrics(path.parent) if record["step"] <= step]
-        tmp = path.with_suffix(".tmp")
-        tmp.write_text("".join(line + "\n" for line in kept))
-        tmp.replace(path)  # at once: a kill here loses no record
+        save_text(path, "".join(line + "\n" for line in kept))  # at once: a kill here loses no record

@@ -10,7 +10,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pkmem.evaluation import count_parameters
+from pkmem.evaluation import count_parameters, in_eval_mode
 from pkmem.facts import VALUES, Facts
 from pkmem.memory import memories_in
 from pkmem.saved import context_tokens
@@ -49,18 +49,14 @@ def measure_recall(
         raise ValueError(
             f"a prompt and its value take {longest} tokens but the model's context is {context_tokens(model)}"
         )
-    was_training = model.training
-    model.eval()
-    try:
-        num_recalled, nats = 0, 0.0
+    num_recalled, nats = 0, 0.0
+    with in_eval_mode(model):
         for first in tqdm(range(0, facts.num, BATCH_PROMPTS), "recalling", disable=not progress):
             batch = slice(first, first + BATCH_PROMPTS)
             log_probs, is_greedy = _score(model, prompts[batch], candidates)
             chosen = right[batch].to(log_probs.device)[:, None]
             num_recalled += int(is_greedy.gather(1, chosen).sum())
             nats -= log_probs.log_softmax(-1).gather(1, chosen).sum().item()
-    finally:
-        model.train(was_training)
     bits_per_fact = max(0.0, math.log2(len(VALUES)) - nats / facts.num / math.log(2))
     stored = facts.num * bits_per_fact
     return {
@@ -91,7 +87,6 @@ def _encode(tokenizer: PreTrainedTokenizerBase, facts: Facts) -> tuple[list[list
     return [[tokenizer.eos_token_id, *prompt] for prompt in prompts], torch.tensor(right), candidates
 
 
-@torch.no_grad()
 def _score(model: nn.Module, prompts: list[list[int]], candidates: list[list[int]]) -> tuple[Tensor, Tensor]:
     """Log-probability of every candidate after every prompt, and whether greedy decoding writes it; (n, candidates)."""
     device = next(model.parameters()).device

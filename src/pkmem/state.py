@@ -91,7 +91,17 @@ def save_json(path: Path, document: Any) -> None:
     Raises:
         TypeError: `document` has something JSON cannot hold; the file is untouched.
     """
-    text, tmp = json.dumps(document, indent=1) + "\n", _beside(path, ".tmp")
+    save_text(path, json.dumps(document, indent=1) + "\n")
+
+
+def save_text(path: Path, text: str) -> None:
+    """Writes a text file atomically: a reader sees the old one or the new one.
+
+    Args:
+        path: the file; its folder exists.
+        text: its content.
+    """
+    tmp = path.with_name(f"{path.name}.tmp")
     try:
         with tmp.open("w", encoding="utf-8") as stream:
             stream.write(text)
