@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,16 @@ def test_half_a_record_is_no_record(tmp_path: Path) -> None:
     journal._drop_records_after(path, 1)
     assert path.read_text() == '{"step": 1}\n'
     assert [file.name for file in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_a_resumed_board_is_read_after_the_one_it_continues(tmp_path: Path) -> None:
+    """TensorBoard orders files by name, a second and then the process: within a second the later could come first."""
+    while time.time() % 1 > 0.9:  # so that the file below is still of this second when it is looked at
+        time.sleep(0.01)
+    second = int(time.time())
+    (tmp_path / f"events.out.tfevents.{second:010d}.host.with.dots.99999999.0").touch()
+    journal._wait_for_a_later_name(tmp_path)
+    assert int(time.time()) > second
 
 
 def test_records_are_json_lines(run: Path) -> None:

@@ -60,7 +60,9 @@ class Journal(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         _drop_records_after(self.path, state.global_step)
-        self._board = SummaryWriter(str(self.recipe.out / "tensorboard"), purge_step=state.global_step + 1)
+        board = self.recipe.out / "tensorboard"
+        _wait_for_a_later_name(board)
+        self._board = SummaryWriter(str(board), purge_step=state.global_step + 1)
         self._bar = tqdm(
             total=self.recipe.training.num_steps * self.recipe.training.batch_tokens,
             initial=state.global_step * self.recipe.training.batch_tokens,
@@ -144,3 +146,14 @@ def _drop_records_after(path: Path, step: int) -> None:
     if path.exists():
         kept = [json.dumps(record) for record in read_metrics(path.parent) if record["step"] <= step]
         save_text(path, "".join(line + "\n" for line in kept))  # at once: a kill here loses no record
+
+
+def _wait_for_a_later_name(board: Path) -> None:
+    """Sleeps while a file of this second is there.
+
+    TensorBoard reads its files by name, which begins with the second they were made in: of two from one second the
+    resumed run's could come first, and lose its own records.
+    """
+    now = time.time()
+    if any(file.name.split(".")[3] == f"{int(now):010d}" for file in board.glob("events.out.tfevents.*.*")):
+        time.sleep(1 - now % 1)
