@@ -44,9 +44,6 @@ class RowAdam(Optimizer):
         seed: of the random rounding, >= 0; the same when resuming makes the same bits.
         lazy: False also moves rows that were not read, as their first moments say: see above.
 
-    Attributes:
-        num_skipped: steps left out because a gradient was not finite.
-
     Raises:
         ValueError: no table found, or a number outside its range.
     """
@@ -78,7 +75,7 @@ class RowAdam(Optimizer):
         self.max_norm = max_norm
         self.moment_dtype = moment_dtype
         self.seed = seed
-        self.num_skipped = 0
+        self._num_skipped = torch.zeros((), dtype=torch.int64)
         self._progress = {} if lazy else {table: _Progress(table.weight) for table in self._tables}
         for table in self._tables:
             table.log = table.log or ReadLog()
@@ -101,23 +98,23 @@ class RowAdam(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         reads = self._sorted_reads()
-        scale = 1.0
-        if reads and not (self.max_norm is None and all(map(_surely_finite, reads.values()))):
-            norm = self._norm(reads)
-            if not math.isfinite(norm):
-                self.num_skipped += 1
-                self.zero_grad()
-                return loss
-            if self.max_norm is not None:
-                scale = min(1.0, self.max_norm / (norm + 1e-6))
-        for table in self._tables:
-            self._update(table, reads.get(table), scale)
+        scale = self._scale(reads)
+        is_finite = scale.isfinite()
+        self._num_skipped = self._num_skipped.to(scale.device) + ~is_finite
+        if not self._progress or is_finite:  # only rows that catch up make the host wait for the gradient
+            for table in self._tables:
+                self._update(table, reads.get(table), scale)
         self.zero_grad()
         return loss
 
+    @property
+    def num_skipped(self) -> int:
+        """Steps left out because a gradient was not finite."""
+        return int(self._num_skipped)
+
     def grad_norm(self) -> float:
         """Euclidean norm of the gradient of all tables together, over the reads so far."""
-        return self._norm(self._sorted_reads())
+        return self._norm(self._sorted_reads()).item()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forgets the reads since the last step."""
@@ -146,6 +143,8 @@ class RowAdam(Optimizer):
                 if index in state_dict["state"]:
                     moment = state_dict["state"][index][name]
                     self.state[weight][name] = moment.to(weight.device, self._dtype_of_moments(weight))
+            if index in state_dict["state"]:
+                self.state[weight]["step"] = self.state[weight]["step"].to(weight.device)
         for table in self._progress:
             self._progress[table] = _Progress(table.weight, int(self.state[table.weight].get("step", 0)))
 
@@ -158,27 +157,38 @@ class RowAdam(Optimizer):
         }
         return {table: reads for table, reads in sorted_reads.items() if reads is not None}
 
-    def _norm(self, reads: dict[ValueTable, SortedReads]) -> float:
+    def _norm(self, reads: dict[ValueTable, SortedReads]) -> Tensor:
         norms = [_backend_of(table).row_gradient_norm(some) for table, some in reads.items()]
-        return torch.stack(norms).norm().item() if norms else 0.0
+        return torch.stack(norms).norm() if norms else torch.zeros((), dtype=torch.float64)
 
-    def _update(self, table: ValueTable, reads: SortedReads | None, scale: float) -> None:
+    def _scale(self, reads: dict[ValueTable, SortedReads]) -> Tensor:
+        """Factor on the gradients, an fp64 scalar that stays on the device: NaN where they are not finite."""
+        if self.max_norm is not None:
+            norm = self._norm(reads)
+            is_finite, scale = norm.isfinite(), (self.max_norm / (norm + 1e-6)).clamp(max=1.0)
+        else:
+            are_finite = [_backend_of(table).gradient_is_finite(some) for table, some in reads.items()]
+            is_finite = torch.stack(are_finite).all() if are_finite else torch.ones((), dtype=torch.bool)
+            scale = torch.ones_like(is_finite, dtype=torch.float64)
+        return torch.where(is_finite, scale, math.nan)
+
+    def _update(self, table: ValueTable, reads: SortedReads | None, scale: Tensor) -> None:
         state, group = self._state_of(table.weight), self._group_of(table)
         progress, rows = self._progress.get(table), None
         if progress is not None and reads is not None:
             rows = reads.rows[reads.offsets.diff() > 0]
             self._before_read(table, rows)
-        state["step"] += 1
+        state["step"] += scale.isfinite()
         if reads is not None:
             _backend_of(table).adam_rows(
                 table.weight,
                 state["exp_avg"],
                 state["exp_avg_sq"],
                 reads,
-                lr=float(group["lr"]),
+                lr=group["lr"],
                 betas=group["betas"],
                 eps=group["eps"],
-                step=int(state["step"]),
+                step=state["step"],
                 scale=scale,
                 seed=self.seed,
             )
@@ -226,7 +236,7 @@ class RowAdam(Optimizer):
         state = self.state[weight]
         if not state:
             dtype = self._dtype_of_moments(weight)
-            state["step"] = torch.zeros(())
+            state["step"] = torch.zeros((), device=weight.device)
             for name in ("exp_avg", "exp_avg_sq"):
                 state[name] = prefer_huge_pages(torch.empty_like(weight, dtype=dtype, requires_grad=False)).zero_()
         return state
@@ -257,12 +267,6 @@ class _Progress:
         self.lrs[self.step] = lr
         if rows is not None:
             self.last_steps[rows] = self.step
-
-
-def _surely_finite(reads: SortedReads) -> bool:
-    """Whether a bound on the gradient's elements shows, without summing them, that they and all sums are finite."""
-    largest = [torch.linalg.vector_norm(part, math.inf).item() for part in (reads.weights, reads.grad_output)]
-    return len(reads.tokens) * largest[0] * largest[1] < torch.finfo(torch.float32).max / 2
 
 
 def _backend_of(table: ValueTable) -> Any:

@@ -7,6 +7,7 @@ never as a tensor of the table's size, and summed row by row when the table is u
 from __future__ import annotations
 
 import itertools
+import math
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -36,6 +37,12 @@ class SortedReads:
     tokens: Tensor
     weights: Tensor
     grad_output: Tensor
+
+
+def surely_finite(reads: SortedReads) -> Tensor:
+    """Whether a bound shows, without summing anything, that a table's gradient is finite; a bool scalar."""
+    largest = [torch.linalg.vector_norm(part, math.inf).double() for part in (reads.weights, reads.grad_output)]
+    return len(reads.tokens) * largest[0] * largest[1] < torch.finfo(torch.float32).max / 2
 
 
 def sort_reads(slots: list[Tensor], weights: list[Tensor], grad_outputs: list[Tensor]) -> SortedReads:

@@ -182,10 +182,15 @@ def weighted_sum_grad_values(reads: SortedReads, num_rows: int) -> Tensor:
 
 def row_gradient_norm(reads: SortedReads) -> Tensor:
     """The Euclidean norm of the table's gradient, an fp64 scalar; not finite if any entry is not."""
-    squares = torch.zeros((), dtype=torch.float64, device=reads.grad_output.device)
+    norm = torch.zeros((), dtype=torch.float64, device=reads.grad_output.device)
     for _, gradients in row_gradients(reads):
-        squares += gradients.square().sum(dtype=torch.float64)
-    return squares.sqrt()
+        norm = torch.hypot(norm, torch.linalg.vector_norm(gradients, dtype=torch.float64))  # squares would overflow
+    return norm
+
+
+def gradient_is_finite(reads: SortedReads) -> Tensor:
+    """Whether all of the table's gradient is finite, a bool scalar."""
+    return row_gradient_norm(reads).isfinite()
 
 
 def adam_rows(
@@ -194,11 +199,11 @@ def adam_rows(
     second_moment: Tensor,
     reads: SortedReads,
     *,
-    lr: float,
+    lr: float | Tensor,
     betas: tuple[float, float],
     eps: float,
-    step: int,
-    scale: float,
+    step: int | Tensor,
+    scale: float | Tensor,
     seed: int = 0,
 ) -> None:
     """Adam (Kingma & Ba 2015) in place on the rows that were read, and on no other.
@@ -208,9 +213,12 @@ def adam_rows(
         reads: the sorted reading log of the table.
         lr, betas, eps: Adam's.
         step: updates made so far, this one included, >= 1; corrects the bias of every row alike.
-        scale: factor on the gradients (clipping), > 0.
+        scale: factor on the gradients (clipping), > 0; one that is not finite leaves everything as it is.
         seed: bf16 is rounded up or down at random, by seed, step, row and column alone; fp16 to nearest.
     """
+    lr, step, scale = float(lr), int(step), float(scale)
+    if not math.isfinite(scale):
+        return
     beta1, beta2 = betas
     step_size = lr / (1 - beta1**step)
     second_correction = 1 - beta2**step

@@ -5,6 +5,8 @@ The gradient of a row is summed in the order of its reads, by one thread, and us
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -66,17 +68,23 @@ def row_gradient_norm(reads: SortedReads) -> Tensor:
     return torch.from_numpy(np.sqrt(array(squares).sum(keepdims=True))).squeeze(0)  # numpy's order never changes
 
 
+def gradient_is_finite(reads: SortedReads) -> Tensor:
+    """Whether all of the table's gradient is finite, a bool scalar; seldom more than a look at its factors."""
+    found = reading_log.surely_finite(reads)
+    return found if found else row_gradient_norm(reads).isfinite()
+
+
 def adam_rows(
     values: Tensor,
     first_moment: Tensor,
     second_moment: Tensor,
     reads: SortedReads,
     *,
-    lr: float,
+    lr: float | Tensor,
     betas: tuple[float, float],
     eps: float,
-    step: int,
-    scale: float,
+    step: int | Tensor,
+    scale: float | Tensor,
     seed: int = 0,
 ) -> None:
     """Adam (Kingma & Ba 2015) in place on the rows that were read, and on no other.
@@ -86,12 +94,15 @@ def adam_rows(
         reads: the sorted reading log of the table.
         lr, betas, eps: Adam's.
         step: updates made so far, this one included, >= 1; corrects the bias of every row alike.
-        scale: factor on the gradients (clipping), > 0.
+        scale: factor on the gradients (clipping), > 0; one that is not finite leaves everything as it is.
         seed: bf16 is rounded up or down at random, by seed, step, row and column alone; fp16 to nearest.
     """
     tables = (values, first_moment, second_moment)
     if torch.float64 in (reads.grad_output.dtype, *(table.dtype for table in tables)):
         reference.adam_rows(*tables, reads, lr=lr, betas=betas, eps=eps, step=step, scale=scale, seed=seed)
+        return
+    lr, step, scale = float(lr), int(step), float(scale)
+    if not math.isfinite(scale):
         return
     beta1, beta2 = betas
     factors = (scale, 1 - beta1, beta2, 1 - beta2, 1 / (1 - beta2**step), eps, lr / (1 - beta1**step))

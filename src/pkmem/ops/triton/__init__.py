@@ -6,11 +6,12 @@ With `TRITON_INTERPRET=1` set before the import the same kernels run on CPU tens
 """
 
 from pkmem.ops.triton.bag import weighted_sum, weighted_sum_grad_weights
-from pkmem.ops.triton.rows import adam_rows, row_gradient_norm, sort_reads, weighted_sum_grad_values
+from pkmem.ops.triton.rows import adam_rows, gradient_is_finite, row_gradient_norm, sort_reads, weighted_sum_grad_values
 from pkmem.ops.triton.selection import product_key_topk, product_key_topk_backward
 
 __all__ = [
     "adam_rows",
+    "gradient_is_finite",
     "product_key_topk",
     "product_key_topk_backward",
     "row_gradient_norm",

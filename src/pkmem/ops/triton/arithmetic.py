@@ -25,11 +25,18 @@ def narrow(number, TYPE: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def narrow_at_random(number, random):  # type: ignore[no-untyped-def]
-    """fp32 to bf16, up or down with the chances that keep the mean; infinities and NaN as they are."""
-    bits = number.to(tl.uint32, bitcast=True)
-    moved = ((bits + (random & 0xFFFF)) >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
-    return tl.where(_is_finite(bits), moved, number.to(tl.bfloat16))
+def narrow_at_random(number, random, TYPE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """An fp32 number in a floating type: bf16 up or down with the chances that keep the mean, others to nearest.
+
+    Infinities and NaN stay what they are; the lower 16 bits of `random` decide.
+    """
+    if tl.bfloat16 == TYPE:
+        bits = number.to(tl.uint32, bitcast=True)
+        moved = ((bits + (random & 0xFFFF)) >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+        narrowed = tl.where(_is_finite(bits), moved, number.to(tl.bfloat16))
+    else:
+        narrowed = narrow(number, TYPE)
+    return narrowed
 
 
 @triton.jit

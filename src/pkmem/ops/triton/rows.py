@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pkmem.ops import reference
-from pkmem.ops.reading_log import SortedReads
+from pkmem.ops.reading_log import SortedReads, surely_finite
 from pkmem.ops.triton.arithmetic import mixed, narrow, narrow_at_random
 from pkmem.ops.triton.bag import sum_of_rows
 from pkmem.ops.triton.launch import column_block, num_programs, on, warps_for
@@ -94,8 +94,20 @@ def row_gradient_norm(reads: SortedReads) -> Tensor:
     """The Euclidean norm of the table's gradient, an fp64 scalar; not finite if any entry is not."""
     if reads.grad_output.dtype == torch.float64:
         return reference.row_gradient_norm(_touched(reads))
+    return _norm_if(torch.ones((), dtype=torch.bool, device=reads.rows.device), reads)
+
+
+def gradient_is_finite(reads: SortedReads) -> Tensor:
+    """Whether all of the table's gradient is finite, a bool scalar; seldom more than a look at its factors."""
+    if reads.grad_output.dtype == torch.float64:
+        return reference.gradient_is_finite(_touched(reads))
+    return _norm_if(~surely_finite(reads), reads).isfinite()
+
+
+def _norm_if(is_wanted: Tensor, reads: SortedReads) -> Tensor:
+    """The norm, or 0 at once if it is not wanted, which only the GPU needs to know."""
     squares = torch.zeros(num_programs(_work(reads), reads.rows.device), dtype=torch.float64, device=reads.rows.device)
-    _over_rows(_sum_squares, reads, squares)
+    _over_rows(_sum_squares, reads, squares, is_wanted.to(torch.int32))
     return squares.sum().sqrt()
 
 
@@ -122,7 +134,7 @@ def adam_rows(
         lr, betas, eps: Adam's.
         step: updates made so far, this one included, >= 1; corrects the bias of every row alike.
         scale: factor on the gradients (clipping), > 0; one that is not finite leaves everything as it is.
-        seed: a bf16 table is rounded up or down at random, by seed, step, row and column alone.
+        seed: bf16 is rounded up or down at random, by seed, step, row and column alone; fp16 to nearest.
     """
     tables = (values, first_moment, second_moment)
     if torch.float64 in (reads.grad_output.dtype, *(table.dtype for table in tables)):
@@ -273,13 +285,13 @@ def _write_gradients(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _sum_squares(  # type: ignore[no-untyped-def]
-    offsets, tokens, weights, grad_output, first_piece, sums, rows, num_rows, width, squares,
+    offsets, tokens, weights, grad_output, first_piece, sums, rows, num_rows, width, squares, is_wanted,
     ROWS: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """Each program writes the sum of squares over its rows."""
     blocks = tl.cdiv(width, BLOCK_V)
     total = tl.zeros((BLOCK_V,), tl.float64)
-    for item in range(tl.program_id(0), tl.load(num_rows) * blocks, tl.num_programs(0)):
+    for item in range(tl.program_id(0), tl.load(num_rows) * blocks * tl.load(is_wanted), tl.num_programs(0)):
         touched = (item // blocks).to(tl.int64)
         columns = item % blocks * BLOCK_V + tl.arange(0, BLOCK_V)
         gradient = _row_gradient(
@@ -319,10 +331,9 @@ def _adam(  # type: ignore[no-untyped-def]
         moment1 += rate1 * (slope - moment1)
         moment2 = beta2 * moment2 + rate2 * (slope * slope)
         value -= step_size * moment1 / (tl.sqrt(moment2 * correction2) + eps)
-        tl.store(moments1 + places, narrow(moment1, moments1.dtype.element_ty), mask=inside)
-        tl.store(moments2 + places, narrow(moment2, moments2.dtype.element_ty), mask=inside)
-        if values.dtype.element_ty == tl.bfloat16:
-            random = mixed(mixed(key ^ row.to(tl.uint32)) ^ columns.to(tl.uint32))
-            tl.store(values + places, narrow_at_random(value, random), mask=inside)
-        else:
-            tl.store(values + places, narrow(value, values.dtype.element_ty), mask=inside)
+        random = mixed(mixed(key ^ row.to(tl.uint32)) ^ columns.to(tl.uint32))
+        tl.store(values + places, narrow_at_random(value, random, values.dtype.element_ty), mask=inside)
+        moment1 = narrow_at_random(moment1, random >> 16, moments1.dtype.element_ty)
+        moment2 = narrow_at_random(moment2, random >> 16, moments2.dtype.element_ty)
+        tl.store(moments1 + places, moment1, mask=inside)
+        tl.store(moments2 + places, moment2, mask=inside)
