@@ -84,6 +84,25 @@ def weighted_sum_gradients(values: Any, slots: Any, weights: Any, grad_output: A
     return grad_values, grad_weights
 
 
+def row_products(table: Any, slots: Any, x: Any) -> Array:
+    """Inner products (n, b) of x (n, d) with the rows `slots` (n, b) of a table (m, d)."""
+    table, slots, x = fp64(table), integers(slots), fp64(x)
+    products = np.zeros(slots.shape)
+    for n, b in np.ndindex(slots.shape):
+        products[n, b] = math.fsum(table[slots[n, b]] * x[n])
+    return products
+
+
+def row_products_gradients(table: Any, slots: Any, x: Any, grad_output: Any) -> tuple[Array, Array]:
+    """Gradients in table and x of sum(grad_output * row_products(...))."""
+    table, slots, x, grad_output = fp64(table), integers(slots), fp64(x), fp64(grad_output)
+    grad_table, grad_x = np.zeros_like(table), np.zeros_like(x)
+    for n, b in np.ndindex(slots.shape):
+        grad_table[slots[n, b]] += grad_output[n, b] * x[n]
+        grad_x[n] += grad_output[n, b] * table[slots[n, b]]
+    return grad_table, grad_x
+
+
 def group_reads(passes: list[tuple[Any, Any, Any]]) -> dict[int, list[tuple[int, float]]]:
     """For each row read, ascending: (token, weight) of its reads in order of reading.
 

@@ -72,6 +72,14 @@ def test_a_memory_adds_its_projection_selection_and_sum() -> None:
     assert flat - costs(recipe).forward_flops == heads * 2 * query * (sub_keys**2 - sub_keys) - heads * knn**2
 
 
+def test_an_expert_reads_a_row_of_the_second_table_too() -> None:
+    experts = costs(recipe_with({"memory": {"experts": True}}))
+    plain = costs(recipe_with({}))
+    heads, knn, width = 2, 4, 32
+    assert experts.forward_flops - plain.forward_flops == 2 * heads * knn * width
+    assert experts.table_bytes == 2 * plain.table_bytes
+
+
 def test_training_is_three_forward_passes_over_all_tokens() -> None:
     recipe = recipe_with({"training": {"num_tokens": 1300}})
     cost = costs(recipe)

@@ -41,7 +41,10 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def by_parts(memory: ProductKeyMemory, x: Tensor) -> Tensor:
-    out = memory.values(*memory.keys(memory.query(x))).to(x.dtype)
+    slots, weights = memory.keys(memory.query(x))
+    if memory.neurons is not None:
+        weights = weights * torch.nn.functional.gelu(memory.neurons(slots, x))
+    out = memory.values(slots, weights).to(x.dtype)
     return out if memory.gate is None else memory.gate(out, x)
 
 
@@ -153,7 +156,7 @@ def test_parts_run_where_one_is_changed_or_watched(change, calls: list[int]) -> 
     assert calls == []
 
 
-@pytest.mark.parametrize("options", [{"query_hidden_dim": 8}, {"keys": "flat"}])
+@pytest.mark.parametrize("options", [{"query_hidden_dim": 8}, {"keys": "flat"}, {"experts": True}])
 @torch.no_grad()
 def test_other_queries_and_keys_run_in_parts(options: dict, calls: list[int]) -> None:
     memory, x = build(**options), torch.randn(2, 20)

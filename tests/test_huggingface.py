@@ -218,7 +218,7 @@ def test_half_precision_is_saved_and_loaded_as_such(tmp_path) -> None:
 
 
 def test_all_options_of_a_memory_are_saved(tmp_path) -> None:
-    config = MemoryConfig(6, 6, 1, 2, 4, 5, "rms", 7, True, "flat", 0.1, 0.2)
+    config = MemoryConfig(6, 6, 1, 2, 4, 5, "rms", 7, True, True, "flat", 0.1, 0.2)
     config = dataclasses.replace(config, dim=None)
     loaded = reloaded(add_memory(decoder(), [1], config, "parallel"), tmp_path)
     (memory,) = memories_in(loaded).values()
@@ -430,6 +430,15 @@ def test_a_model_is_built_as_its_recipe_says(family) -> None:
     assert (config.attn_pdrop if family == "gpt2" else config.attention_dropout) == 0.1
     assert [mlp.mlp is not None for mlp in model.memory_mlps()] == [True]
     assert next(iter(memories_in(model).values())).config == MEMORY.bound_to(32)
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "opt"])
+def test_mlps_are_as_wide_as_asked(family) -> None:
+    def width(ffn_width) -> int:
+        model = build_model(dataclasses.replace(MODEL, family=family, ffn_width=ffn_width), MEMORY, VOCAB, 5)
+        return max(max(w.shape) for name, w in model.named_parameters() if "mlp" in name or "fc1" in name)
+
+    assert [width(None), width(48)] == [4 * MODEL.width, 48]
 
 
 def test_a_model_without_memory_layers_is_the_plain_decoder() -> None:

@@ -19,6 +19,8 @@ VARIANTS = {
     "two layers": {"query_hidden_dim": 5},
     "gate": {"gate": True, "value_dim": 3},
     "flat": {"keys": "flat"},
+    "experts": {"experts": True, "value_dim": 3},
+    "gated experts": {"experts": True, "gate": True},
 }
 NORMS = ("batch", "layer", "rms", "none")
 
@@ -36,17 +38,19 @@ def softmax(scores: np.ndarray) -> np.ndarray:
     return raised / raised.sum(-1, keepdims=True)
 
 
-def read(memory: ProductKeyMemory, query: Tensor) -> Tensor:
-    """Equations 1 to 3 by brute force, from queries (n, h, q) on."""
+def read(memory: ProductKeyMemory, query: Tensor, x: Tensor | None = None) -> Tensor:
+    """Equations 1 to 3 by brute force, from queries (n, h, q) on; experts see x."""
     if memory.config.keys == "product":
         scores, slots = oracle.product_key_topk(query, memory.keys.sub_keys, memory.config.knn)
     else:
         all_scores = np.einsum("nhq,hmq->nhm", oracle.fp64(query), oracle.fp64(memory.keys.keys))
         scores, slots = oracle.best_first(all_scores, memory.config.knn)
     n = len(slots)
-    return torch.from_numpy(
-        oracle.weighted_sum(memory.values.weight, slots.reshape(n, -1), softmax(scores).reshape(n, -1))
-    )
+    slots, weights = slots.reshape(n, -1), softmax(scores).reshape(n, -1)
+    if memory.neurons is not None:
+        seen = oracle.row_products(memory.neurons.weight, slots, x)
+        weights = weights * seen * (1 + np.vectorize(math.erf)(seen / math.sqrt(2))) / 2
+    return torch.from_numpy(oracle.weighted_sum(memory.values.weight, slots, weights))
 
 
 def normalised(query: Tensor, norm: nn.Module) -> Tensor:
@@ -77,7 +81,7 @@ def test_a_memory_is_the_papers_equations(norm, variant, backend) -> None:
             query = x @ linear.weight.T + linear.bias
         case nn.Sequential() as layers:
             query = (x @ layers[0].weight.T + layers[0].bias).relu() @ layers[2].weight.T + layers[2].bias
-    expected = read(memory, normalised(query, memory.query.norm))
+    expected = read(memory, normalised(query, memory.query.norm), x)
     if memory.gate is not None:
         opened = x @ memory.gate.gate.weight.T
         expected = (expected * opened / (1 + (-opened).exp())) @ memory.gate.project.weight.T
@@ -365,6 +369,37 @@ def test_the_backend_of_a_memory_reaches_its_operators(backend) -> None:
         memory(torch.randn(2, 6, dtype=torch.float64))
 
 
+def test_the_backend_of_a_memory_reaches_its_experts(backend) -> None:
+    memory = make(experts=True)
+    memory.backend = backend
+    assert memory.neurons.backend == memory.values.backend == memory.keys.backend == backend
+
+
+def test_rows_of_both_tables_of_experts_learn_as_with_a_dense_gradient(backend) -> None:
+    torch.manual_seed(1)
+    by_rows, dense = make(experts=True), make(experts=True)
+    dense.load_state_dict(by_rows.state_dict())
+    rows = RowAdam(by_rows, lr=0.1, betas=(0.9, 0.98))
+    assert len(tables_in(by_rows)) == 2
+    adam = torch.optim.Adam([table.weight for table in tables_in(dense)], lr=0.1, betas=(0.9, 0.98))
+    x = torch.randn(5, 6, dtype=torch.float64)  # the same in every step: the rows read stay the same
+    for _ in range(3):
+        for memory, optimizer in ((by_rows, rows), (dense, adam)):
+            memory.backend = backend
+            memory(x).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    for ours, theirs in zip(tables_in(by_rows), tables_in(dense), strict=True):
+        torch.testing.assert_close(ours.weight, theirs.weight, rtol=1e-9, atol=1e-9)
+
+
+def test_memories_that_share_values_keep_their_own_neurons() -> None:
+    first = make(experts=True)
+    second = ProductKeyMemory(first.config, values=first.values).double()
+    assert second.values is first.values
+    assert second.neurons is not first.neurons
+
+
 def test_a_gates_width_is_the_models() -> None:
     gate = OutputGate(MemoryConfig(dim=6, value_dim=3))
     assert gate(torch.randn(4, 3), torch.randn(4, 6)).shape == (4, 6)
@@ -412,6 +447,14 @@ def test_the_names_of_the_weights_are_kept_for_saved_models() -> None:
         "values.weight",
         "gate.gate.weight",
         "gate.project.weight",
+    ]
+
+
+def test_the_names_of_the_weights_of_experts_are_kept_too() -> None:
+    assert [name for name in make(experts=True).state_dict() if "query" not in name] == [
+        "keys.sub_keys",
+        "values.weight",
+        "neurons.weight",
     ]
 
 

@@ -1,4 +1,4 @@
-"""The two operators: against brute force, against the reference, and as citizens of torch."""
+"""The operators: against brute force, against the reference, and as citizens of torch."""
 
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import oracle
-from pkmem.ops import choose_backend, prepare, product_key_topk, reference, weighted_sum
+from pkmem.ops import choose_backend, prepare, product_key_topk, reference, row_products, weighted_sum
 from pkmem.ops.reading_log import ReadLog
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -399,6 +399,9 @@ def test_opcheck(backend: str, dtype: torch.dtype, num_tokens: int) -> None:
     torch.library.opcheck(operators.product_key_topk.default, (query, sub_keys, 3, backend))
     torch.library.opcheck(operators.weighted_sum.default, (*bag, backend))
     torch.library.opcheck(operators.weighted_sum_logged.default, (*bag, log.counter, log.handle, backend))
+    products = bag[0], slots, leaf(torch.randn(num_tokens, 3).to(dtype))
+    torch.library.opcheck(operators.row_products.default, (*products, backend))
+    torch.library.opcheck(operators.row_products_logged.default, (*products, log.counter, log.handle, backend))
 
 
 @pytest.mark.parametrize("num_tokens", [0, 5])
@@ -635,3 +638,101 @@ def test_prepare_compiles_what_a_step_on_the_cpu_needs(monkeypatch: pytest.Monke
     for device, dtype in (("cpu", torch.bfloat16), ("cpu", torch.float64), ("cuda", torch.float32)):
         prepare(torch.device(device), dtype)
     assert asked == [(torch.bfloat16,)]
+
+
+# --- row_products: the other side of weighted_sum ---------------------------------------------------------
+
+
+def product_inputs(m: int, d: int, n: int, b: int) -> tuple[Tensor, Tensor, Tensor]:
+    table, slots, _ = bag_inputs(m, d, n, b)
+    return table, slots, torch.randn(n, d)
+
+
+@given(sizes=bag_sizes)
+@settings(max_examples=60, deadline=None)
+def test_row_products_and_their_gradients_equal_the_oracle(backend: str, sizes: tuple[int, ...]) -> None:
+    table, slots, x = product_inputs(*sizes)
+    table, x = leaf(table.double()), leaf(x.double())
+    products = row_products(table, slots, x, backend=backend)
+    grad_output = torch.randn_like(products)
+    grads = torch.autograd.grad(products, (table, x), grad_output)
+    assert close(products, oracle.row_products(table, slots, x))
+    truths = oracle.row_products_gradients(table, slots, x, grad_output)
+    assert all(close(grad, truth) for grad, truth in zip(grads, truths, strict=True))
+
+
+def test_row_products_compute_the_lines_of_their_docstring(backend: str) -> None:
+    table, slots, x = product_inputs(13, 7, 9, 5)
+    expected = (table.double()[slots] * x.double()[:, None]).sum(-1)
+    computed = row_products(table.double(), slots, x.double(), backend=backend)
+    torch.testing.assert_close(computed, expected, rtol=1e-12, atol=1e-12)
+
+
+def product_errors(backend: str, table: Tensor, slots: Tensor, x: Tensor) -> list[float]:
+    """Errors to fp64 truth of the products, d(table) and d(x)."""
+    table, x = leaf(table), leaf(x)
+    products = row_products(table, slots, x, backend=backend)
+    grad_output = 0.01 * torch.randn(products.shape, generator=torch.Generator().manual_seed(1))
+    grads = torch.autograd.grad(products, (table, x), grad_output)
+    assert [products.dtype, *(grad.dtype for grad in grads)] == [torch.float32, table.dtype, x.dtype]
+    truths = oracle.row_products_gradients(table, slots, x, grad_output)
+    product_error = error(products, oracle.row_products(table, slots, x))
+    return [product_error, error(grads[0], truths[0]), error(grads[1], truths[1])]
+
+
+@by_dtype
+@pytest.mark.parametrize(("name", "kind"), BAG_CASES)
+def test_row_products_are_at_most_twice_as_wrong_as_the_reference(
+    backend: str, name: str, kind: str, dtype: torch.dtype
+) -> None:
+    table, slots, x = product_inputs(*BAG_SIZES[name])
+    table, x = (KINDS[kind](tensor) if kind else tensor for tensor in (table, x))
+    table, x = table.to(dtype), x.to(dtype)
+    if name == "ragged" and kind == "non-contiguous":
+        slots = apart(slots)
+    errors = product_errors(backend, table, slots, x)
+    assert_at_most_twice_as_wrong(errors, product_errors("reference", table, slots, x))
+
+
+@pytest.mark.parametrize("x_dtype", DTYPES)
+@by_dtype
+def test_hidden_states_may_have_another_dtype_than_the_rows(
+    backend: str, dtype: torch.dtype, x_dtype: torch.dtype
+) -> None:
+    table, slots, x = product_inputs(13, 7, 9, 5)
+    assert max(product_errors(backend, table.to(dtype), slots, x.to(x_dtype))) < 0.02
+
+
+def test_a_log_takes_the_gradient_of_the_rows(backend: str) -> None:
+    log, (table, slots, x) = ReadLog(), product_inputs(11, 6, 7, 4)
+    table, x = leaf(table), leaf(x)
+    grad_output = torch.randn(7, 4)
+    row_products(table, slots, x, log=log, backend=backend).backward(grad_output)
+    assert table.grad is None
+    by_row = oracle.row_gradients([(slots, grad_output, x)])
+    ((kept_slots, kept_weights, kept_x),) = log.entries
+    assert all(torch.equal(*pair) for pair in ((kept_slots, slots), (kept_weights, grad_output), (kept_x, x)))
+    dense = leaf(table)
+    row_products(dense, slots, x, backend=backend).backward(grad_output)
+    for row, gradient in by_row.items():
+        assert close(dense.grad[row], gradient, 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("table", "slots", "x"), [((5,), (2, 3), (2, 4)), ((5, 4), (2,), (2, 4)), ((5, 4), (2, 3), (3, 4)), ((5, 4), (2, 3), (2, 5))]
+)  # fmt: skip
+def test_row_products_name_the_shapes_that_disagree(table: tuple, slots: tuple, x: tuple) -> None:
+    with pytest.raises(ValueError, match=r"table must be \(m, d\), slots \(n, b\) and x \(n, d\), not"):
+        row_products(torch.zeros(table), torch.zeros(slots).long(), torch.zeros(x))
+
+
+@pytest.mark.parametrize("logged", [False, True])
+def test_row_products_name_slots_that_are_no_rows(backend: str, logged: bool) -> None:
+    table, slots, x = product_inputs(7, 3, 4, 2)
+    log = ReadLog() if logged else None
+    with pytest.raises(ValueError, match=r"slots reach from 0 to 7: outside \[0, m = 7\)"):
+        row_products(table, torch.tensor([[0, 7]] * 4), x, log=log, backend=backend)
+    with pytest.raises(ValueError, match="slots are torch.int32 but must be torch.int64"):
+        row_products(table, slots.int(), x, log=log, backend=backend)
+    with pytest.raises(ValueError, match="the table is torch.int64 but must be of a floating dtype"):
+        row_products(table.long(), slots, x, log=log, backend=backend)

@@ -18,6 +18,7 @@ from tiny import MODEL, TRAINING, tiny
         ("num_layers", 0, 1),
         ("width", 0, 4),
         ("num_heads", 0, 1),
+        ("ffn_width", 0, 1),
         ("context_tokens", 1, 2),
         ("vocab_size", 256, 257),
         ("dropout", 1.0, 0.0),

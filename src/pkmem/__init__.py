@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from pkmem.huggingface import add_memory as add_memory
     from pkmem.memory import ProductKeyMemory as ProductKeyMemory
     from pkmem.ops import product_key_topk as product_key_topk
+    from pkmem.ops import row_products as row_products
     from pkmem.ops import weighted_sum as weighted_sum
     from pkmem.optim import CombinedOptimizer as CombinedOptimizer
     from pkmem.optim import RowAdam as RowAdam
@@ -40,6 +41,7 @@ _contents = {
     "RowAdam": "pkmem.optim",
     "CombinedOptimizer": "pkmem.optim",
     "product_key_topk": "pkmem.ops",
+    "row_products": "pkmem.ops",
     "weighted_sum": "pkmem.ops",
     "add_memory": "pkmem.huggingface",
 }

@@ -21,6 +21,8 @@ class MemoryConfig:
             "layer" and "rms" normalise each query alone and are causal; "none".
         value_dim: width v of a value; None means `dim`.
         gate: Memory+'s output `W2(m(x) * silu(W1 x))` (Berges et al. 2024), of width `dim`.
+        experts: each slot is an expert of one neuron, `v * gelu(u x)`, with u in a second table of width `dim` (PEER,
+            He 2024), instead of the value v alone.
         keys: "product", or "flat": s ** 2 full keys compared one by one, for comparison only.
         query_dropout: share of query components dropped in training, in [0, 1).
         dropout: share of output components dropped in training, in [0, 1).
@@ -38,6 +40,7 @@ class MemoryConfig:
     query_norm: Literal["batch", "layer", "rms", "none"] = "batch"
     value_dim: int | None = None
     gate: bool = False
+    experts: bool = False
     keys: Literal["product", "flat"] = "product"
     query_dropout: float = 0.0
     dropout: float = 0.0

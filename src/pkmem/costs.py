@@ -84,4 +84,5 @@ def _read_flops(memory: ProductKeyMemory) -> int:
         selection = 2 * config.num_slots * config.query_dim
     else:
         selection = 2 * config.num_sub_keys * config.query_dim + config.knn**2
-    return config.heads * (selection + 2 * config.knn * config.value_width)
+    row = config.value_width + config.experts * config.bound_dim
+    return config.heads * (selection + 2 * config.knn * row)

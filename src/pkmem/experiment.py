@@ -80,11 +80,12 @@ def experiment(
             bar.set_postfix_str(run.name)
             try:
                 tqdm.write(_train(family, run, folder, resume))
-                bar.update()
             except RunFailedError as error:
                 failed[run.name] = str(error)
                 tqdm.write(f"{run.name}: {error}", file=sys.stderr)
             now = standing(family, find_results(folder)[0], seeds, data)
+            bar.n = len(now.valid)  # those of another process on the same folder too
+            bar.refresh()
     return {
         "failed": [f"{name}: {reason}" for name, reason in failed.items()],
         "waiting": now.waiting,

@@ -223,6 +223,7 @@ def build_model(model: ModelConfig, memory: MemoryConfig, vocab_size: int, eos_t
             f"model.family is {model.family!r} but must be a decoder family of Hugging Face, "
             f"such as gpt2, llama, qwen3, mistral, gemma2 or gpt_neox{hint}"
         )
+    ffn_width = model.ffn_width or 4 * model.width
     sizes = {
         "vocab_size": vocab_size,
         "hidden_size": model.width,
@@ -230,7 +231,7 @@ def build_model(model: ModelConfig, memory: MemoryConfig, vocab_size: int, eos_t
         "num_attention_heads": model.num_heads,
         "num_key_value_heads": model.num_heads,
         "head_dim": model.width // model.num_heads,
-        "intermediate_size": 4 * model.width,
+        **dict.fromkeys(("intermediate_size", "n_inner", "ffn_dim"), ffn_width),
         "max_position_embeddings": model.context_tokens,
         **dict.fromkeys(("attention_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop"), model.dropout),
         **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), eos_token_id),

@@ -30,7 +30,8 @@ def describe_memories(model: PreTrainedModel) -> str:
         lines += [
             f"memory_{i} at {name}",
             f"  {config.num_slots:,} slots ({config.num_sub_keys} x {config.num_sub_keys} sub-keys), "
-            f"{config.heads} heads x {config.knn} neighbours, query {config.query_dim} ({config.query_norm} norm)",
+            f"{config.heads} heads x {config.knn} neighbours, query {config.query_dim} ({config.query_norm} norm)"
+            + (", each slot an expert of one neuron" if config.experts else ""),
             f"  values {weight.shape[0]:,} x {weight.shape[1]} {str(weight.dtype).removeprefix('torch.')}, "
             f"{weight.numel() * weight.element_size() / 1e6:,.1f} MB"
             + (f", shared with {shared}" if shared != f"memory_{i}" else ""),

@@ -31,6 +31,7 @@ class ProductKeyMemory(nn.Module):
 
     Attributes:
         query: hidden states -> queries. keys: queries -> slots and weights. values: the table.
+        neurons: None, or the input weights of its experts.
         backend: None for the fastest on the device, or one of `pkmem.ops.BACKENDS`.
 
     Raises:
@@ -51,6 +52,7 @@ class ProductKeyMemory(nn.Module):
         self.query = QueryNetwork(config)
         self.keys = ProductKeys(config) if config.keys == "product" else FlatKeys(config)
         self.values = ValueTable(*shape) if values is None else values
+        self.neurons = NeuronTable(config.num_slots, config.bound_dim) if config.experts else None
         self.gate = OutputGate(config) if config.gate else None
         self.dropout = nn.Dropout(config.dropout)
 
@@ -71,6 +73,8 @@ class ProductKeyMemory(nn.Module):
         if out is None:
             query = self.query(tokens, None if mask is None else mask.flatten())
             slots, weights = self.keys(query)
+            if self.neurons is not None:
+                weights = weights * F.gelu(self.neurons(slots, tokens))
             out = self.values(slots, weights)
         out = out.to(x.dtype)
         if self.gate is not None:
@@ -88,7 +92,7 @@ class ProductKeyMemory(nn.Module):
         if tuple(map(type, parts)) not in _DECODED or any(p._forward_hooks or p._forward_pre_hooks for p in parts):
             return None
         catches_up = values.log is not None and values.log.before_read is not None
-        if catches_up or query.project.bias is None or values.backend != keys.backend:
+        if catches_up or self.neurons is not None or query.project.bias is None or values.backend != keys.backend:
             return None
         norm = [getattr(query.norm, name) for name in ops.NORM_TENSORS[self.config.query_norm]]
         return ops.decode(
@@ -111,7 +115,8 @@ class ProductKeyMemory(nn.Module):
 
     @backend.setter
     def backend(self, backend: str | None) -> None:
-        self.values.backend = self.keys.backend = backend
+        for part in (self.keys, *tables_in(self)):
+            part.backend = backend
 
     def reset_parameters(self) -> None:
         """Draws all weights anew, a shared table included."""
@@ -261,6 +266,17 @@ class ValueTable(nn.Module):
 
     def extra_repr(self) -> str:
         return f"num_slots={self.weight.shape[0]}, width={self.weight.shape[1]}"
+
+
+class NeuronTable(ValueTable):
+    """Input weights (m, d) of experts of one neuron, one per slot: v * gelu(u x) (He 2024, PEER, eq. 2)."""
+
+    def forward(self, slots: Tensor, x: Tensor) -> Tensor:
+        """Slots (n, h, knn) and hidden states (n, d) -> their inner products (n, h, knn)."""
+        if self.log is not None and self.log.before_read is not None:
+            self.log.before_read(slots)
+        products = ops.row_products(self.weight, slots.flatten(1), x, log=self.log, backend=self.backend)
+        return products.view_as(slots)
 
 
 class OutputGate(nn.Module):

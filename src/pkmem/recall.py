@@ -119,5 +119,5 @@ def _parameters(model: nn.Module) -> dict[str, int]:
     count = count_parameters(model)
     dense = count["dense_params"]
     configs = [memory.config for memory in memories_in(model).values()]
-    read = sum(config.heads * config.knn * config.value_width for config in configs)
+    read = sum(c.heads * c.knn * (c.value_width + c.experts * c.bound_dim) for c in configs)
     return {"param": dense + count["memory_params"], "dense_param": dense, "active_param": dense + read}

@@ -18,6 +18,7 @@ class ModelConfig:
         num_layers: blocks, >= 1.
         width: hidden width d, >= 1, a multiple of num_heads.
         num_heads: attention heads, >= 1.
+        ffn_width: hidden width of the MLPs, >= 1; None is 4 * width.
         context_tokens: tokens of a training block and longest context, >= 2.
         vocab_size: tokens of the byte-level BPE that is trained, >= 257.
         dropout: of the decoder, in [0, 1).
@@ -30,6 +31,7 @@ class ModelConfig:
     num_layers: int = 4
     width: int = 256
     num_heads: int = 4
+    ffn_width: int | None = None
     context_tokens: int = 256
     vocab_size: int = 4096
     dropout: float = 0.0
@@ -41,6 +43,8 @@ class ModelConfig:
         lowest = {"num_layers": 1, "width": 1, "num_heads": 1, "context_tokens": 2, "vocab_size": 257}
         for name, low in lowest.items():
             _require(getattr(self, name) >= low, f"model.{name}", getattr(self, name), f">= {low}")
+        if self.ffn_width is not None:
+            _require(self.ffn_width >= 1, "model.ffn_width", self.ffn_width, ">= 1")
         _require(0 <= self.dropout < 1, "model.dropout", self.dropout, "in [0, 1)")
         if self.width % self.num_heads:
             raise ValueError(

@@ -1,6 +1,7 @@
-"""The two operators of a product-key memory: their contract, and the only place a backend is chosen.
+"""The operators of a product-key memory: their contract, and the only place a backend is chosen.
 
-Both are registered with `torch.library`, so `torch.compile(fullgraph=True)`, autocast and activation
+`product_key_topk` and `weighted_sum` are the paper's; `row_products`, the other side of `weighted_sum`, makes experts of
+one neuron out of slots. All are registered with `torch.library`, so `torch.compile(fullgraph=True)`, autocast and activation
 checkpointing see them as single operations with known shapes and gradients.
 """
 
@@ -143,16 +144,62 @@ def weighted_sum(
             "values must be (m, v), slots and weights (n, b), not "
             f"{tuple(values.shape)}, {tuple(slots.shape)} and {tuple(weights.shape)}"
         )
-    if not values.is_floating_point():
-        raise ValueError(f"values are {values.dtype} but must be of a floating dtype")
-    if slots.dtype != torch.int64:
-        raise ValueError(f"slots are {slots.dtype} but must be torch.int64: use slots.long()")
+    _check_dtypes(values, slots)
     chosen = choose_backend(values.device, backend)
     if _nobody_watches(values, slots, weights):
         return _checked_bag(values, slots, weights, chosen)
     if log is None:
         return _bag(values, slots, weights, chosen)
     return _logged_bag(values, slots, weights, log.counter, log.handle, chosen)
+
+
+def row_products(
+    table: Tensor,
+    slots: Tensor,
+    x: Tensor,
+    *,
+    log: ReadLog | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """The inner products of each token with some rows of a table: what a slot's neuron sees (He 2024, PEER, eq. 2).
+
+    Differentiable in table and x, with sums in the same order in every run. Equivalent to, without the (n, b, d) rows:
+
+        (table[slots] * x[:, None]).sum(-1)
+
+    Args:
+        table: (m, d) of any floating dtype; d >= 1.
+        slots: (n, b) int64 rows to read, in [0, m); n, b >= 0; a row may be read many times.
+        x: (n, d) hidden states, any floating dtype.
+        log: None gives `table` a dense gradient; a log receives the reads instead, as in `weighted_sum`.
+        backend: one of `BACKENDS`; None takes the fastest for the device.
+
+    Returns:
+        (n, b) fp32 (fp64 for an fp64 table).
+
+    Raises:
+        ValueError: the shapes disagree, slots are not int64, a slot is outside [0, m) (checked on the CPU), or
+            the backend is unknown.
+    """
+    if (table.dim(), slots.dim(), x.dim()) != (2, 2, 2) or x.shape != (slots.shape[0], table.shape[1]):
+        raise ValueError(
+            "table must be (m, d), slots (n, b) and x (n, d), not "
+            f"{tuple(table.shape)}, {tuple(slots.shape)} and {tuple(x.shape)}"
+        )
+    _check_dtypes(table, slots)
+    chosen = choose_backend(table.device, backend)
+    if _nobody_watches(table, slots, x):
+        return _checked_products(table, slots, x, chosen)
+    if log is None:
+        return _products(table, slots, x, chosen)
+    return _logged_products(table, slots, x, log.counter, log.handle, chosen)
+
+
+def _check_dtypes(table: Tensor, slots: Tensor) -> None:
+    if not table.is_floating_point():
+        raise ValueError(f"the table is {table.dtype} but must be of a floating dtype")
+    if slots.dtype != torch.int64:
+        raise ValueError(f"slots are {slots.dtype} but must be torch.int64: use slots.long()")
 
 
 MOST_DECODED = 8  # tokens; for more, matrix products pay
@@ -269,11 +316,15 @@ def _topk_gradients(ctx: Any, grad_scores: Tensor, _: Any) -> tuple[Any, ...]:
 _topk.register_autograd(_topk_gradients, setup_context=_topk_context)
 
 
-def _checked_bag(values: Tensor, slots: Tensor, weights: Tensor, backend: str) -> Tensor:
+def _check_bounds(slots: Tensor, table: Tensor) -> None:
     if slots.numel() and slots.device.type == "cpu":
         lowest, highest = (int(bound) for bound in slots.aminmax())
-        if lowest < 0 or highest >= values.shape[0]:
-            raise ValueError(f"slots reach from {lowest} to {highest}: outside [0, m = {values.shape[0]})")
+        if lowest < 0 or highest >= table.shape[0]:
+            raise ValueError(f"slots reach from {lowest} to {highest}: outside [0, m = {table.shape[0]})")
+
+
+def _checked_bag(values: Tensor, slots: Tensor, weights: Tensor, backend: str) -> Tensor:
+    _check_bounds(slots, values)
     return backend_module(backend).weighted_sum(values, slots, weights).contiguous()
 
 
@@ -358,3 +409,48 @@ def _bag_gradients(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
 
 _bag.register_autograd(_bag_gradients, setup_context=_bag_context)
 _logged_bag.register_autograd(_bag_gradients, setup_context=_bag_context)
+
+
+def _checked_products(table: Tensor, slots: Tensor, x: Tensor, backend: str) -> Tensor:
+    _check_bounds(slots, table)
+    products: Tensor = backend_module(backend).weighted_sum_grad_weights(table, slots, x)
+    return products.contiguous()
+
+
+_products = custom_op("pkmem::row_products", mutates_args=())(_checked_products)
+
+
+@custom_op("pkmem::row_products_logged", mutates_args=())
+def _logged_products(
+    table: Tensor,
+    slots: Tensor,
+    x: Tensor,
+    counter: Tensor,
+    handle: int,
+    backend: str,
+) -> Tensor:
+    return _checked_products(table, slots, x, backend)
+
+
+@_products.register_fake
+@_logged_products.register_fake
+def _(table: Tensor, slots: Tensor, *_: Any) -> Tensor:
+    return table.new_empty(slots.shape, dtype=torch.float64 if table.dtype == torch.float64 else torch.float32)
+
+
+def _products_gradients(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
+    """A row is read with its product's gradient as weight, and x is what comes back to it."""
+    table, slots, x = ctx.saved_tensors
+    grad_table = grad_x = None
+    if ctx.needs_input_grad[2]:
+        grad_x = _bag(table, slots, grad_output, ctx.backend).to(x.dtype)
+    if ctx.needs_input_grad[0] and ctx.log:
+        counter, handle = ctx.log
+        _log_reads(counter, slots, grad_output, x, handle)
+    elif ctx.needs_input_grad[0]:
+        grad_table = _bag_grad_values(slots, grad_output, x.to(table.dtype), table.shape[0], ctx.backend)
+    return (grad_table, None, grad_x, *(None for _ in ctx.log), None)
+
+
+_products.register_autograd(_products_gradients, setup_context=_bag_context)
+_logged_products.register_autograd(_products_gradients, setup_context=_bag_context)
