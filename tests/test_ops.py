@@ -732,7 +732,7 @@ def test_row_products_name_slots_that_are_no_rows(backend: str, logged: bool) ->
     log = ReadLog() if logged else None
     with pytest.raises(ValueError, match=r"slots reach from 0 to 7: outside \[0, m = 7\)"):
         row_products(table, torch.tensor([[0, 7]] * 4), x, log=log, backend=backend)
-    with pytest.raises(ValueError, match="slots are torch.int32 but must be torch.int64"):
+    with pytest.raises(ValueError, match=r"slots are torch\.int32 but must be torch\.int64"):
         row_products(table, slots.int(), x, log=log, backend=backend)
-    with pytest.raises(ValueError, match="the table is torch.int64 but must be of a floating dtype"):
+    with pytest.raises(ValueError, match=r"the table is torch\.int64 but must be of a floating dtype"):
         row_products(table.long(), slots, x, log=log, backend=backend)
