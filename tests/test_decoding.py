@@ -76,6 +76,17 @@ def test_twice_as_wrong_as_torch_at_most(norm: str, calls: list[int]) -> None:
 
 
 @torch.no_grad()
+def test_a_gate_is_twice_as_wrong_as_torch_at_most(calls: list[int]) -> None:
+    options = {"dim": 512, "num_sub_keys": 64, "query_dim": 128, "knn": 64, "gate": True, "value_dim": 256}
+    memory, x = build(**options), 5 * torch.randn(8, 512)
+    memory.gate.gate.weight.mul_(30)  # some gates are shut so far that exp overflows
+    ours, theirs = memory(x), by_parts(memory, x)
+    assert calls == [8]
+    exact = memory.double()(x.double())
+    assert (ours - exact).abs().max() <= 2 * (theirs - exact).abs().max()
+
+
+@torch.no_grad()
 def test_hidden_states_of_any_layout(calls: list[int]) -> None:
     memory, wide = build(), torch.randn(2, 3, 40)
     strided = wide[..., ::2]
@@ -136,6 +147,26 @@ def _use_reference_for_keys(memory: ProductKeyMemory) -> None:
     memory.keys.backend = "reference"
 
 
+def _hook_gate(memory: ProductKeyMemory) -> None:
+    memory.gate.gate.register_forward_hook(lambda *arguments: 2 * arguments[2])
+
+
+def _replace_gate(memory: ProductKeyMemory) -> None:
+    memory.gate.project = _Doubled(20, 20, bias=False)
+
+
+def _bias_a_gate(memory: ProductKeyMemory) -> None:
+    memory.gate.project = nn.Linear(20, 20)
+
+
+def _replace_all_of_the_gate(memory: ProductKeyMemory) -> None:
+    class Half(type(memory.gate)):
+        def forward(self, out: Tensor, x: Tensor) -> Tensor:
+            return super().forward(out, x) / 2
+
+    memory.gate = Half(memory.config)
+
+
 def _catch_up(memory: ProductKeyMemory) -> None:
     memory.optimizer = RowAdam(memory, lazy=False)
 
@@ -152,6 +183,15 @@ def test_parts_run_where_one_is_changed_or_watched(change, calls: list[int]) -> 
     memory = build("layer")
     change(memory)
     x = torch.randn(2, 20, dtype=memory.keys.sub_keys.dtype)
+    torch.testing.assert_close(memory(x), by_parts(memory, x))
+    assert calls == []
+
+
+@pytest.mark.parametrize("change", [_hook_gate, _replace_gate, _bias_a_gate, _replace_all_of_the_gate])
+@torch.no_grad()
+def test_parts_run_where_the_gate_is_changed_or_watched(change, calls: list[int]) -> None:
+    memory, x = build(gate=True), torch.randn(2, 20)
+    change(memory)
     torch.testing.assert_close(memory(x), by_parts(memory, x))
     assert calls == []
 
@@ -193,8 +233,11 @@ def test_parts_that_do_not_fit_are_refused(norm: str, calls: list[int]) -> None:
         ("keys.sub_keys", torch.randn(3, 2, 37, 8)),
         ("query.norm.weight", torch.randn(3)),
         ("query.project.bias", torch.randn(3)),
+        ("gate.gate.weight", torch.randn(20, 19)),
+        ("gate.gate.weight", torch.randn(19, 20)),
+        ("gate.project.weight", torch.randn(20, 19)),
     ):
-        memory = build(norm)
+        memory = build(norm, gate=True)
         part, _, attribute = name.rpartition(".")
         getattr(memory.get_submodule(part), attribute).data = tensor
         with pytest.raises((ValueError, RuntimeError)):

@@ -68,15 +68,13 @@ class ProductKeyMemory(nn.Module):
         """
         tokens = x.reshape(-1, x.shape[-1])
         out = self._decode(tokens)
-        if out is not None and self.gate is None:
+        if out is not None:
             return out.to(x.dtype).view(*x.shape[:-1], out.shape[-1])
-        if out is None:
-            query = self.query(tokens, None if mask is None else mask.flatten())
-            slots, weights = self.keys(query)
-            if self.neurons is not None:
-                weights = weights * F.gelu(self.neurons(slots, tokens))
-            out = self.values(slots, weights)
-        out = out.to(x.dtype)
+        query = self.query(tokens, None if mask is None else mask.flatten())
+        slots, weights = self.keys(query)
+        if self.neurons is not None:
+            weights = weights * F.gelu(self.neurons(slots, tokens))
+        out = self.values(slots, weights).to(x.dtype)
         if self.gate is not None:
             out = self.gate(out, tokens)
         return self.dropout(out).reshape(*x.shape[:-1], out.shape[-1]).to(x.dtype)
@@ -89,7 +87,13 @@ class ProductKeyMemory(nn.Module):
         if len(tokens) > ops.MOST_DECODED or self.training or torch.is_grad_enabled():
             return None
         parts = (query, query.project, query.norm, query.dropout, keys, values, self.dropout)
-        if tuple(map(type, parts)) not in _DECODED or any(p._forward_hooks or p._forward_pre_hooks for p in parts):
+        gate: Any = self.gate
+        gates = () if gate is None else (gate, gate.gate, gate.project)
+        if tuple(map(type, parts)) not in _DECODED or tuple(map(type, gates)) not in _DECODED_GATES:
+            return None
+        if any(p._forward_hooks or p._forward_pre_hooks for p in (*parts, *gates)):
+            return None
+        if any(linear.bias is not None for linear in gates[1:]):
             return None
         catches_up = values.log is not None and values.log.before_read is not None
         if catches_up or self.neurons is not None or query.project.bias is None or values.backend != keys.backend:
@@ -104,6 +108,7 @@ class ProductKeyMemory(nn.Module):
             getattr(query.norm, "eps", None),
             keys.sub_keys,
             values.weight,
+            None if gate is None else (gate.gate.weight, gate.project.weight),
             keys.knn,
             backend=values.backend,
         )
@@ -296,6 +301,8 @@ _DECODED = {  # what a kernel can stand for, if nobody has replaced a part
     (QueryNetwork, nn.Linear, norm, nn.Dropout, ProductKeys, ValueTable, nn.Dropout)
     for norm in (MaskedBatchNorm, nn.LayerNorm, nn.RMSNorm, nn.Identity)
 }
+
+_DECODED_GATES = ((), (OutputGate, nn.Linear, nn.Linear))
 
 
 def memories_in(module: nn.Module) -> dict[str, ProductKeyMemory]:

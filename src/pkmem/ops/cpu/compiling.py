@@ -16,6 +16,7 @@ KERNELS = (
     bag.sum_rows,
     bag.dot_rows,
     decoding.read,
+    decoding.apply_gate,
     rows.sort,
     rows.write_gradients,
     rows.sum_squares,
@@ -42,7 +43,8 @@ def warmup(dtypes: tuple[torch.dtype, ...] = _DTYPES) -> int:
     for dtype in dtypes:
         values = weights.to(dtype)
         bag.weighted_sum(values, slots[0], weights)
-        decoding.decode(weights, weights.expand(2, 1), weights[0].expand(2), "none", [], 1.0, sub_keys, values, 1)
+        gate = weights, weights
+        decoding.decode(weights, weights.expand(2, 1), weights[0].expand(2), "none", [], 1.0, sub_keys, values, gate, 1)
         bag.weighted_sum_grad_weights(values, slots[0], values)
         reads = rows.sort_reads([slots[0]], [weights], [values])
         rows.weighted_sum_grad_values(reads, 1)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pkmem.ops.cpu.bag import sum_rows
 from pkmem.ops.cpu.selection import multiply, products, select
-from pkmem.ops.cpu.vectors import array, kernel, part_of_kernel
+from pkmem.ops.cpu.vectors import array, kernel, part_of_kernel, widen
 
 _NORMS = ("batch", "layer", "rms", "none")
 
@@ -25,14 +25,20 @@ def decode(
     eps: float,
     sub_keys: Tensor,
     values: Tensor,
+    gate: tuple[Tensor, Tensor] | None,
     knn: int,
 ) -> Tensor:
-    """The memory's output (n, v) for a few tokens, see `pkmem.ops.decode`."""
+    """The memory's output (n, v), or (n, d') behind a gate, for a few tokens, see `pkmem.ops.decode`."""
     norms = [array(tensor) for tensor in norm_tensors]
     norms += [np.empty(0, np.float32)] * (4 - len(norms))
-    out = values.new_empty(len(x), values.shape[1])
+    summed = values.new_empty(len(x), values.shape[1])
     number = _NORMS.index(norm)
-    read(array(x), array(weight), array(bias), number, *norms, eps, array(sub_keys), array(values), knn, array(out))
+    tokens = array(x)
+    read(tokens, array(weight), array(bias), number, *norms, eps, array(sub_keys), array(values), knn, array(summed))
+    if gate is None:
+        return summed
+    out = x.new_empty(len(x), len(gate[1]))
+    apply_gate(array(summed), tokens, array(gate[0]), array(gate[1]), array(out))
     return out
 
 
@@ -62,6 +68,18 @@ def read(x, weight, bias, norm, scale, shift, mean, variance, eps, sub_keys, val
         for head in range(heads):
             _softmax(weights[token, head])
     sum_rows(values, slots.reshape(tokens, heads * knn), weights.reshape(tokens, heads * knn), out, 0, tokens)
+
+
+@kernel
+def apply_gate(summed, x, gate, project, out):  # type: ignore[no-untyped-def]
+    """Writes out (n, d'): project @ (summed * silu(gate @ x)), summed being (n, v) and x (n, d)."""
+    opened = np.empty((len(x), len(gate)), np.float32)
+    products(gate, x, opened)
+    for token in range(len(x)):
+        for column in range(len(gate)):
+            number = opened[token, column]
+            opened[token, column] = widen(summed[token, column]) * number / (np.float32(1) + np.exp(-number))
+    products(project, opened, out)
 
 
 @part_of_kernel
