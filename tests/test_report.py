@@ -17,12 +17,21 @@ from test_document import Reader
 HERE = {"gpu": None, "cores": 2, "processor": "P", "torch_threads": 2, "versions": {"torch": "2"}, "commit": "abc"}
 
 
-def figures(cell: str, rate: str, seed: int) -> dict:
-    """Made-up figures: every layer and memory helps, the middle rate is the best."""
+def rates_of(family: Family, cell: str) -> list[str]:
+    return [family.run(family.cells[cell], rate).rate for rate in family.cells[cell].rates]
+
+
+TABLE1 = load_family("table1", "laptop")
+LOWEST, BEST, HIGHEST = rates_of(TABLE1, "4_layers")
+MEMORY_RATES = rates_of(TABLE1, "4_layers_1_memory")
+
+
+def figures(cell: str, is_good_rate: bool, seed: int) -> dict:
+    """Made-up figures: every layer and memory helps."""
     layers, memories = int(cell[0]), int(cell[9]) if "memor" in cell else 0
     tokens_per_s = 1000 * 40 / (10 * layers + memories)
     bits = 2.5 - 0.04 * layers - 0.2 * memories + 0.01 * seed + 0.1 * ("equal" in cell)
-    bits += 0.0 if rate.startswith(("lr0.003", "lr0.004")) else 0.05
+    bits += 0.0 if is_good_rate else 0.05
     found = {
         "bits_per_byte": bits,
         "perplexity": 30 * bits,
@@ -35,14 +44,15 @@ def figures(cell: str, rate: str, seed: int) -> dict:
 
 
 def make(folder: Path, family: Family, seeds: int, **changed: object) -> None:
-    """Results of a family as if it had been run."""
+    """Results of a family as if it had been run; the last two rates of each cell are the best, and equally good."""
     folder = folder / family.name / family.scale
     folder.mkdir(parents=True, exist_ok=True)
     results: list[Result] = []
     for seed in range(seeds):
         for cell in family.cells.values():
             for run in runs_of(family, cell, seed, results):
-                summary = figures(run.cell, run.rate, seed) | changed.get(run.cell, {})
+                is_good = run.rate in rates_of(family, run.cell)[-2:]
+                summary = figures(run.cell, is_good, seed) | changed.get(run.cell, {})
                 curve = [
                     {
                         **summary,
@@ -108,7 +118,7 @@ def test_the_table_has_means_spreads_usage_speed_and_rates(table1: Path, tmp_pat
     assert row["prefill tokens/s"] == "18,000"
     assert row["decode tokens/s"] == "180"
     assert row["words/s"] == "4,500"
-    assert row["learning rate"] == "lr0.003_value_lr0.016"
+    assert row["learning rate"] == MEMORY_RATES[-2]
     assert row["seeds"] == "2"
     assert row_of(markdown, "4 layers + 2 memories")["usage"] == "50.0%, 60.0%"
     assert row_of(markdown, "4 layers")["usage"] == "-"
@@ -171,17 +181,16 @@ def test_a_slower_memory_loses_the_claim(table1: Path, tmp_path: Path) -> None:
 
 def test_a_sweep_is_shown_and_its_edge_told(table1: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(table1, tmp_path / "in")
-    highest = folder / "table1/laptop/4_layers__lr0.004__seed0.json"
+    highest = folder / f"table1/laptop/4_layers__{HIGHEST}__seed0.json"
     document = json.loads(highest.read_text())
     document["summary"]["bits_per_byte"] = 2.3
     highest.write_text(json.dumps(document))
     markdown, _ = page_of([folder], tmp_path / "out")
     edge = "at the edge of those tried: a better one may lie beyond"
-    assert f"| 4 layers | lr0.004: 2.3000; lr0.003: 2.3400; lr0.002: 2.3900 | {edge} |" in markdown
-    assert (
-        "| 4 layers + memory | lr0.003_value_lr0.016: 2.1400; lr0.004_value_lr0.016: 2.1400; lr0.002_value_lr0.016: 2.1900 |  |"
-        in markdown
-    )
+    assert f"| 4 layers | {HIGHEST}: 2.3000; {BEST}: 2.3400; {LOWEST}: 2.3900 | {edge} |" in markdown
+    bits = dict.fromkeys(MEMORY_RATES[-2:], "2.1400") | dict.fromkeys(MEMORY_RATES[:-2], "2.1900")
+    tried = "; ".join(f"{rate}: {figure}" for rate, figure in bits.items())
+    assert f"| 4 layers + memory | {tried} |" in markdown
 
 
 def test_every_run_names_machine_commit_and_command(table1: Path, tmp_path: Path) -> None:
@@ -204,28 +213,31 @@ def test_html_has_all_tables_and_pictures_inside(table1: Path, tmp_path: Path) -
 
 def test_partial_results_name_what_is_missing(table1: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(table1, tmp_path / "in")
-    (folder / "table1/laptop/8_layers__lr0.003__seed0.json").unlink()
+    lost = f"8_layers__{rates_of(TABLE1, '8_layers')[1]}__seed0"
+    (folder / f"table1/laptop/{lost}.json").unlink()
     (folder / "table1/laptop/speed__0.json").unlink()
     markdown, _ = page_of([folder], tmp_path / "out")
-    assert "- missing: 8_layers__lr0.003__seed0\n" in markdown
-    assert "- missing: 8_layers, seed 1: 8_layers has no result at seed 0 for lr0.003" in markdown
+    assert f"- missing: {lost}\n" in markdown
+    reason = f"8_layers has no result at seed 0 for {rates_of(TABLE1, '8_layers')[1]}"
+    assert f"- missing: 8_layers, seed 1: {reason}" in markdown
     assert "- missing: 8_layers_equal_seconds, seed 0: 8_layers has no result" in markdown
     assert "- missing: the speeds (pkmem experiment table1 --scale laptop)" in markdown
     assert "4 layers + memory against 8 layers: " in markdown
     assert "Whether the claim holds cannot be said yet." in markdown
-    assert "not complete: 8_layers has no result at seed 0 for lr0.003" in markdown
+    assert f"not complete: {reason}" in markdown
     assert row_of(markdown, "8 layers")["prefill tokens/s"] == "-"
 
 
 def test_one_result_alone_makes_a_page(table1: Path, tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
-    shutil.copy(table1 / "table1/laptop/4_layers__lr0.004__seed0.json", tmp_path / "in")
+    there = f"4_layers__{HIGHEST}__seed0"
+    shutil.copy(table1 / f"table1/laptop/{there}.json", tmp_path / "in")
     markdown, _ = page_of([tmp_path / "in"], tmp_path / "out")
     assert row_of(markdown, "4 layers")["bits per byte"] == "2.3400"
     (missing,) = re.findall(r"^- missing: (2_layers__.*)$", markdown, re.MULTILINE)
     family = load_family("table1", "laptop")
     untried = [run.name for cell in family.cells.values() if cell.like is None for run in runs_of(family, cell, 0, [])]
-    assert missing.split(", ") == [name for name in untried if name != "4_layers__lr0.004__seed0"]
+    assert missing.split(", ") == [name for name in untried if name != there]
     assert "- missing: 8_layers_equal_seconds, seed 0: 8_layers has no result" in markdown
 
 
@@ -249,20 +261,22 @@ def test_several_directories_are_one_and_differences_are_told(table1: Path, tmp_
 
 def test_results_of_other_recipes_and_damaged_ones_are_named(table1: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(table1, tmp_path / "in")
-    old, broken = (folder / f"table1/laptop/4_layers__lr{lr}__seed0.json" for lr in ("0.003", "0.002"))
+    old, broken = (folder / f"table1/laptop/4_layers__{rate}__seed0.json" for rate in (BEST, LOWEST))
+    tokens = TABLE1.run(TABLE1.cells["4_layers"], {}).recipe.training.num_tokens
     document = json.loads(old.read_text())
     document["recipe"]["training"]["num_tokens"] = 7_000_000
     old.write_text(json.dumps(document))
     broken.write_text("{")
     markdown, _ = page_of([folder], tmp_path / "out")
-    assert f"- unused: {old} is of another recipe (training.num_tokens 7000000 -> 500000)" in markdown
+    assert f"- unused: {old} is of another recipe (training.num_tokens 7000000 -> {tokens})" in markdown
     assert f"- {broken} is not a result of an experiment, or damaged" in markdown
-    assert "- missing: 4_layers__lr0.002__seed0" in markdown
+    assert f"- missing: 4_layers__{LOWEST}__seed0" in markdown
 
 
 def test_results_without_a_family_or_cell_are_named(table1: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(table1, tmp_path / "in")
-    cell, family, scale = (folder / f"table1/laptop/4_layers__lr{lr}__seed0.json" for lr in ("0.003", "0.004", "0.002"))
+    rates = (BEST, HIGHEST, LOWEST)
+    cell, family, scale = (folder / f"table1/laptop/4_layers__{rate}__seed0.json" for rate in rates)
     for file, change in ((cell, {"cell": "5_layers"}), (family, {"family": "table9"}), (scale, {"scale": "phone"})):
         file.write_text(json.dumps(json.loads(file.read_text()) | change))
     markdown, _ = page_of([folder], tmp_path / "out")
@@ -288,7 +302,7 @@ def test_speeds_of_other_models_are_not_used(table1: Path, tmp_path: Path) -> No
     folder = shutil.copytree(table1, tmp_path / "in")
     file = folder / "table1/laptop/speed__0.json"
     document = json.loads(file.read_text())
-    document["recipes"]["4_layers"]["model"]["width"] = 64
+    document["recipes"]["4_layers"]["model"]["width"] *= 2
     file.write_text(json.dumps(document))
     markdown, _ = page_of([folder], tmp_path / "out")
     assert f"- unused: {file} measured other models than the family's" in markdown
@@ -303,7 +317,7 @@ def test_every_other_family_has_a_section(name: str, tmp_path: Path) -> None:
     results: list[Result] = []
     for cell in family.cells.values():
         for run in runs_of(family, cell, 0, results):
-            summary = figures("4_layers_1_memory", run.rate, 0)
+            summary = figures("4_layers_1_memory", True, 0)
             found = {"summary": summary, "held_out": [], "environment": HERE}
             save_result(folder / f"{run.name}.json", family, run, found)
         results = find_results(folder)[0]
