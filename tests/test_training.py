@@ -21,7 +21,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, TrainingArguments
 
 from pkmem import training
 from pkmem.checkpoint import CheckpointError, latest_checkpoint, verify_checkpoint
@@ -195,6 +195,21 @@ def test_every_kind_of_run_resumes_bitwise(text: Path, tmp_path: Path, changes: 
         train(stopped, progress=False)
     train(stopped, resume=True, progress=False)
     assert_same_run(stopped.out, whole.out)
+
+
+def test_one_process_uses_one_gpu(run: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch's DataParallel would copy the model at every step, and its reading logs with it."""
+    four_until_told = property(lambda self: 1 if vars(self)["_n_gpu"] == 1 else 4)
+    monkeypatch.setattr(TrainingArguments, "n_gpu", four_until_told)
+
+    class Refused(torch.nn.DataParallel):
+        def __init__(self, *arguments: object) -> None:
+            pytest.fail("wrapped in DataParallel")
+
+    monkeypatch.setattr(torch.nn, "DataParallel", Refused)
+    recipe = tiny(text, tmp_path / "run")
+    train(recipe, progress=False)
+    assert_same_run(recipe.out, run)
 
 
 def test_a_run_resumed_after_kill_is_the_uninterrupted_run(run: Path, text: Path, tmp_path: Path) -> None:

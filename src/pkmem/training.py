@@ -333,6 +333,7 @@ class MemoryTrainer(Trainer):
             dataloader_pin_memory=torch.cuda.is_available(),
             disable_tqdm=True,
         )
+        arguments._n_gpu = min(1, arguments.n_gpu)  # several GPUs in one process would be DataParallel: use torchrun
         super().__init__(
             model, arguments, train_dataset=blocks, callbacks=[journal] if processes.is_main_process else []
         )
