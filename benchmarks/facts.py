@@ -30,15 +30,19 @@ LABELS = {
 }
 RATES = {
     "dense": [{"lr": lr} for lr in (4e-3, 8e-3, 1.6e-2)],
-    "memory": [{"lr": lr, "value_lr": lr} for lr in (4e-3, 8e-3, 1.6e-2)],
+    "memory": [{"lr": 8e-3, "value_lr": value_lr} for value_lr in (1.6e-2, 4e-2, 1e-1)],
     "equal_time": [{"lr": lr} for lr in (4e-3, 8e-3, 1.6e-2)],
     "equal_size": [{"lr": lr} for lr in (2e-3, 4e-3, 8e-3)],
 }
-NUMS = (250, 1000, 4000)
+NUMS = (1000, 4000)
 WIDTH, LADDER = 32, range(32, 161, 8)
-NUM_TOKENS = 1_500_000
+NUM_TOKENS = 1_000_000
 KEPT = ("recall", "bits_per_fact", "stored_bits", "bits_per_param", "bits_per_dense_param", "bits_per_active_param")
 TURNS = 9
+TITLES = (
+    "| facts | exposures | model | width | parameters | lr | value lr | seconds | recall | bits per fact "
+    "| bits per parameter | per dense parameter | per active parameter |"
+)
 
 
 def main() -> None:
@@ -72,6 +76,7 @@ def recipe(cell: dict[str, Any], folder: Path) -> Any:
         out=folder / "run",
         tokenizer=str(folder / "tokenizer"),
         model=ModelConfig(
+            family="llama",
             num_layers=2,
             width=cell["width"],
             num_heads=2,
@@ -183,14 +188,13 @@ def best_cells(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def table(best: list[dict[str, Any]]) -> str:
     """The best cells as Markdown."""
-    titles = ("facts", "exposures", "model", "width", "parameters", "lr", "training seconds", "recall", "bits per fact")
-    titles += ("bits per parameter", "per dense parameter", "per active parameter")
-    rows = [f"| {' | '.join(titles)} |", "|" + "---|" * len(titles)]
+    rows = [TITLES, "|" + "---|" * (TITLES.count("|") - 1)]
     for cell in best:
         figures = cell["figures"]
         rows.append(
             f"| {cell['num_facts']:,} | {figures['exposures']:.0f} | {LABELS[cell['model']]} | {cell['width']} "
-            f"| {figures['dense_params'] + figures['memory_params']:,} | {cell['lr']} | {figures['train_seconds']:.0f} "
+            f"| {figures['dense_params'] + figures['memory_params']:,} | {cell['lr']:g} | {cell.get('value_lr', '-')} "
+            f"| {figures['train_seconds']:.0f} "
             f"| {figures['recall']:.1%} | {figures['bits_per_fact']:.2f} | {figures['bits_per_param']:.3f} "
             f"| {figures['bits_per_dense_param']:.3f} | {figures['bits_per_active_param']:.3f} |"
         )
