@@ -497,6 +497,11 @@ def test_a_bad_experiment_is_one_line_with_the_fix(
     assert message in error_of(arguments, capsys)
 
 
+def test_an_experiment_may_be_a_part_of_a_family(capsys: pytest.CaptureFixture) -> None:
+    listed = output_of(["experiment", "position", "--dry_run", "--cells", "layer_2", "layer_4"], capsys)
+    assert [name for name in re.findall(r"^\w+", listed, re.MULTILINE) if "layer" in name] == ["layer_2", "layer_4"]
+
+
 def test_what_an_experiment_left_undone_ends_it_with_an_error(
     capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

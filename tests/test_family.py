@@ -96,6 +96,18 @@ def test_a_family_may_take_the_cells_of_another(tmp_path: Path) -> None:
     assert (fast.trains, fast.about) == (False, "a")
 
 
+def test_some_cells_bring_those_they_are_timed_by() -> None:
+    family = load_family("table1", "laptop")
+    assert list(family.only(["8_layers", "2_layers"]).cells) == ["2_layers", "8_layers"]
+    part = family.only(["8_layers_equal_seconds"])
+    assert list(part.cells) == ["8_layers", "4_layers_1_memory", "8_layers_equal_seconds"]
+    assert part.cells["8_layers"] == family.cells["8_layers"]
+    with pytest.raises(
+        ValueError, match=r"no cell of table1 '9_layers': did you mean '8_layers'\? they are 2_layers, "
+    ):
+        family.only(["9_layers"])
+
+
 def test_an_unknown_family_or_scale_lists_the_right_ones(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no experiment 'tabel1': did you mean 'table1'\? they are .*scaling.*table1"):
         load_family("tabel1", "laptop")

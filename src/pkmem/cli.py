@@ -245,6 +245,9 @@ def _experiment_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--out", type=str, default="runs/experiments", help="where all families' results go, a file per run"
     )
+    parser.add_argument(
+        "--cells", nargs="+", type=str, help="some of the family's models alone, such as 4_layers 8_layers"
+    )
     parser.add_argument("--data", type=str | None, default=None, help="text to learn instead of the family's")
     parser.add_argument(
         "--resume", action=ActionYesNo, default=False, help="continue half-trained runs; they start over otherwise"
@@ -259,6 +262,8 @@ def _experiment(options: Namespace) -> None:
     from pkmem.family import load_family
 
     family = load_family(options.name, options.scale)
+    if options.cells:
+        family = family.only(options.cells)
     if options.dry_run:
         print(describe(family, options.seeds, options.data))
         return

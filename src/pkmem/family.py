@@ -24,7 +24,7 @@ import dataclasses
 import difflib
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +137,18 @@ class Family:
     measures_speed: bool = False
     processes: int = 1
     plot: dict[str, str] = field(default_factory=dict)
+
+    def only(self, names: Iterable[str]) -> Family:
+        """The family of some of its cells, and of those they need for equal seconds.
+
+        Raises:
+            ValueError: there is no such cell; the message lists those there are.
+        """
+        wanted = list(names)
+        for name in wanted:
+            _known(name, list(self.cells), f"cell of {self.name}")
+            wanted += [needed for needed in (self.cells[name].like, self.cells[name].match_seconds_of) if needed]
+        return replace(self, cells={name: cell for name, cell in self.cells.items() if name in wanted})
 
     def run(self, cell: Cell, rate: dict[str, float], seed: int = 0, data: str | None = None, **more: Any) -> Run:
         """The run of a cell with one of its rates.
