@@ -205,7 +205,9 @@ class _Section:
     # L layers with a memory against 2L without
 
     def _claims(self) -> list[str]:
-        claims = []
+        claims: list[str] = []
+        if not self.family.trains:
+            return claims  # they are those of the family that trains these models
         for memory in self.family.cells.values():
             for deep in self.family.cells.values():
                 if self._is_twice_as_deep(deep, memory):
