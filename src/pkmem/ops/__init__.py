@@ -240,8 +240,8 @@ def decode(
         backend: one of `BACKENDS`; None takes the fastest for the device.
 
     Returns:
-        (n, v) in the dtype of values, or (n, d') in that of x behind a gate; None where no backend can, or the shapes disagree: call the operators then,
-        which say what is wrong.
+        (n, v) in the dtype of values, or (n, d') in that of x behind a gate; None where no backend can, or the shapes
+        disagree: call the operators then, which say what is wrong.
     """
     if choose_backend(x.device, backend) != "cpu" or torch.is_autocast_enabled("cpu") or values.dtype == torch.float64:
         return None
