@@ -505,12 +505,14 @@ def test_an_experiment_may_be_a_part_of_a_family(capsys: pytest.CaptureFixture) 
 def test_what_an_experiment_left_undone_ends_it_with_an_error(
     capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    left = {"failed": [], "waiting": [], "unused": []}
+    left = {"failed": [], "elsewhere": [], "waiting": [], "unused": []}
     monkeypatch.setattr("pkmem.experiment.experiment", lambda *_: left)
     assert "next: pkmem report runs/experiments" in output_of(["experiment", "size"], capsys)
     left["failed"] = ["a__b__seed0: killed", "c"]
     assert error_of(["experiment", "size"], capsys) == "2 runs have no result; run this again for a__b__seed0: killed"
-    left["failed"], left["unused"] = [], ["x.json is of another recipe"]
+    left["failed"], left["elsewhere"] = [], ["d__e__seed0"]
+    assert error_of(["experiment", "size"], capsys).startswith("another process is training d__e__seed0: run this again")
+    left["elsewhere"], left["unused"] = [], ["x.json is of another recipe"]
     with pytest.raises(SystemExit):
         main(["experiment", "size"])
     assert capsys.readouterr().err.splitlines() == [

@@ -12,7 +12,9 @@ import pytest
 from pkmem import demo as module
 from pkmem.checkpoint import latest_checkpoint
 from pkmem.demo import FIGURES, LABELS, demo, recipes, table
+from pkmem.family import load_family
 from pkmem.recipe import Recipe
+from pkmem.results import best_of_sweep, find_results
 from tiny import tiny
 
 pytest_plugins = "tiny"
@@ -64,6 +66,17 @@ def test_the_three_recipes_differ_only_where_they_should() -> None:
     assert {recipe["out"] for recipe in (dense, memory, deep)} == {"o/dense", "o/memory", "o/deep"}
     assert dense["training"]["seed"] == 3
     assert dense["data"] == "d"
+
+
+def test_each_model_is_the_best_of_table_1() -> None:
+    family = load_family("table1", "laptop")
+    results = find_results(Path(__file__).parents[1] / "experiments" / "results" / "table1" / "laptop")[0]
+    cells = {"dense": "4_layers", "memory": "4_layers_1_memory", "deep": "8_layers"}
+    for name, recipe in recipes(Path("o")).items():
+        best = best_of_sweep(family, family.cells[cells[name]], results).recipe
+        assert (recipe.data, recipe.model, recipe.memory) == (best.data, best.model, best.memory)
+        unread = {} if recipe.model.memory_layers else {"value_lr": best.training.value_lr}
+        assert dataclasses.replace(recipe.training, **unread) == best.training
 
 
 def test_summary_has_every_figure_of_every_model(finished: tuple[Path, dict, str]) -> None:

@@ -272,6 +272,8 @@ def _experiment(options: Namespace) -> None:
         print(reason, file=sys.stderr)
     if left["failed"]:
         raise ValueError(f"{len(left['failed'])} runs have no result; run this again for {left['failed'][0]}")
+    if left["elsewhere"]:
+        raise ValueError(f"another process is training {left['elsewhere'][0]}: run this again when it has ended")
     if left["unused"] or left["waiting"]:
         raise ValueError("not all runs have a usable result: see above")
     print(f"all results are in {Path(options.out) / family.name / family.scale}; next: pkmem report {options.out}")

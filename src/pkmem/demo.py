@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import dataclasses
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
-from pkmem.config import MemoryConfig
 from pkmem.environment import environment
 from pkmem.evaluation import measure_speed
+from pkmem.family import config_folder, recipe_of
 from pkmem.journal import read_metrics
 from pkmem.plots import plot_learning_curves
-from pkmem.recipe import ModelConfig, Recipe, TrainingConfig
+from pkmem.recipe import Recipe
 from pkmem.saved import context_tokens
 from pkmem.state import save_json
 from pkmem.text import read_documents, train_tokenizer
@@ -43,38 +44,27 @@ PROMPT = "def read_lines(path):\n"
 
 
 def recipes(out: Path, data: str = "python", seed: int = 0) -> dict[str, Recipe]:
-    """The three runs: same data, tokens, order and seed; each model at its own best learning rate.
+    """The three runs of configs/laptop.yaml: same data, tokens, order and seed; each model at its own best rate.
 
-    The rates are the best of `python benchmarks/demo_sweep.py`; docs/log.md has its table.
+    The rates are those that `pkmem experiment table1` found best; docs/results.md has its table.
     """
-    dense = Recipe(
-        data=data,
-        out=out / "dense",
-        tokenizer=str(out / "tokenizer"),
-        model=ModelConfig(num_layers=NUM_LAYERS, width=128, num_heads=4, context_tokens=256, vocab_size=2048),
-        memory=MemoryConfig(num_sub_keys=128, heads=4, knn=16, query_dim=128, gate=True),
-        training=TrainingConfig(
-            num_tokens=1_000_000,
-            batch_tokens=1024,
-            lr=4e-3,
-            value_lr=1.6e-2,
-            eval_every_steps=100,
-            warmup_share=0.15,
-            seed=seed,
-        ),
-    )
-    memory = dataclasses.replace(
-        dense,
-        out=out / "memory",
-        model=dataclasses.replace(dense.model, memory_layers=[MEMORY_LAYER]),
-        training=dataclasses.replace(dense.training, lr=3e-3),
-    )
-    deep = dataclasses.replace(
-        dense,
-        out=out / "deep",
-        model=dataclasses.replace(dense.model, num_layers=2 * NUM_LAYERS),
-    )
-    return {"dense": dense, "memory": memory, "deep": deep}
+    base = recipe_of(yaml.safe_load((config_folder() / "laptop.yaml").read_text()))
+    models = {
+        "dense": ({"num_layers": NUM_LAYERS}, {"lr": 8e-3}),
+        "memory": ({"num_layers": NUM_LAYERS, "memory_layers": [MEMORY_LAYER]}, {"lr": 5e-3, "value_lr": 4e-2}),
+        "deep": ({"num_layers": 2 * NUM_LAYERS}, {"lr": 5e-3}),
+    }
+    return {
+        name: replace(
+            base,
+            data=data,
+            out=out / name,
+            tokenizer=str(out / "tokenizer"),
+            model=replace(base.model, **shape),
+            training=replace(base.training, seed=seed, **rates),
+        )
+        for name, (shape, rates) in models.items()
+    }
 
 
 def demo(out: Path, overwrite: bool = False, data: str = "python", seed: int = 0) -> dict[str, Any]:

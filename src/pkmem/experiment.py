@@ -41,6 +41,10 @@ class RunFailedError(ValueError):
     """A run ended without a result; the others go on."""
 
 
+class TrainedElsewhereError(RunFailedError):
+    """Another process has the run."""
+
+
 def experiment(
     family: Family, out: Path, seeds: int = 1, data: str | None = None, resume: bool = False
 ) -> dict[str, list[str]]:
@@ -57,8 +61,8 @@ def experiment(
         resume: continue half-trained runs from their checkpoints; otherwise they start over.
 
     Returns:
-        what is left: `failed` (runs, and why), `waiting` (runs that need a failed one), `unused` (files that are
-        there but of another recipe).
+        what is left: `failed` (runs, and why), `elsewhere` (runs that another process was training), `waiting` (runs
+        that need one of those), `unused` (files that are there but of another recipe).
 
     Raises:
         ValueError: `seeds` is below 1.
@@ -69,17 +73,20 @@ def experiment(
     folder = out / family.name / family.scale
     (folder / "runs").mkdir(parents=True, exist_ok=True)
     failed: dict[str, str] = {}
+    elsewhere: list[str] = []
     if family.measures_speed:
         for number in range(seeds):
             _measure_unless_there(folder / f"speed__{number}.json", family, data)
     if not family.trains:
-        return {"failed": [], "waiting": [], "unused": []}
+        return {"failed": [], "elsewhere": [], "waiting": [], "unused": []}
     now = standing(family, find_results(folder)[0], seeds, data)
     with tqdm(total=num_runs(family, seeds), initial=len(now.valid), desc=f"{family.name} {family.scale}") as bar:
-        while run := next((run for run in now.missing if run.name not in failed), None):
+        while run := next((run for run in now.missing if run.name not in [*failed, *elsewhere]), None):
             bar.set_postfix_str(run.name)
             try:
                 tqdm.write(_train(family, run, folder, resume))
+            except TrainedElsewhereError:
+                elsewhere.append(run.name)
             except RunFailedError as error:
                 failed[run.name] = str(error)
                 tqdm.write(f"{run.name}: {error}", file=sys.stderr)
@@ -88,6 +95,7 @@ def experiment(
             bar.refresh()
     return {
         "failed": [f"{name}: {reason}" for name, reason in failed.items()],
+        "elsewhere": [run.name for run in now.missing if run.name in elsewhere],
         "waiting": now.waiting,
         "unused": [f"{file} {why}: move it away, or choose another --out" for file, why in now.unused.items()],
     }
@@ -155,13 +163,13 @@ def _locked(file: Path) -> Iterator[int]:
     """Holds a run; its process inherits the hold, so that it lasts should this process be killed.
 
     Raises:
-        RunFailedError: another process has it.
+        TrainedElsewhereError: another process has it.
     """
     with file.open("w") as stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise RunFailedError("another process is training it: wait for that, then run this again") from None
+            raise TrainedElsewhereError(file.stem) from None
         yield stream.fileno()
 
 
