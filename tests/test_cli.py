@@ -511,7 +511,9 @@ def test_what_an_experiment_left_undone_ends_it_with_an_error(
     left["failed"] = ["a__b__seed0: killed", "c"]
     assert error_of(["experiment", "size"], capsys) == "2 runs have no result; run this again for a__b__seed0: killed"
     left["failed"], left["elsewhere"] = [], ["d__e__seed0"]
-    assert error_of(["experiment", "size"], capsys).startswith("another process is training d__e__seed0: run this again")
+    assert error_of(["experiment", "size"], capsys).startswith(
+        "another process is training d__e__seed0: run this again"
+    )
     left["elsewhere"], left["unused"] = [], ["x.json is of another recipe"]
     with pytest.raises(SystemExit):
         main(["experiment", "size"])
