@@ -218,12 +218,12 @@ def test_a_memory_without_a_width_is_refused() -> None:
 # --- initial weights --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("keys", ["product", "flat"])
-def test_initial_scales_are_those_of_the_papers_code(keys) -> None:
+@pytest.mark.parametrize(("keys", "key_dim"), [("product", 16), ("flat", 32)])
+def test_initial_scales_are_those_of_the_papers_code(keys, key_dim) -> None:
     config = MemoryConfig(dim=64, num_sub_keys=32, heads=4, knn=4, query_dim=32, keys=keys)
     memory = ProductKeyMemory(config)
     drawn = memory.keys.sub_keys if keys == "product" else memory.keys.keys
-    bound = 1 / math.sqrt(16)  # of a half query
+    bound = 1 / math.sqrt(key_dim)
     assert bound * 0.98 < drawn.abs().max() <= bound
     assert drawn.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.03)
     assert drawn.mean().abs() < 0.01

@@ -231,8 +231,8 @@ class FlatKeys(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Uniform within +-1 / sqrt(q / 2), the scale of product keys."""
-        bound = 1 / math.sqrt(self.keys.shape[-1] / 2)
+        """Uniform within +-1 / sqrt(q), as in the paper's public code."""
+        bound = 1 / math.sqrt(self.keys.shape[-1])
         nn.init.uniform_(self.keys, -bound, bound)
 
     def forward(self, query: Tensor) -> tuple[Tensor, Tensor]:
