@@ -38,16 +38,16 @@ def main() -> None:
 
 def train_seconds(backend: str, tokens: int, data: str) -> float:
     """Seconds of training alone, of the demo's model with memory."""
-    from pkmem import ops
     from pkmem.demo import recipes
+    from pkmem.ops import backends
     from pkmem.training import train
 
     with tempfile.TemporaryDirectory() as folder:
         recipe = recipes(Path(folder), data)["memory"]
         short = dataclasses.replace(recipe.training, num_tokens=tokens, eval_every_steps=10**9, eval_tokens=4096)
         recipe = dataclasses.replace(recipe, training=short, tokenizer=None)
-        fastest = ops._fastest if backend == CPU else lambda device: "reference"
-        with mock.patch("pkmem.ops._fastest", fastest):
+        fastest = backends._fastest if backend == CPU else lambda device: "reference"
+        with mock.patch("pkmem.ops.backends._fastest", fastest):
             seconds: float = train(recipe, progress=False)["train_seconds"]
     return seconds
 

@@ -26,6 +26,7 @@ FLOOR = {
     "pkmem.text.blocks": 1.3,
     "pkmem.text": 1.4,
     "pkmem.ops.reading_log": 1.1,
+    "pkmem.ops.backends": 1.2,
     "pkmem.ops.reference": 1.2,
     "pkmem.ops.cpu.threads": 1.3,
     "pkmem.ops.cpu.vectors": 1.3,
@@ -42,6 +43,7 @@ FLOOR = {
     "pkmem.ops.triton.rows": 1.5,
     "pkmem.ops.triton.selection": 1.5,
     "pkmem.ops.triton": 1.7,
+    "pkmem.ops.registered": 1.8,
     "pkmem.ops": 1.9,
     "pkmem.checkpoint": 2,
     "pkmem.family": 2,
@@ -81,7 +83,7 @@ GATES = {  # the only files that may import a library, anywhere in them
     "jsonargparse": {"pkmem.cli"},
     "matplotlib": {"pkmem.plots"},
 }
-BY_NAME = {"pkmem", "pkmem.autoload", "pkmem.ops"}  # may import modules whose names are computed
+BY_NAME = {"pkmem", "pkmem.autoload", "pkmem.ops.backends"}  # may import modules whose names are computed
 
 
 def name_of(file: Path) -> str:

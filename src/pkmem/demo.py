@@ -49,7 +49,7 @@ def recipes(out: Path, data: str = "python", seed: int = 0) -> dict[str, Recipe]
     The rates are those that `pkmem experiment table1` found best; docs/results.md has its table.
     """
     base = recipe_of(yaml.safe_load((config_folder() / "laptop.yaml").read_text()))
-    models = {
+    models: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         "dense": ({"num_layers": NUM_LAYERS}, {"lr": 8e-3}),
         "memory": ({"num_layers": NUM_LAYERS, "memory_layers": [MEMORY_LAYER]}, {"lr": 5e-3, "value_lr": 4e-2}),
         "deep": ({"num_layers": 2 * NUM_LAYERS}, {"lr": 5e-3}),

@@ -1,67 +1,30 @@
-"""The operators of a product-key memory: their contract, and the only place a backend is chosen.
+"""The operators of a product-key memory: their contract.
 
 `product_key_topk` and `weighted_sum` are the paper's; `row_products`, the other side of `weighted_sum`, makes experts of
-one neuron out of slots. All are registered with `torch.library`, so `torch.compile(fullgraph=True)`, autocast and activation
-checkpointing see them as single operations with known shapes and gradients.
+one neuron out of slots.
 """
 
 from __future__ import annotations
 
-import functools
-import importlib
-import importlib.util
-import logging
-import warnings
-from types import ModuleType
-from typing import Any
-
 import torch
-from torch import Tensor, nn
-from torch.library import custom_op
+from torch import Tensor
 
+from pkmem.ops.backends import BACKENDS as BACKENDS
+from pkmem.ops.backends import backend_module as backend_module
+from pkmem.ops.backends import choose_backend as choose_backend
+from pkmem.ops.backends import prepare as prepare
 from pkmem.ops.reading_log import ReadLog
-
-_logger = logging.getLogger(__name__)
-
-BACKENDS = ("reference", "cpu", "triton")
-_HAS_NUMBA = importlib.util.find_spec("numba") is not None
-if not _HAS_NUMBA:
-    warnings.warn("numba is not installed, so the slow reference runs: pip install 'pkmem[cpu]'", stacklevel=2)
-
-
-def choose_backend(device: torch.device, backend: str | None = None) -> str:
-    """The backend for tensors on `device`: the one asked for, else the fastest that has been measured there.
-
-    "triton" has to be asked for: its kernels are checked in triton's interpreter and compile, but have not yet run
-    on a GPU.
-
-    Raises:
-        ValueError: `backend` is not in `BACKENDS`.
-    """
-    if backend is None:
-        return _fastest(device.type)
-    if backend not in BACKENDS:
-        raise ValueError(f"backend is {backend!r} but must be one of {', '.join(BACKENDS)}")
-    return backend
-
-
-def _fastest(device_type: str) -> str:
-    return "cpu" if device_type == "cpu" and _HAS_NUMBA else "reference"
-
-
-@functools.cache
-def backend_module(backend: str) -> ModuleType:
-    """The module that implements `backend`; the first use on a machine says that it compiles."""
-    module = importlib.import_module(f"pkmem.ops.{backend}")
-    if backend == "cpu" and module.is_cold():
-        _logger.warning("pkmem compiles its CPU kernels, once (about 15 s); `pkmem warmup` does it ahead")
-    return module
-
-
-def prepare(device: torch.device, dtype: torch.dtype) -> None:
-    """Compiles what the first calls on `device` with a table of `dtype` would, so that nobody times a compiler."""
-    if choose_backend(device) == "cpu" and dtype != torch.float64:
-        backend_module("cpu").warmup((dtype,))
+from pkmem.ops.registered import (
+    bag,
+    checked_bag,
+    checked_products,
+    logged_bag,
+    logged_products,
+    nobody_watches,
+    products,
+    select,
+    topk,
+)
 
 
 def product_key_topk(query: Tensor, sub_keys: Tensor, knn: int, *, backend: str | None = None) -> tuple[Tensor, Tensor]:
@@ -103,9 +66,9 @@ def product_key_topk(query: Tensor, sub_keys: Tensor, knn: int, *, backend: str 
     if not 1 <= knn <= sub_keys.shape[2]:
         raise ValueError(f"knn is {knn} but must be in [1, s = {sub_keys.shape[2]}]")
     chosen = choose_backend(query.device, backend)
-    if _nobody_watches(query, sub_keys):
-        return _select(query, sub_keys, knn, chosen)
-    return _topk(query, sub_keys, knn, chosen)
+    if nobody_watches(query, sub_keys):
+        return select(query, sub_keys, knn, chosen)
+    return topk(query, sub_keys, knn, chosen)
 
 
 def weighted_sum(
@@ -146,11 +109,11 @@ def weighted_sum(
         )
     _check_dtypes(values, slots)
     chosen = choose_backend(values.device, backend)
-    if _nobody_watches(values, slots, weights):
-        return _checked_bag(values, slots, weights, chosen)
+    if nobody_watches(values, slots, weights):
+        return checked_bag(values, slots, weights, chosen)
     if log is None:
-        return _bag(values, slots, weights, chosen)
-    return _logged_bag(values, slots, weights, log.counter, log.handle, chosen)
+        return bag(values, slots, weights, chosen)
+    return logged_bag(values, slots, weights, log.counter, log.handle, chosen)
 
 
 def row_products(
@@ -188,11 +151,11 @@ def row_products(
         )
     _check_dtypes(table, slots)
     chosen = choose_backend(table.device, backend)
-    if _nobody_watches(table, slots, x):
-        return _checked_products(table, slots, x, chosen)
+    if nobody_watches(table, slots, x):
+        return checked_products(table, slots, x, chosen)
     if log is None:
-        return _products(table, slots, x, chosen)
-    return _logged_products(table, slots, x, log.counter, log.handle, chosen)
+        return products(table, slots, x, chosen)
+    return logged_products(table, slots, x, log.counter, log.handle, chosen)
 
 
 def _check_dtypes(table: Tensor, slots: Tensor) -> None:
@@ -246,7 +209,7 @@ def decode(
     if choose_backend(x.device, backend) != "cpu" or torch.is_autocast_enabled("cpu") or values.dtype == torch.float64:
         return None
     queried = (x, weight, bias, *norm_tensors, sub_keys, *(gate or ()))
-    if {tensor.dtype for tensor in queried} != {torch.float32} or not _nobody_watches(*queried, values):
+    if {tensor.dtype for tensor in queried} != {torch.float32} or not nobody_watches(*queried, values):
         return None
     heads, _, num_sub_keys, half = sub_keys.shape
     width = 2 * half if norm in ("layer", "rms") else 2 * half * heads
@@ -260,203 +223,3 @@ def decode(
         x, weight, bias, norm, norm_tensors, eps, sub_keys, values, gate, knn
     )
     return decoded
-
-
-def _nobody_watches(*tensors: Tensor) -> bool:
-    """Whether neither a gradient nor a compiler nor a tensor subclass has to see an operator.
-
-    A registered operator costs some 35 us a call before it does anything, half of a decoded token's whole memory.
-    """
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return False
-    return all(type(tensor) in (Tensor, nn.Parameter) for tensor in tensors)
-
-
-def _select(query: Tensor, sub_keys: Tensor, knn: int, backend: str) -> tuple[Tensor, Tensor]:
-    scores, slots = backend_module(backend).product_key_topk(query, sub_keys, knn)
-    return scores.contiguous(), slots.contiguous()
-
-
-# --- registration with torch.library: forward, shapes, backward -----------------------------------------
-
-_topk = custom_op("pkmem::product_key_topk", mutates_args=())(_select)
-
-
-@_topk.register_fake
-def _(query: Tensor, sub_keys: Tensor, knn: int, backend: str) -> tuple[Tensor, Tensor]:
-    shape = (query.shape[0], query.shape[1], knn)
-    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
-    return query.new_empty(shape, dtype=dtype), query.new_empty(shape, dtype=torch.int64)
-
-
-@custom_op("pkmem::product_key_topk_backward", mutates_args=())
-def _topk_backward(
-    grad_scores: Tensor, query: Tensor, sub_keys: Tensor, slots: Tensor, backend: str
-) -> tuple[Tensor, Tensor]:
-    grad_query, grad_sub_keys = backend_module(backend).product_key_topk_backward(grad_scores, query, sub_keys, slots)
-    return grad_query.contiguous(), grad_sub_keys.contiguous()
-
-
-@_topk_backward.register_fake
-def _(
-    grad_scores: Tensor,
-    query: Tensor,
-    sub_keys: Tensor,
-    slots: Tensor,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    return query.new_empty(query.shape), sub_keys.new_empty(sub_keys.shape)
-
-
-def _topk_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    query, sub_keys, _, ctx.backend = inputs
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(query, sub_keys, output[1])
-
-
-def _topk_gradients(ctx: Any, grad_scores: Tensor, _: Any) -> tuple[Any, ...]:
-    query, sub_keys, slots = ctx.saved_tensors
-    return (*_topk_backward(grad_scores, query, sub_keys, slots, ctx.backend), None, None)
-
-
-_topk.register_autograd(_topk_gradients, setup_context=_topk_context)
-
-
-def _check_bounds(slots: Tensor, table: Tensor) -> None:
-    if slots.numel() and slots.device.type == "cpu":
-        lowest, highest = (int(bound) for bound in slots.aminmax())
-        if lowest < 0 or highest >= table.shape[0]:
-            raise ValueError(f"slots reach from {lowest} to {highest}: outside [0, m = {table.shape[0]})")
-
-
-def _checked_bag(values: Tensor, slots: Tensor, weights: Tensor, backend: str) -> Tensor:
-    _check_bounds(slots, values)
-    return backend_module(backend).weighted_sum(values, slots, weights).contiguous()
-
-
-_bag = custom_op("pkmem::weighted_sum", mutates_args=())(_checked_bag)
-
-
-@custom_op("pkmem::weighted_sum_logged", mutates_args=())
-def _logged_bag(
-    values: Tensor,
-    slots: Tensor,
-    weights: Tensor,
-    counter: Tensor,
-    handle: int,
-    backend: str,
-) -> Tensor:
-    return _checked_bag(values, slots, weights, backend)
-
-
-@_bag.register_fake
-@_logged_bag.register_fake
-def _(values: Tensor, slots: Tensor, *_: Any) -> Tensor:
-    return values.new_empty(slots.shape[0], values.shape[1])
-
-
-@custom_op("pkmem::weighted_sum_grad_weights", mutates_args=())
-def _bag_grad_weights(values: Tensor, slots: Tensor, grad_output: Tensor, backend: str) -> Tensor:
-    return backend_module(backend).weighted_sum_grad_weights(values, slots, grad_output)
-
-
-@_bag_grad_weights.register_fake
-def _(values: Tensor, slots: Tensor, grad_output: Tensor, backend: str) -> Tensor:
-    dtype = torch.float64 if values.dtype == torch.float64 else torch.float32
-    return slots.new_empty(slots.shape, dtype=dtype)
-
-
-@custom_op("pkmem::weighted_sum_grad_values", mutates_args=())
-def _bag_grad_values(slots: Tensor, weights: Tensor, grad_output: Tensor, num_rows: int, backend: str) -> Tensor:
-    module = backend_module(backend)
-    return module.weighted_sum_grad_values(module.sort_reads([slots], [weights], [grad_output]), num_rows)
-
-
-@_bag_grad_values.register_fake
-def _(
-    slots: Tensor,
-    weights: Tensor,
-    grad_output: Tensor,
-    num_rows: int,
-    backend: str,
-) -> Tensor:
-    return grad_output.new_empty(num_rows, grad_output.shape[1])
-
-
-@custom_op("pkmem::log_reads", mutates_args=("counter",))
-def _log_reads(counter: Tensor, slots: Tensor, weights: Tensor, grad_output: Tensor, handle: int) -> None:
-    # Copies: a compiler reuses the memory of what it passed once the operator has returned.
-    ReadLog.of(handle).append(slots.clone(), weights.clone(), grad_output.clone())
-    counter.add_(1)
-
-
-@_log_reads.register_fake
-def _(counter: Tensor, slots: Tensor, weights: Tensor, grad_output: Tensor, handle: int) -> None:
-    return None
-
-
-def _bag_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    values, slots, weights, *ctx.log, ctx.backend = inputs
-    ctx.save_for_backward(values, slots, weights)
-
-
-def _bag_gradients(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
-    values, slots, weights = ctx.saved_tensors
-    grad_values = grad_weights = None
-    if ctx.needs_input_grad[2]:
-        grad_weights = _bag_grad_weights(values, slots, grad_output, ctx.backend).to(weights.dtype)
-    if ctx.needs_input_grad[0] and ctx.log:
-        counter, handle = ctx.log
-        _log_reads(counter, slots, weights, grad_output, handle)
-    elif ctx.needs_input_grad[0]:
-        grad_values = _bag_grad_values(slots, weights, grad_output, values.shape[0], ctx.backend)
-    return (grad_values, None, grad_weights, *(None for _ in ctx.log), None)
-
-
-_bag.register_autograd(_bag_gradients, setup_context=_bag_context)
-_logged_bag.register_autograd(_bag_gradients, setup_context=_bag_context)
-
-
-def _checked_products(table: Tensor, slots: Tensor, x: Tensor, backend: str) -> Tensor:
-    _check_bounds(slots, table)
-    products: Tensor = backend_module(backend).weighted_sum_grad_weights(table, slots, x)
-    return products.contiguous()
-
-
-_products = custom_op("pkmem::row_products", mutates_args=())(_checked_products)
-
-
-@custom_op("pkmem::row_products_logged", mutates_args=())
-def _logged_products(
-    table: Tensor,
-    slots: Tensor,
-    x: Tensor,
-    counter: Tensor,
-    handle: int,
-    backend: str,
-) -> Tensor:
-    return _checked_products(table, slots, x, backend)
-
-
-@_products.register_fake
-@_logged_products.register_fake
-def _(table: Tensor, slots: Tensor, *_: Any) -> Tensor:
-    return table.new_empty(slots.shape, dtype=torch.float64 if table.dtype == torch.float64 else torch.float32)
-
-
-def _products_gradients(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
-    """A row is read with its product's gradient as weight, and x is what comes back to it."""
-    table, slots, x = ctx.saved_tensors
-    grad_table = grad_x = None
-    if ctx.needs_input_grad[2]:
-        grad_x = _bag(table, slots, grad_output, ctx.backend).to(x.dtype)
-    if ctx.needs_input_grad[0] and ctx.log:
-        counter, handle = ctx.log
-        _log_reads(counter, slots, grad_output, x, handle)
-    elif ctx.needs_input_grad[0]:
-        grad_table = _bag_grad_values(slots, grad_output, x.to(table.dtype), table.shape[0], ctx.backend)
-    return (grad_table, None, grad_x, *(None for _ in ctx.log), None)
-
-
-_products.register_autograd(_products_gradients, setup_context=_bag_context)
-_logged_products.register_autograd(_products_gradients, setup_context=_bag_context)

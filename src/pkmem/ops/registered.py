@@ -1,0 +1,225 @@
+"""What torch sees of the operators: registered with `torch.library`, each with its shapes and its gradients.
+
+So `torch.compile(fullgraph=True)`, autocast and activation checkpointing take them as single operations.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.library import custom_op
+
+from pkmem.ops.backends import backend_module
+from pkmem.ops.reading_log import ReadLog
+
+
+def nobody_watches(*tensors: Tensor) -> bool:
+    """Whether neither a gradient nor a compiler nor a tensor subclass has to see an operator.
+
+    A registered operator costs some 35 us a call before it does anything, half of a decoded token's whole memory.
+    """
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return False
+    return all(type(tensor) in (Tensor, nn.Parameter) for tensor in tensors)
+
+
+# --- product_key_topk ---------------------------------------------------------------------------------------
+
+
+def select(query: Tensor, sub_keys: Tensor, knn: int, backend: str) -> tuple[Tensor, Tensor]:
+    """The backend's selection, unregistered: for where nobody watches."""
+    scores, slots = backend_module(backend).product_key_topk(query, sub_keys, knn)
+    return scores.contiguous(), slots.contiguous()
+
+
+topk = custom_op("pkmem::product_key_topk", mutates_args=())(select)
+
+
+@topk.register_fake
+def _(query: Tensor, sub_keys: Tensor, knn: int, backend: str) -> tuple[Tensor, Tensor]:
+    shape = (query.shape[0], query.shape[1], knn)
+    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    return query.new_empty(shape, dtype=dtype), query.new_empty(shape, dtype=torch.int64)
+
+
+@custom_op("pkmem::product_key_topk_backward", mutates_args=())
+def _topk_backward(
+    grad_scores: Tensor, query: Tensor, sub_keys: Tensor, slots: Tensor, backend: str
+) -> tuple[Tensor, Tensor]:
+    grad_query, grad_sub_keys = backend_module(backend).product_key_topk_backward(grad_scores, query, sub_keys, slots)
+    return grad_query.contiguous(), grad_sub_keys.contiguous()
+
+
+@_topk_backward.register_fake
+def _(
+    grad_scores: Tensor,
+    query: Tensor,
+    sub_keys: Tensor,
+    slots: Tensor,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    return query.new_empty(query.shape), sub_keys.new_empty(sub_keys.shape)
+
+
+def _topk_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    query, sub_keys, _, ctx.backend = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(query, sub_keys, output[1])
+
+
+def _topk_gradients(ctx: Any, grad_scores: Tensor, _: Any) -> tuple[Any, ...]:
+    query, sub_keys, slots = ctx.saved_tensors
+    return (*_topk_backward(grad_scores, query, sub_keys, slots, ctx.backend), None, None)
+
+
+topk.register_autograd(_topk_gradients, setup_context=_topk_context)
+
+
+# --- weighted_sum -------------------------------------------------------------------------------------------
+
+
+def _check_bounds(slots: Tensor, table: Tensor) -> None:
+    if slots.numel() and slots.device.type == "cpu":
+        lowest, highest = (int(bound) for bound in slots.aminmax())
+        if lowest < 0 or highest >= table.shape[0]:
+            raise ValueError(f"slots reach from {lowest} to {highest}: outside [0, m = {table.shape[0]})")
+
+
+def checked_bag(values: Tensor, slots: Tensor, weights: Tensor, backend: str) -> Tensor:
+    """The backend's weighted sum, unregistered, of slots that are in the table."""
+    _check_bounds(slots, values)
+    return backend_module(backend).weighted_sum(values, slots, weights).contiguous()
+
+
+bag = custom_op("pkmem::weighted_sum", mutates_args=())(checked_bag)
+
+
+@custom_op("pkmem::weighted_sum_logged", mutates_args=())
+def logged_bag(
+    values: Tensor,
+    slots: Tensor,
+    weights: Tensor,
+    counter: Tensor,
+    handle: int,
+    backend: str,
+) -> Tensor:
+    return checked_bag(values, slots, weights, backend)
+
+
+@bag.register_fake
+@logged_bag.register_fake
+def _(values: Tensor, slots: Tensor, *_: Any) -> Tensor:
+    return values.new_empty(slots.shape[0], values.shape[1])
+
+
+@custom_op("pkmem::weighted_sum_grad_weights", mutates_args=())
+def _bag_grad_weights(values: Tensor, slots: Tensor, grad_output: Tensor, backend: str) -> Tensor:
+    return backend_module(backend).weighted_sum_grad_weights(values, slots, grad_output)
+
+
+@_bag_grad_weights.register_fake
+def _(values: Tensor, slots: Tensor, grad_output: Tensor, backend: str) -> Tensor:
+    dtype = torch.float64 if values.dtype == torch.float64 else torch.float32
+    return slots.new_empty(slots.shape, dtype=dtype)
+
+
+@custom_op("pkmem::weighted_sum_grad_values", mutates_args=())
+def _bag_grad_values(slots: Tensor, weights: Tensor, grad_output: Tensor, num_rows: int, backend: str) -> Tensor:
+    module = backend_module(backend)
+    return module.weighted_sum_grad_values(module.sort_reads([slots], [weights], [grad_output]), num_rows)
+
+
+@_bag_grad_values.register_fake
+def _(
+    slots: Tensor,
+    weights: Tensor,
+    grad_output: Tensor,
+    num_rows: int,
+    backend: str,
+) -> Tensor:
+    return grad_output.new_empty(num_rows, grad_output.shape[1])
+
+
+@custom_op("pkmem::log_reads", mutates_args=("counter",))
+def _log_reads(counter: Tensor, slots: Tensor, weights: Tensor, grad_output: Tensor, handle: int) -> None:
+    # Copies: a compiler reuses the memory of what it passed once the operator has returned.
+    ReadLog.of(handle).append(slots.clone(), weights.clone(), grad_output.clone())
+    counter.add_(1)
+
+
+@_log_reads.register_fake
+def _(counter: Tensor, slots: Tensor, weights: Tensor, grad_output: Tensor, handle: int) -> None:
+    return None
+
+
+def _bag_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    values, slots, weights, *ctx.log, ctx.backend = inputs
+    ctx.save_for_backward(values, slots, weights)
+
+
+def _bag_gradients(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
+    values, slots, weights = ctx.saved_tensors
+    grad_values = grad_weights = None
+    if ctx.needs_input_grad[2]:
+        grad_weights = _bag_grad_weights(values, slots, grad_output, ctx.backend).to(weights.dtype)
+    if ctx.needs_input_grad[0] and ctx.log:
+        counter, handle = ctx.log
+        _log_reads(counter, slots, weights, grad_output, handle)
+    elif ctx.needs_input_grad[0]:
+        grad_values = _bag_grad_values(slots, weights, grad_output, values.shape[0], ctx.backend)
+    return (grad_values, None, grad_weights, *(None for _ in ctx.log), None)
+
+
+bag.register_autograd(_bag_gradients, setup_context=_bag_context)
+logged_bag.register_autograd(_bag_gradients, setup_context=_bag_context)
+
+
+# --- row_products -------------------------------------------------------------------------------------------
+
+
+def checked_products(table: Tensor, slots: Tensor, x: Tensor, backend: str) -> Tensor:
+    """The backend's row products, unregistered, of slots that are in the table."""
+    _check_bounds(slots, table)
+    found: Tensor = backend_module(backend).weighted_sum_grad_weights(table, slots, x)
+    return found.contiguous()
+
+
+products = custom_op("pkmem::row_products", mutates_args=())(checked_products)
+
+
+@custom_op("pkmem::row_products_logged", mutates_args=())
+def logged_products(
+    table: Tensor,
+    slots: Tensor,
+    x: Tensor,
+    counter: Tensor,
+    handle: int,
+    backend: str,
+) -> Tensor:
+    return checked_products(table, slots, x, backend)
+
+
+@products.register_fake
+@logged_products.register_fake
+def _(table: Tensor, slots: Tensor, *_: Any) -> Tensor:
+    return table.new_empty(slots.shape, dtype=torch.float64 if table.dtype == torch.float64 else torch.float32)
+
+
+def _products_gradients(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
+    """A row is read with its product's gradient as weight, and x is what comes back to it."""
+    table, slots, x = ctx.saved_tensors
+    grad_table = grad_x = None
+    if ctx.needs_input_grad[2]:
+        grad_x = bag(table, slots, grad_output, ctx.backend).to(x.dtype)
+    if ctx.needs_input_grad[0] and ctx.log:
+        counter, handle = ctx.log
+        _log_reads(counter, slots, grad_output, x, handle)
+    elif ctx.needs_input_grad[0]:
+        grad_table = _bag_grad_values(slots, grad_output, x.to(table.dtype), table.shape[0], ctx.backend)
+    return (grad_table, None, grad_x, *(None for _ in ctx.log), None)
+
+
+products.register_autograd(_products_gradients, setup_context=_bag_context)
+logged_products.register_autograd(_products_gradients, setup_context=_bag_context)
