@@ -29,14 +29,17 @@ LABELS = {
     "equal_size": "dense of equal size",
 }
 RATES = {
-    "dense": [{"lr": lr} for lr in (4e-3, 8e-3, 1.6e-2)],
-    "memory": [{"lr": 8e-3, "value_lr": value_lr} for value_lr in (1.6e-2, 4e-2, 1e-1)],
-    "equal_time": [{"lr": lr} for lr in (4e-3, 8e-3, 1.6e-2)],
-    "equal_size": [{"lr": lr} for lr in (2e-3, 4e-3, 8e-3)],
+    "dense": [{"lr": lr} for lr in (1.6e-2, 3e-2, 6e-2)],
+    "memory": [
+        *({"lr": 1.6e-2, "value_lr": value_lr} for value_lr in (2e-2, 5e-2, 1e-1)),
+        {"lr": 3e-2, "value_lr": 5e-2},
+    ],
+    "equal_time": [{"lr": lr} for lr in (8e-3, 1.6e-2, 3e-2)],
+    "equal_size": [{"lr": lr} for lr in (4e-3, 8e-3, 1.6e-2)],
 }
-NUMS = (1000, 4000)
-WIDTH, LADDER = 32, range(32, 161, 8)
-NUM_TOKENS = 1_000_000
+NUMS = (1000, 2000)
+WIDTH, LADDER = 16, range(16, 121, 8)  # so narrow that this many facts do not fit
+NUM_TOKENS = 6_000_000
 KEPT = ("recall", "bits_per_fact", "stored_bits", "bits_per_param", "bits_per_dense_param", "bits_per_active_param")
 TURNS = 9
 TITLES = (
@@ -87,7 +90,7 @@ def recipe(cell: dict[str, Any], folder: Path) -> Any:
         memory=MemoryConfig(num_sub_keys=128, heads=4, knn=16, query_dim=64, gate=True),
         training=TrainingConfig(
             num_tokens=cell["num_tokens"],
-            batch_tokens=512,  # the fewer, the more updates a fact gets
+            batch_tokens=1024,
             lr=cell["lr"],
             value_lr=cell.get("value_lr", cell["lr"]),
             warmup_share=0.15,
@@ -116,7 +119,7 @@ def step_seconds(cells: list[dict[str, Any]]) -> list[float]:
     """Median seconds of a training step of each cell's model, taken in turns on one thread."""
     import torch
 
-    from pkmem.training import build_optimizer
+    from pkmem.trainer import build_optimizer
 
     torch.set_num_threads(1)
     runs = [recipe({"num_facts": 1, "num_tokens": 1, "lr": 1e-3, **cell}, Path()) for cell in cells]

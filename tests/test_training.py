@@ -21,26 +21,18 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from transformers import AutoTokenizer, TrainingArguments
+from transformers import AutoTokenizer
 
 from pkmem import training
 from pkmem.checkpoint import CheckpointError, latest_checkpoint, verify_checkpoint
 from pkmem.evaluation import count_parameters
-from pkmem.huggingface import build_model
 from pkmem.journal import Journal, read_metrics
-from pkmem.optim import RowAdam
-from pkmem.recipe import Recipe, TrainingConfig
+from pkmem.recipe import Recipe
 from pkmem.saved import load_saved
 from pkmem.state import load_json
-from pkmem.training import (
-    MemoryTrainer,
-    NonFiniteLossError,
-    build_optimizer,
-    build_schedule,
-    sequences_per_process,
-    train,
-)
-from tiny import MEMORY, MODEL, TRAINING, tiny
+from pkmem.trainer import MemoryTrainer, NonFiniteLossError
+from pkmem.training import sequences_per_process, train
+from tiny import TRAINING, tiny
 
 pytest_plugins = "tiny"
 
@@ -197,21 +189,6 @@ def test_every_kind_of_run_resumes_bitwise(text: Path, tmp_path: Path, changes: 
     assert_same_run(stopped.out, whole.out)
 
 
-def test_one_process_uses_one_gpu(run: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Torch's DataParallel would copy the model at every step, and its reading logs with it."""
-    four_until_told = property(lambda self: 1 if vars(self)["_n_gpu"] == 1 else 4)
-    monkeypatch.setattr(TrainingArguments, "n_gpu", four_until_told)
-
-    class Refused(torch.nn.DataParallel):
-        def __init__(self, *arguments: object) -> None:
-            pytest.fail("wrapped in DataParallel")
-
-    monkeypatch.setattr(torch.nn, "DataParallel", Refused)
-    recipe = tiny(text, tmp_path / "run")
-    train(recipe, progress=False)
-    assert_same_run(recipe.out, run)
-
-
 def test_a_run_resumed_after_kill_is_the_uninterrupted_run(run: Path, text: Path, tmp_path: Path) -> None:
     script = """
 import os, signal, sys
@@ -291,7 +268,8 @@ from pathlib import Path
 
 import torch
 
-from pkmem.training import MemoryTrainer, train
+from pkmem.trainer import MemoryTrainer
+from pkmem.training import train
 from tiny import tiny
 
 faulthandler.dump_traceback_later(120, exit=True)  # should they wait for each other for ever
@@ -536,42 +514,6 @@ def test_a_full_disk_leaves_the_previous_checkpoint_intact(run: Path, text: Path
 
 
 # Parts ------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("value_grad", ["rows", "dense"])
-def test_values_have_their_own_rate_and_no_weight_decay(value_grad: Any) -> None:
-    model = build_model(MODEL, MEMORY, 300, 0)
-    config = TrainingConfig(lr=0.1, value_lr=0.2, weight_decay=0.3, beta2=0.9, value_grad=value_grad)
-    dense, values = build_optimizer(model, config).optimizers
-    assert isinstance(values, RowAdam) is (value_grad == "rows")
-    (table,) = values.param_groups[0]["params"]
-    assert table.shape == (64, 32)
-    assert values.param_groups[0]["lr"] == 0.2
-    assert values.param_groups[0].get("weight_decay", 0.0) == 0.0
-    decayed, free = dense.param_groups
-    assert (decayed["weight_decay"], free["weight_decay"]) == (0.3, 0.0)
-    assert all(p.dim() > 1 for p in decayed["params"])
-    assert all(p.dim() <= 1 for p in free["params"])
-    assert len(decayed["params"]) + len(free["params"]) + 1 == len(list(model.parameters()))
-    for group in (decayed, free, values.param_groups[0]):
-        assert group["betas"] == (0.9, 0.9)
-
-
-@pytest.mark.parametrize("value_schedule", ["same", "constant"])
-def test_schedule_warms_up_then_falls(value_schedule: Any) -> None:
-    model = build_model(MODEL, MEMORY, 300, 0)
-    config = replace(TRAINING, schedule="linear", warmup_share=0.2, lr=1.0, value_lr=0.5, value_schedule=value_schedule)
-    optimizer = build_optimizer(model, config)
-    schedule = build_schedule(optimizer, config)
-    rates = []
-    for _ in range(config.num_steps):
-        rates.append((optimizer.param_groups[0]["lr"], optimizer.param_groups[-1]["lr"]))
-        optimizer.step()
-        schedule.step()
-    falling = [0, 0.5, 1, 7 / 8, 6 / 8, 5 / 8, 4 / 8, 3 / 8, 2 / 8, 1 / 8]
-    assert [lr for lr, _ in rates] == pytest.approx(falling)
-    values = [0.5] * 10 if value_schedule == "constant" else [lr / 2 for lr in falling]
-    assert [value_lr for _, value_lr in rates] == pytest.approx(values)
 
 
 def test_progress_is_on_stderr_and_can_be_silenced(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -183,9 +183,6 @@ def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
         yield batch
 
 
-# Blocks ------------------------------------------------------------------------------------------------------
-
-
 @contextmanager
 def _replacing(path: Path) -> Iterator[BinaryIO]:
     """A file to write that takes the place of `path` once all of it is on disk, and is removed otherwise."""
@@ -199,6 +196,3 @@ def _replacing(path: Path) -> Iterator[BinaryIO]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-# Tokenizer ---------------------------------------------------------------------------------------------------
