@@ -305,8 +305,8 @@ class _Section:
         series: dict[str, list[tuple[float, float]]] = {}
         levels = {}
         for name, results in self.best.items():
-            if not results or not self.family.plot:
-                continue
+            if not results or not self.family.plot or self.family.cells[name].like is not None:
+                continue  # what was trained for another time is no point of a line
             recipe, bits = results[0].recipe, statistics.mean(result.bits_per_byte for result in results)
             if not recipe.model.memory_layers:
                 levels[self.family.cells[name].label] = bits
