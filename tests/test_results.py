@@ -9,7 +9,7 @@ import pytest
 
 from pkmem.config import MemoryConfig
 from pkmem.family import Cell, Family, Machine
-from pkmem.recipe import Recipe, TrainingConfig
+from pkmem.recipe import ModelConfig, Recipe, TrainingConfig
 from pkmem.results import (
     NotYetError,
     Result,
@@ -115,9 +115,19 @@ def test_other_files_and_those_of_unfinished_runs_are_not_looked_at(tmp_path: Pa
 
 
 def test_the_difference_of_two_recipes_names_fields() -> None:
-    one, other = Recipe("a"), Recipe("b", Path("elsewhere"), memory=MemoryConfig(knn=3))
+    model = ModelConfig(memory_layers=[1])
+    one, other = Recipe("a", model=model), Recipe("b", Path("elsewhere"), model=model, memory=MemoryConfig(knn=3))
     assert difference(one, replace(one, out=Path("x"))) is None
     assert difference(one, other) == "data a -> b, memory.knn 32 -> 3"
+
+
+def test_what_a_model_without_a_memory_does_not_read_is_no_difference() -> None:
+    dense = Recipe("a", model=ModelConfig(memory_layers=[]))
+    unread = replace(dense, memory=MemoryConfig(knn=3), training=replace(dense.training, value_lr=0.5))
+    assert difference(dense, unread) is None
+    assert difference(dense, replace(unread, training=replace(dense.training, lr=0.5))) is not None
+    with_memory = replace(unread, model=ModelConfig(memory_layers=[1]))
+    assert "memory.knn None -> 3" in str(difference(dense, with_memory))
 
 
 def test_the_best_of_a_sweep_is_for_the_other_seeds(tmp_path: Path) -> None:

@@ -151,10 +151,13 @@ def difference(found: Recipe, wanted: Recipe) -> str | None:
 
 
 def _flat(recipe: Recipe) -> dict[str, Any]:
+    """The recipe's fields by dotted name; those of the memory and its values are None where there is none."""
     flat: dict[str, Any] = {}
     for key, part in _plain(recipe).items():
         flat |= {f"{key}.{name}": x for name, x in part.items()} if isinstance(part, dict) else {key: part}
-    return flat
+    if recipe.model.memory_layers:
+        return flat
+    return {name: None if name.startswith(("memory.", "training.value_")) else x for name, x in flat.items()}
 
 
 def runs_of(family: Family, cell: Cell, seed: int, results: Iterable[Result], data: str | None = None) -> list[Run]:
