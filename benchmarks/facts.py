@@ -37,7 +37,7 @@ RATES = {
     "equal_time": [{"lr": lr} for lr in (8e-3, 1.6e-2, 3e-2)],
     "equal_size": [{"lr": lr} for lr in (4e-3, 8e-3, 1.6e-2)],
 }
-NUMS = (1000, 2000)
+NUMS = (2000, 1000)
 WIDTH, LADDER = 16, range(16, 121, 8)  # so narrow that this many facts do not fit
 NUM_TOKENS = 6_000_000
 KEPT = ("recall", "bits_per_fact", "stored_bits", "bits_per_param", "bits_per_dense_param", "bits_per_active_param")
