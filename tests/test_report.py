@@ -313,6 +313,18 @@ def test_speeds_of_other_models_are_not_used(table1: Path, tmp_path: Path) -> No
     assert row_of(markdown, "4 layers")["words/s"] == "-"
 
 
+def test_speeds_of_a_model_that_is_no_more_serve_the_others(table1: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(table1, tmp_path / "in")
+    file = folder / "table1/laptop/speed__0.json"
+    document = json.loads(file.read_text())
+    for part in ("recipes", "models"):
+        document[part]["5_layers"] = document[part]["4_layers"]
+    file.write_text(json.dumps(document))
+    markdown, _ = page_of([folder], tmp_path / "out")
+    assert "measured other models" not in markdown
+    assert row_of(markdown, "4 layers")["words/s"] == "5,000"
+
+
 @pytest.mark.parametrize("name", ["size", "position", "keys", "heads", "layers", "scaling"])
 def test_every_other_family_has_a_section(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     family = load_family(name, "laptop")
