@@ -237,11 +237,17 @@ class FlatKeys(nn.Module):
 
     def forward(self, query: Tensor) -> tuple[Tensor, Tensor]:
         """Queries (n, h, q) -> slots and softmax weights (eq. 2), both (n, h, knn)."""
-        scores = inner_products(query, self.keys)
-        slots = torch.arange(scores.shape[-1], device=scores.device).expand_as(scores)
+        heads, num_slots, _ = self.keys.shape
         with torch.no_grad():
-            slots = best_first(scores, slots, self.knn, scores.shape[-1])[1]
-        return slots, scores.gather(-1, slots).softmax(-1)
+            scores = inner_products(query, self.keys)  # (n, h, m)
+            every_slot = torch.arange(num_slots, device=scores.device).expand_as(scores)
+            slots = best_first(scores, every_slot, self.knn, num_slots)[1]
+        # Scored once more, the chosen alone: a backward through all scores would be as large as they are.
+        first_key = torch.arange(heads, device=slots.device).unsqueeze(-1) * num_slots
+        scores = ops.row_products(
+            self.keys.flatten(0, 1), (slots + first_key).flatten(0, 1), query.flatten(0, 1), backend=self.backend
+        )
+        return slots, scores.view_as(slots).softmax(-1)
 
 
 class ValueTable(nn.Module):
