@@ -195,7 +195,7 @@ def rows_in_unfavourable_order(size: int) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("name", rows_in_unfavourable_order(1))
-@pytest.mark.parametrize(("size", "knn"), [(1, 1), (63, 63), (64, 5), (65, 32), (2000, 32), (700, 300)])
+@pytest.mark.parametrize(("size", "knn"), [(1, 1), (63, 63), (64, 5), (65, 32), (127, 40), (2000, 32), (700, 300)])
 def test_any_order_of_scores_gives_the_reference_selection(name: str, size: int, knn: int) -> None:
     sub_keys = rows_in_unfavourable_order(size)[name].view(1, 1, size, 1).expand(1, 2, size, 1)
     query = torch.tensor([[[1.0, 1.0]], [[1.0, -2.0]]])
@@ -204,7 +204,9 @@ def test_any_order_of_scores_gives_the_reference_selection(name: str, size: int,
     assert torch.equal(ours[1], expected[1])
 
 
-@pytest.mark.parametrize(("size", "knn"), [(7, 7), (130, 32), (300, 33), (512, 32), (1000, 64), (1025, 200)])
+@pytest.mark.parametrize(
+    ("size", "knn"), [(7, 7), (64, 32), (96, 32), (130, 32), (300, 33), (512, 32), (1000, 64), (1025, 200)]
+)
 @pytest.mark.parametrize("largest", [3, 1000], ids=["many ties", "few ties"])
 def test_integers_give_the_reference_selection_for_few_and_for_many_tokens(size: int, knn: int, largest: int) -> None:
     random = torch.Generator().manual_seed(size)

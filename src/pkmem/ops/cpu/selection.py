@@ -141,14 +141,18 @@ def _best_of_row(flat, place, size, knn, ordered, maxima, candidates, best):  # 
     """Sorts the knn best of the `size` scores that begin at `place` into `best`; the other arrays are scratch."""
     numbers, indices, _ = candidates
     groups = len(maxima)
-    whole, bound = 0, _LOWEST
-    if size >= 2 * groups:
+    bound = _LOWEST
+    if size >= groups:
         whole = size - size % groups
         for column in range(0, groups, 64):
             order_with_maxima(flat, place, whole, groups, column, ordered, maxima)
+        for index in range(whole, size):
+            ordered[index] = _as_integer(flat[place + index])
+            maxima[index - whole] = max(maxima[index - whole], ordered[index])
         bound = reached_by(maxima, groups, knn)
-    for index in range(whole, size):
-        ordered[index] = _as_integer(flat[place + index])
+    else:
+        for index in range(size):
+            ordered[index] = _as_integer(flat[place + index])
     count = 0
     for start in range(0, size, 64):
         if count + 128 > len(numbers):
