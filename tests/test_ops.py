@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import oracle
-from pkmem.ops import choose_backend, prepare, product_key_topk, reference, row_products, weighted_sum
+from pkmem.ops import choose_backend, flat_topk, prepare, product_key_topk, reference, row_products, weighted_sum
 from pkmem.ops.reading_log import ReadLog
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -119,6 +119,71 @@ def test_a_non_finite_query_stays_in_range_and_disturbs_no_other_token(backend: 
     assert torch.equal(spoiled_slots[healthy], slots[healthy])
     assert torch.equal(spoiled_scores[healthy], scores[healthy])
     assert not spoiled_scores[~healthy].isfinite().all()
+
+
+# --- flat_topk --------------------------------------------------------------------------------------------
+
+
+def all_flat_scores(query: Tensor, keys: Tensor) -> np.ndarray:
+    return np.einsum("nhq,hmq->nhm", oracle.fp64(query), oracle.fp64(keys))
+
+
+@by_dtype
+def test_flat_slots_are_those_of_brute_force_on_integers_with_ties(backend: str, dtype: torch.dtype) -> None:
+    rng = np.random.default_rng(2)
+    for _ in range(100):
+        n, h, q, m = (int(rng.integers(low, high)) for low, high in ((0, 7), (1, 4), (1, 6), (1, 300)))
+        knn = int(rng.choice([1, m, rng.integers(1, m + 1)]))
+        query = torch.from_numpy(rng.integers(-2, 3, (n, h, q))).to(dtype)
+        keys = torch.from_numpy(rng.integers(-2, 3, (h, m, q))).to(dtype)
+        slots = flat_topk(query, keys, knn, backend=backend)
+        assert np.array_equal(oracle.integers(slots), oracle.best_first(all_flat_scores(query, keys), knn)[1])
+
+
+def test_flat_slots_score_as_those_of_brute_force_on_real_numbers(backend: str) -> None:
+    random = torch.Generator().manual_seed(3)
+    query, keys = torch.randn(130, 2, 16, generator=random), torch.randn(2, 2500, 16, generator=random)
+    truth = all_flat_scores(query, keys)
+    slots = oracle.integers(flat_topk(query, keys, 32, backend=backend))
+    selected = np.take_along_axis(truth, slots, axis=-1)
+    rounding = 16 * FP32_EPS * all_flat_scores(query.abs(), keys.abs()).max(-1, keepdims=True)
+    assert (np.abs(selected - oracle.best_first(truth, 32)[0]) <= 2 * rounding).all()
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_a_non_finite_query_finds_flat_slots_that_exist(backend: str, bad: float) -> None:
+    query, keys = torch.randn(6, 2, 8), torch.randn(2, 150, 8)
+    slots = flat_topk(query, keys, 5, backend=backend)
+    query[1] = bad
+    spoiled = flat_topk(query, keys, 5, backend=backend)
+    assert ((spoiled >= 0) & (spoiled < 150)).all()
+    healthy = [0, 2, 3, 4, 5]
+    assert torch.equal(spoiled[healthy], slots[healthy])
+
+
+def test_flat_topk_computes_the_line_of_its_docstring(backend: str) -> None:
+    query, keys = torch.randn(7, 3, 6, dtype=torch.float64), torch.randn(3, 40, 6, dtype=torch.float64)
+    expected = torch.einsum("nhd,hmd->nhm", query, keys).topk(9).indices
+    assert torch.equal(flat_topk(query, keys, 9, backend=backend), expected)
+
+
+@pytest.mark.parametrize(
+    ("query_shape", "keys_shape"),
+    [((4, 6), (2, 5, 6)), ((4, 2, 6), (5, 6)), ((4, 3, 6), (2, 5, 6)), ((4, 2, 7), (2, 5, 6)), ((4, 0, 6), (0, 5, 6))],
+)
+def test_flat_topk_names_the_shapes_that_disagree(query_shape: tuple[int, ...], keys_shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError) as raised:  # noqa: PT011 - the message is checked below
+        flat_topk(torch.zeros(query_shape), torch.zeros(keys_shape), 1)
+    assert all(part in str(raised.value) for part in ("(h, m, q)", str(query_shape), str(keys_shape))), raised.value
+
+
+@pytest.mark.parametrize("knn", [-1, 0, 6])
+def test_flat_topk_names_a_knn_outside_its_range(knn: int) -> None:
+    with pytest.raises(ValueError, match=rf"knn is {knn} but must be in \[1, m = 5\]"):
+        flat_topk(torch.zeros(4, 2, 6), torch.zeros(2, 5, 6), knn)
+
+
+# --- precision of the scores ------------------------------------------------------------------------------
 
 
 def test_scores_of_bf16_are_accumulated_and_returned_in_fp32(backend: str) -> None:
@@ -397,6 +462,7 @@ def test_opcheck(backend: str, dtype: torch.dtype, num_tokens: int) -> None:
     log = ReadLog()
     operators = torch.ops.pkmem
     torch.library.opcheck(operators.product_key_topk.default, (query, sub_keys, 3, backend))
+    torch.library.opcheck(operators.flat_topk.default, (query, sub_keys[:, 0].repeat(1, 1, 2), 3, backend))
     torch.library.opcheck(operators.weighted_sum.default, (*bag, backend))
     torch.library.opcheck(operators.weighted_sum_logged.default, (*bag, log.counter, log.handle, backend))
     products = bag[0], slots, leaf(torch.randn(num_tokens, 3).to(dtype))

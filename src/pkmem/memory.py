@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from pkmem import ops
 from pkmem.config import MemoryConfig
 from pkmem.ops.reading_log import ReadLog
-from pkmem.ops.reference import best_first, inner_products
 from pkmem.pages import prefer_huge_pages
 
 
@@ -238,14 +237,10 @@ class FlatKeys(nn.Module):
     def forward(self, query: Tensor) -> tuple[Tensor, Tensor]:
         """Queries (n, h, q) -> slots and softmax weights (eq. 2), both (n, h, knn)."""
         heads, num_slots, _ = self.keys.shape
-        with torch.no_grad():
-            scores = inner_products(query, self.keys)  # (n, h, m)
-            every_slot = torch.arange(num_slots, device=scores.device).expand_as(scores)
-            slots = best_first(scores, every_slot, self.knn, num_slots)[1]
-        # Scored once more, the chosen alone: a backward through all scores would be as large as they are.
-        first_key = torch.arange(heads, device=slots.device).unsqueeze(-1) * num_slots
+        slots = ops.flat_topk(query, self.keys, self.knn, backend=self.backend)
+        first_row = torch.arange(heads, device=slots.device).unsqueeze(-1) * num_slots
         scores = ops.row_products(
-            self.keys.flatten(0, 1), (slots + first_key).flatten(0, 1), query.flatten(0, 1), backend=self.backend
+            self.keys.flatten(0, 1), (slots + first_row).flatten(0, 1), query.flatten(0, 1), backend=self.backend
         )
         return slots, scores.view_as(slots).softmax(-1)
 

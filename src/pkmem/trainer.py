@@ -35,13 +35,13 @@ def build_optimizer(model: nn.Module, config: TrainingConfig) -> CombinedOptimiz
         {"params": [p for p in dense if p.dim() > 1], "weight_decay": config.weight_decay},
         {"params": [p for p in dense if p.dim() <= 1], "weight_decay": 0.0},
     ]
-    parts: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=config.lr, betas=betas)]
+    parts: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=config.lr, betas=betas, fused=True)]
     if tables := tables_in(model):
         if config.value_grad == "rows":
             parts.append(RowAdam(tables, lr=config.value_lr, betas=betas))
         else:
             weights = [table.weight for table in tables]
-            parts.append(torch.optim.AdamW(weights, lr=config.value_lr, betas=betas, weight_decay=0.0))
+            parts.append(torch.optim.AdamW(weights, lr=config.value_lr, betas=betas, weight_decay=0.0, fused=True))
     return CombinedOptimizer(*parts)
 
 

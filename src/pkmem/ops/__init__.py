@@ -1,7 +1,7 @@
 """The operators of a product-key memory: their contract.
 
-`product_key_topk` and `weighted_sum` are the paper's; `row_products`, the other side of `weighted_sum`, makes experts of
-one neuron out of slots.
+`product_key_topk` and `weighted_sum` are the paper's, and `flat_topk` is what the first one is compared with;
+`row_products`, the other side of `weighted_sum`, makes experts of one neuron out of slots.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from pkmem.ops.registered import (
     bag,
     checked_bag,
     checked_products,
+    flat,
     logged_bag,
     logged_products,
     nobody_watches,
@@ -69,6 +70,36 @@ def product_key_topk(query: Tensor, sub_keys: Tensor, knn: int, *, backend: str 
     if nobody_watches(query, sub_keys):
         return select(query, sub_keys, knn, chosen)
     return topk(query, sub_keys, knn, chosen)
+
+
+def flat_topk(query: Tensor, keys: Tensor, knn: int, *, backend: str | None = None) -> Tensor:
+    """The `knn` slots whose flat keys best match each query: what product keys save (Lample et al. 2019, section 4.5).
+
+    Without a gradient: `row_products` scores the slots found, and has one. Equivalent to, on the CPU without all the
+    scores at once:
+
+        torch.einsum("nhd,hmd->nhm", query, keys).topk(knn).indices
+
+    Args:
+        query: (n, h, q) one query per token and head; n >= 0.
+        keys: (h, m, q) a key per slot and head.
+        knn: slots to keep, in [1, m].
+        backend: one of `BACKENDS`; None takes the fastest for the device.
+
+    Returns:
+        (n, h, knn) int64 in [0, m), best first, by inner products accumulated in fp32 (fp64 for fp64 queries), equal
+        ones by lower slot.
+
+    Raises:
+        ValueError: the shapes disagree, `knn` is outside [1, m], or the backend is unknown.
+    """
+    if (query.dim(), keys.dim()) != (3, 3) or query.shape[1:] != (keys.shape[0], keys.shape[2]) or keys.shape[0] == 0:
+        raise ValueError(
+            f"query must be (n, h, q) and keys (h, m, q) with h >= 1, not {tuple(query.shape)} and {tuple(keys.shape)}"
+        )
+    if not 1 <= knn <= keys.shape[1]:
+        raise ValueError(f"knn is {knn} but must be in [1, m = {keys.shape[1]}]")
+    return flat(query.detach(), keys.detach(), knn, choose_backend(query.device, backend))
 
 
 def weighted_sum(

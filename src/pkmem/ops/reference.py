@@ -24,6 +24,7 @@ from pkmem.ops.reading_log import SortedReads, sort_reads
 
 __all__ = [
     "adam_rows",
+    "flat_topk",
     "product_key_topk",
     "product_key_topk_backward",
     "replay_rows",
@@ -73,6 +74,14 @@ def product_key_topk_backward(
             grad_query.append((by_head @ keys.to(by_head.dtype)).transpose(0, 1))
             grad_sub_keys.append(by_head.mT @ half.to(by_head.dtype).transpose(0, 1))
     return torch.cat(grad_query, -1).to(query.dtype), torch.stack(grad_sub_keys, 1).to(sub_keys.dtype)
+
+
+def flat_topk(query: Tensor, keys: Tensor, knn: int) -> Tensor:
+    """The slots of the `knn` best keys, see `pkmem.ops.flat_topk`."""
+    num_slots = keys.shape[1]
+    scores = inner_products(query, keys)  # (n, h, m)
+    slots = torch.arange(num_slots, device=query.device).expand_as(scores)
+    return best_first(scores, slots, knn, num_slots)[1]
 
 
 def inner_products(query: Tensor, keys: Tensor) -> Tensor:

@@ -77,6 +77,20 @@ def _topk_gradients(ctx: Any, grad_scores: Tensor, _: Any) -> tuple[Any, ...]:
 topk.register_autograd(_topk_gradients, setup_context=_topk_context)
 
 
+# --- flat_topk ----------------------------------------------------------------------------------------------
+
+
+@custom_op("pkmem::flat_topk", mutates_args=())
+def flat(query: Tensor, keys: Tensor, knn: int, backend: str) -> Tensor:
+    found: Tensor = backend_module(backend).flat_topk(query, keys, knn)
+    return found.contiguous()
+
+
+@flat.register_fake
+def _(query: Tensor, keys: Tensor, knn: int, backend: str) -> Tensor:
+    return query.new_empty((query.shape[0], query.shape[1], knn), dtype=torch.int64)
+
+
 # --- weighted_sum -------------------------------------------------------------------------------------------
 
 

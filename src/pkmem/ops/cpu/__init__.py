@@ -7,12 +7,13 @@ from pkmem.ops.cpu.bag import weighted_sum, weighted_sum_grad_weights
 from pkmem.ops.cpu.compiling import is_cold, warmup
 from pkmem.ops.cpu.decoding import decode
 from pkmem.ops.cpu.rows import adam_rows, gradient_is_finite, row_gradient_norm, sort_reads, weighted_sum_grad_values
-from pkmem.ops.cpu.selection import product_key_topk
+from pkmem.ops.cpu.selection import flat_topk, product_key_topk
 from pkmem.ops.cpu.selection_backward import product_key_topk_backward
 
 __all__ = [
     "adam_rows",
     "decode",
+    "flat_topk",
     "gradient_is_finite",
     "is_cold",
     "product_key_topk",

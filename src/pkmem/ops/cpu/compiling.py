@@ -11,6 +11,7 @@ from pkmem.ops.cpu import bag, decoding, rows, selection, selection_backward
 KERNELS = (
     selection.multiply,
     selection.select,
+    selection.select_flat,
     selection_backward.to_queries,
     selection_backward.to_keys,
     bag.sum_rows,
@@ -39,6 +40,7 @@ def warmup(dtypes: tuple[torch.dtype, ...] = _DTYPES) -> int:
     weights = torch.ones(1, 1, dtype=torch.float32, device="cpu")
     query, sub_keys = weights.expand(1, 1, 2), weights.expand(1, 2, 1, 1)
     scores, slots = selection.product_key_topk(query, sub_keys, 1)
+    selection.flat_topk(query, sub_keys[0, :1].expand(1, 1, 2), 1)
     selection_backward.product_key_topk_backward(scores, query, sub_keys, slots)
     for dtype in dtypes:
         values = weights.to(dtype)

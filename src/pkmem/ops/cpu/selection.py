@@ -62,6 +62,23 @@ def product_key_topk(query: Tensor, sub_keys: Tensor, knn: int) -> tuple[Tensor,
     return scores, slots
 
 
+def flat_topk(query: Tensor, keys: Tensor, knn: int) -> Tensor:
+    """The slots of the `knn` best keys, see `pkmem.ops.flat_topk`."""
+    num_tokens, heads, _ = query.shape
+    num_slots = keys.shape[1]
+    if query.dtype == torch.float64 or num_slots > 1 << 32:
+        return reference.flat_topk(query, keys, knn)
+    slots = query.new_empty((num_tokens, heads, knn), dtype=torch.int64)
+    queries, columns = query.detach().to(torch.float32), keys.detach().to(torch.float32).mT
+    block = max(64, _SCORES_AT_ONCE // (heads * num_slots))
+    for first in range(0, num_tokens, block):
+        part = queries[first : first + block].transpose(0, 1)
+        scores = queries.new_empty((heads, part.shape[1], num_slots))
+        torch.bmm(part, columns, out=scores)  # autocast leaves `out=` alone
+        run_over(select_flat, (array(scores), knn, array(slots[first : first + block])), part.shape[1], 1)
+    return slots
+
+
 def query_halves(query: Tensor) -> Tensor:
     """Queries (n, h, q) as their halves (n, 2h, q / 2), fp32."""
     return query.to(torch.float32).reshape(query.shape[0], 2 * query.shape[1], query.shape[2] // 2)
@@ -94,12 +111,7 @@ def select(half_scores, knn, scores, slots, first, last):  # type: ignore[no-unt
     _, num_tokens, size = half_scores.shape
     flat = half_scores.reshape(-1)
     row_lengths, corners = _winning_pairs(knn)
-    groups = _up_to(2 * knn, 64)
-    ordered, maxima = np.empty(_up_to(size, groups), np.int32), np.empty(groups, np.int32)
-    ordered[size:] = _LOWEST
-    capacity = max(_up_to(2 * knn, 64) + 128, row_lengths.sum() + 64)
-    candidates = np.empty(capacity, np.int32), np.empty(capacity, np.int32), np.empty(capacity, np.int32)
-    best = np.empty(capacity, np.int32), np.empty(capacity, np.int32)
+    ordered, maxima, candidates, best = _scratch(size, knn, row_lengths.sum())
     best_numbers, best_indices = best
     half_best, parts = np.empty((_ROWS_AT_ONCE, knn + 16), np.float32), np.empty((_ROWS_AT_ONCE, knn + 16), np.int32)
     for head in range(half_scores.shape[0] // 2):
@@ -118,6 +130,31 @@ def select(half_scores, knn, scores, slots, first, last):  # type: ignore[no-unt
                 for rank in range(knn):
                     scores[token, head, rank] = _as_score(best_numbers[rank])
                     slots[token, head, rank] = np.uint32(best_indices[rank])
+
+
+@kernel
+def select_flat(scores, knn, slots, first, last):  # type: ignore[no-untyped-def]
+    """Writes slots[first:last], (n, h, knn), from all scores (h, n, m)."""
+    heads, num_tokens, size = scores.shape
+    flat = scores.reshape(-1)
+    ordered, maxima, candidates, best = _scratch(size, knn, 0)
+    for head in range(heads):
+        for token in range(first, last):
+            _best_of_row(flat, (head * num_tokens + token) * size, size, knn, ordered, maxima, candidates, best)
+            for rank in range(knn):
+                slots[token, head, rank] = np.uint32(best[1][rank])
+
+
+@part_of_kernel
+def _scratch(size, knn, num_pairs):  # type: ignore[no-untyped-def]
+    """What `_best_of_row` works in for rows of `size` scores, and `_best_pairs` for as many pairs."""
+    groups = _up_to(2 * knn, 64)
+    ordered, maxima = np.empty(_up_to(size, groups), np.int32), np.empty(groups, np.int32)
+    ordered[size:] = _LOWEST
+    capacity = max(groups + 128, num_pairs + 64)
+    candidates = np.empty(capacity, np.int32), np.empty(capacity, np.int32), np.empty(capacity, np.int32)
+    best = np.empty(capacity, np.int32), np.empty(capacity, np.int32)
+    return ordered, maxima, candidates, best
 
 
 @part_of_kernel

@@ -5,12 +5,14 @@ here waits for the GPU. `PKMEM_AUTOTUNE=1` tries a few launch shapes per width a
 With `TRITON_INTERPRET=1` set before the import the same kernels run on CPU tensors, slowly: for tests.
 """
 
+from pkmem.ops.reference import flat_topk
 from pkmem.ops.triton.bag import weighted_sum, weighted_sum_grad_weights
 from pkmem.ops.triton.rows import adam_rows, gradient_is_finite, row_gradient_norm, sort_reads, weighted_sum_grad_values
 from pkmem.ops.triton.selection import product_key_topk, product_key_topk_backward
 
 __all__ = [
     "adam_rows",
+    "flat_topk",
     "gradient_is_finite",
     "product_key_topk",
     "product_key_topk_backward",
