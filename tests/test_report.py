@@ -388,3 +388,28 @@ def test_a_browser_shows_the_page(table1: Path, tmp_path: Path) -> None:
     pixels = matplotlib.image.imread(picture)
     assert pixels.shape[:2] == (2400, 1200)
     assert pixels[..., :3].std() > 0.05  # something is drawn
+
+
+def test_the_two_series_of_a_family_are_compared_point_by_point(tmp_path: Path) -> None:
+    family = load_family("keys", "laptop")
+    folder = tmp_path / "results" / "keys" / "laptop"
+    folder.mkdir(parents=True)
+    for cell, bits in (("product_32", 2.0), ("flat_32", 2.25), ("product_64", 1.75)):
+        for seed in (0, 1):
+            (run,) = runs_of(family, family.cells[cell], seed, find_results(folder)[0])
+            summary = {
+                "bits_per_byte": bits + seed * (cell == "flat_32") / 4,
+                "perplexity": 9.0,
+                "train_seconds": 9.0,
+                "train_tokens_per_s": 9.0,
+            }
+            save_result(
+                folder / f"{run.name}.json", family, run, {"summary": summary, "held_out": [], "environment": HERE}
+            )
+    write_report([tmp_path / "results"], tmp_path / "page")
+    markdown = (tmp_path / "page" / "index.md").read_text()
+    assert (
+        "- 32² product keys against 32² flat keys: +0.3750 ± 0.1768 (+0.2500 to +0.5000) bits per byte saved, "
+        in markdown
+    )
+    assert "- 64² product keys against 64² flat keys: not both trained yet." in markdown

@@ -210,7 +210,23 @@ class _Section:
             for rival in self.family.cells.values():
                 if rival.match_seconds_of == memory.name:
                     claims.append(self._bits_saved(memory, rival) + ".")
+        claims += [self._bits_saved(first, second) + "." for first, second in self._twins()]
         return claims
+
+    def _twins(self) -> list[tuple[Cell, Cell]]:
+        """Where a family has two series: the cells of one point of both, such as product and flat keys of one size."""
+        if not self.family.plot:
+            return []
+        series: dict[str, dict[str, Cell]] = {}
+        for cell in self.family.cells.values():
+            recipe = self.family.run(cell, cell.rates[0]).recipe
+            if cell.like is None and recipe.model.memory_layers:
+                x, kind = (str(_field(recipe, self.family.plot[axis])) for axis in ("x", "series"))
+                series.setdefault(kind, {})[x] = cell
+        if len(series) != 2:
+            return []
+        ours, theirs = series.values()
+        return [(cell, theirs[x]) for x, cell in ours.items() if x in theirs]
 
     def _is_twice_as_deep(self, deep: Cell, memory: Cell) -> bool:
         a, b = (self.family.run(cell, cell.rates[0]).recipe.model for cell in (deep, memory))
