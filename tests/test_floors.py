@@ -62,6 +62,7 @@ FLOOR = {
     "pkmem.recall": 6,
     "pkmem.demo": 6,
     "pkmem.experiment": 6,
+    "pkmem.claims": 5,
     "pkmem.report": 6,
     "pkmem.cli": 7,
     "pkmem": 8,

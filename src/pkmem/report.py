@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from pkmem.claims import Spread, claims, speeds_of
 from pkmem.document import Block, Heading, Items, Paragraph, Picture, Table, is_page, write_page
 from pkmem.family import Cell, Family, config_folder, load_family
 from pkmem.plots import plot_learning_curves, plot_lines, plot_speeds, plot_usage
@@ -69,25 +70,6 @@ def _collected(folders: list[Path]) -> tuple[list[Result], list[Speeds], list[st
     return results, speeds, damaged
 
 
-@dataclass(frozen=True)
-class Spread:
-    """A figure over seeds."""
-
-    figures: tuple[float, ...]
-
-    @property
-    def mean(self) -> float:
-        """Over seeds."""
-        return statistics.mean(self.figures)
-
-    def text(self, form: str) -> str:
-        """The mean, and with several seeds the standard deviation and the range."""
-        if len(self.figures) == 1:
-            return format(self.mean, form)
-        low, high = (format(edge, form) for edge in (min(self.figures), max(self.figures)))
-        return f"{self.mean:{form}} ± {statistics.stdev(self.figures):{form.lstrip('+')}} ({low} to {high})"
-
-
 class _Section:
     """What the page says of one family at one scale."""
 
@@ -132,7 +114,7 @@ class _Section:
             Heading(f"{family.title} ({family.paper}), {family.scale}"),
             Paragraph(f"{family.name}: {family.about}. {self._places()}"),
         ]
-        for texts in (self._claims(), self._problems()):
+        for texts in (claims(family, self.best, self.speeds), self._problems()):
             blocks += [Items(texts)] if texts else []
         blocks += [self._table(), *_papers_table(family.name), *self._pictures(out)]
         blocks += [self._sweeps(), self._commands()] if self.results else []
@@ -186,106 +168,12 @@ class _Section:
         row += [_of_memories(results, "usage", ".1%"), _of_memories(results, "kl", ".3f")]
         row.append(_over_seeds(results, "train_tokens_per_s", ",.0f"))
         for name in ("prefill_tokens_per_s", "decode_tokens_per_s", "prefill_words_per_s"):
-            measured = self._speeds_of(cell, name)
+            measured = speeds_of(self.speeds, cell, name)
             row.append(Spread(measured).text(",.0f") if measured else _NONE)
         return [*row, results[0].rate if results else _NONE, str(len(results))]
 
     def _trained(self, cell: Cell) -> list[Result]:
         return self.trained[cell.name] if self.family.name == "speed" else self.best[cell.name]
-
-    def _speeds_of(self, cell: Cell, name: str) -> tuple[float, ...]:
-        model = cell.like or cell.name
-        return tuple(s.models[model][name] for s in self.speeds if name in s.models.get(model, {}))
-
-    # L layers with a memory against 2L without
-
-    def _claims(self) -> list[str]:
-        claims: list[str] = []
-        if not self.family.trains:
-            return claims  # they are those of the family that trains these models
-        for memory in self.family.cells.values():
-            for deep in self.family.cells.values():
-                if self._is_twice_as_deep(deep, memory):
-                    claims.append(self._claim(memory, deep))
-            for rival in self.family.cells.values():
-                if rival.match_seconds_of == memory.name:
-                    claims.append(self._bits_saved(memory, rival) + ".")
-        claims += [self._bits_saved(first, second) + "." for first, second in self._twins()]
-        return claims
-
-    def _twins(self) -> list[tuple[Cell, Cell]]:
-        """Where a family has two series: the cells of one point of both, such as product and flat keys of one size."""
-        if not self.family.plot:
-            return []
-        series: dict[str, dict[str, Cell]] = {}
-        for cell in self.family.cells.values():
-            recipe = self.family.run(cell, cell.rates[0]).recipe
-            if cell.like is None and recipe.model.memory_layers:
-                x, kind = (str(_field(recipe, self.family.plot[axis])) for axis in ("x", "series"))
-                series.setdefault(kind, {})[x] = cell
-        if len(series) != 2:
-            return []
-        ours, theirs = series.values()
-        return [(cell, theirs[x]) for x, cell in ours.items() if x in theirs]
-
-    def _is_twice_as_deep(self, deep: Cell, memory: Cell) -> bool:
-        a, b = (self.family.run(cell, cell.rates[0]).recipe.model for cell in (deep, memory))
-        same_width = a.width == b.width and deep.like is None and memory.like is None
-        return same_width and bool(b.memory_layers) and not a.memory_layers and a.num_layers == 2 * b.num_layers
-
-    def _claim(self, memory: Cell, deep: Cell) -> str:
-        """The paper's claim for a pair, and plainly whether it holds."""
-        text = f"{self._bits_saved(memory, deep)}; {self._ratios(memory, deep)}."
-        saved, ratios = self._saved(memory, deep), self._speed_ratios(memory, deep)
-        if not saved or not ratios:
-            return f"{text} Whether the claim holds cannot be said yet."
-        if statistics.mean(saved) >= 0 and min(ratios) > 1:
-            won = sum(bits >= 0 for bits in saved)
-            text += " The claim holds" + (
-                f" in the mean, but at {won} of {len(saved)} seeds." if won < len(saved) else "."
-            )
-        else:
-            text += " The claim does not hold."
-        return text + self._weakness(memory, deep)
-
-    def _weakness(self, memory: Cell, deep: Cell) -> str:
-        """A warning where twice the layers are no better than the layers alone: then the claim is easy."""
-        depth = self.family.run(memory, memory.rates[0]).recipe.model
-        for cell in self.family.cells.values():
-            model = self.family.run(cell, cell.rates[0]).recipe.model
-            is_shallow = (model.num_layers, model.width, model.memory_layers) == (depth.num_layers, depth.width, [])
-            if is_shallow and cell.like is None:
-                gained = self._saved(deep, cell)
-                if gained and statistics.mean(gained) <= 0:
-                    return f" But {deep.label} are no better than {cell.label} here, so that it says little."
-        return ""
-
-    def _saved(self, model: Cell, rival: Cell) -> list[float]:
-        """Bits per byte a model saves over another, at each seed that both have."""
-        theirs = {result.seed: result.bits_per_byte for result in self.best[rival.name]}
-        return [theirs[r.seed] - r.bits_per_byte for r in self.best[model.name] if r.seed in theirs]
-
-    def _bits_saved(self, memory: Cell, rival: Cell) -> str:
-        pair, saved = f"{memory.label} against {rival.label}", self._saved(memory, rival)
-        if not saved:
-            return f"{pair}: not both trained yet"
-        won = f"better at {sum(bits > 0 for bits in saved)} of {len(saved)} seeds"
-        return f"{pair}: {Spread(tuple(saved)).text('+.4f')} bits per byte saved, {won}"
-
-    def _speed_ratios(self, memory: Cell, deep: Cell) -> list[float]:
-        """Prefill and decode, each the mean over measurements of the ratio within one."""
-        ratios = []
-        for name in ("prefill_tokens_per_s", "decode_tokens_per_s"):
-            pairs = zip(self._speeds_of(memory, name), self._speeds_of(deep, name), strict=True)
-            within = [ours / theirs for ours, theirs in pairs]
-            ratios += [statistics.mean(within)] if within else []
-        return ratios
-
-    def _ratios(self, memory: Cell, deep: Cell) -> str:
-        ratios = self._speed_ratios(memory, deep)
-        if not ratios:
-            return "speeds not measured yet"
-        return f"{ratios[0]:.2f}x as fast in prefill, {ratios[1]:.2f}x in decode"
 
     # Pictures
 
@@ -322,15 +210,15 @@ class _Section:
             if not recipe.model.memory_layers:
                 levels[self.family.cells[name].label] = bits
                 continue
-            x = _field(recipe, self.family.plot["x"])
-            label = f"{self.family.plot['series'].split('.')[-1]} {_field(recipe, self.family.plot['series'])}"
+            x = attrgetter(self.family.plot["x"])(recipe)
+            label = f"{self.family.plot['series'].split('.')[-1]} {attrgetter(self.family.plot['series'])(recipe)}"
             series.setdefault(label, []).append((x[0] if isinstance(x, list) else x, bits))
         return series, levels
 
     def _points(self) -> dict[str, tuple[float, float]]:
         points = {}
         for cell in self.family.cells.values():
-            words, results = self._speeds_of(cell, "prefill_words_per_s"), self._trained(cell)
+            words, results = speeds_of(self.speeds, cell, "prefill_words_per_s"), self._trained(cell)
             if words and results and cell.like is None:
                 perplexity = statistics.mean(result.summary["perplexity"] for result in results)
                 points[cell.label] = statistics.mean(words), perplexity
@@ -372,11 +260,6 @@ def _first_of_each(results: Iterable[Result]) -> list[Result]:
 
 def _model_of(recipe: Recipe) -> tuple[Any, Any]:
     return recipe.model, recipe.memory if recipe.model.memory_layers else None
-
-
-def _field(recipe: Recipe, name: str) -> Any:
-    part, _, field = name.partition(".")
-    return getattr(getattr(recipe, part), field)
 
 
 def _place(environment: dict[str, Any]) -> str:
