@@ -102,6 +102,9 @@ def test_some_cells_bring_those_they_are_timed_by() -> None:
     part = family.only(["8_layers_equal_seconds"])
     assert list(part.cells) == ["8_layers", "4_layers_1_memory", "8_layers_equal_seconds"]
     assert part.cells["8_layers"] == family.cells["8_layers"]
+    assert (family.measures_speed, part.measures_speed) == (True, False)  # or a part would pass for the whole
+    with pytest.raises(ValueError, match=r"speed measures all its models in turns: leave --cells out"):
+        load_family("speed", "laptop").only(["8_layers"])
     with pytest.raises(
         ValueError, match=r"no cell of table1 '9_layers': did you mean '8_layers'\? they are 2_layers, "
     ):

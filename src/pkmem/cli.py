@@ -246,7 +246,10 @@ def _experiment_arguments(parser: ArgumentParser) -> None:
         "--out", type=str, default="runs/experiments", help="where all families' results go, a file per run"
     )
     parser.add_argument(
-        "--cells", nargs="+", type=str, help="some of the family's models alone, such as 4_layers 8_layers"
+        "--cells",
+        nargs="+",
+        type=str,
+        help="some of the family's models alone, such as 4_layers 8_layers; their speed is not measured",
     )
     parser.add_argument("--data", type=str | None, default=None, help="text to learn instead of the family's")
     parser.add_argument(

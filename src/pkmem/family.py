@@ -139,16 +139,19 @@ class Family:
     plot: dict[str, str] = field(default_factory=dict)
 
     def only(self, names: Iterable[str]) -> Family:
-        """The family of some of its cells, and of those they need for equal seconds.
+        """The family of some of its cells, and of those they need for equal seconds; their speed is not measured.
 
         Raises:
-            ValueError: there is no such cell; the message lists those there are.
+            ValueError: there is no such cell; the message lists those there are. Or the family measures speeds alone.
         """
+        if not self.trains:  # a measurement counts for the whole family, its models in turns
+            raise ValueError(f"{self.name} measures all its models in turns: leave --cells out")
         wanted = list(names)
         for name in wanted:
             _known(name, list(self.cells), f"cell of {self.name}")
             wanted += [needed for needed in (self.cells[name].like, self.cells[name].match_seconds_of) if needed]
-        return replace(self, cells={name: cell for name, cell in self.cells.items() if name in wanted})
+        cells = {name: cell for name, cell in self.cells.items() if name in wanted}
+        return replace(self, cells=cells, measures_speed=False)
 
     def run(self, cell: Cell, rate: dict[str, float], seed: int = 0, data: str | None = None, **more: Any) -> Run:
         """The run of a cell with one of its rates.
