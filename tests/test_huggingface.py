@@ -250,6 +250,21 @@ def test_an_mlp_that_adds_the_residual_itself_is_not_replaced_silently() -> None
     assert torch.equal(made(x).logits, before)
 
 
+def test_an_mlp_that_returns_router_scores_too_is_not_replaced_silently() -> None:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4}
+    experts = {"intermediate_size": 16, "num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt_oss", vocab_size=VOCAB, **sizes, **experts))
+    x = ids()
+    before = model.eval()(x).logits
+    with pytest.raises(ValueError, match=r"^GptOssMLP ends with `return .*`, a memory .* use placement='parallel'$"):
+        add_memory(model, [1], MEMORY)
+    made = add_memory(model, [1], MEMORY, "parallel")
+    assert x.shape[0] == 2  # that many sequences a block would take for output and scores
+    assert not torch.equal(made(x).logits, before)
+    nn.init.zeros_(tables_in(made)[0].weight)
+    assert torch.equal(made(x).logits, before)
+
+
 # --- padding, causality, compilers ------------------------------------------------------------------------
 
 

@@ -220,6 +220,20 @@ train(tiny(Path(sys.argv[1]), Path(sys.argv[2])), progress=False)
     assert [event.step for event in events.Scalars("train/loss")] == [4, 8, 10]
 
 
+def test_sigterm_leaves_a_checkpoint_too_even_beside_ctrl_c(text: Path, tmp_path: Path) -> None:
+    def both(model: object) -> None:  # as where a scheduler ends a group of processes
+        ctrl_c(model)
+        signal.raise_signal(signal.SIGTERM)
+
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    for step, act in ((5, lambda _: signal.raise_signal(signal.SIGTERM)), (7, both)):
+        recipe = tiny(text, tmp_path / f"run{step}")
+        with before_update(step, act), pytest.raises(KeyboardInterrupt, match=f"stopped at step {step}.*--resume"):
+            train(recipe, progress=False)
+        assert latest_checkpoint(recipe.out) == recipe.out / "checkpoints" / f"step-{step}"
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
+
+
 def test_a_second_ctrl_c_stops_at_once(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     def twice(model: object) -> None:
         ctrl_c(model)

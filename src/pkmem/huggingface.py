@@ -7,8 +7,10 @@ Llama, Qwen, Mistral, Gemma and GPT-NeoX) is replaced by the memory, or the memo
 
 from __future__ import annotations
 
+import ast
 import difflib
 import inspect
+import textwrap
 from collections.abc import Iterable
 from typing import Any, Literal
 
@@ -69,10 +71,13 @@ class MemoryMLP(nn.Module):
         self.mlp = mlp
         self.mask: Tensor | None = None
 
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """(..., d) -> (..., d)."""
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """(..., d) -> (..., d), and beside an MLP that returns more, such as router scores, those too."""
         out: Tensor = self.memory(hidden_states, self.mask)
-        return out if self.mlp is None else out + self.mlp(hidden_states, *args, **kwargs)
+        if self.mlp is None:
+            return out
+        mlps = self.mlp(hidden_states, *args, **kwargs)
+        return (out + mlps[0], *mlps[1:]) if isinstance(mlps, tuple) else out + mlps
 
 
 class PkmemForCausalLM(PreTrainedModel, GenerationMixin):
@@ -196,7 +201,8 @@ def add_memory(
         share_values=share_values,
         mlp_name=mlp_name,
         dtype=text_config.dtype,
-        attn_implementation=model.config._attn_implementation,  # or the decoder would lose its own
+        attn_implementation=model.config._attn_implementation,  # or the decoder would lose its own, as the next
+        experts_implementation={"text_config": getattr(text_config, "_experts_implementation", None)},
     )
     made = PkmemForCausalLM(wrapped, base=model)
     if getattr(model, "generation_config", None) is not None:
@@ -278,7 +284,7 @@ def _insert_memories(model: PreTrainedModel, config: PkmemConfig) -> dict[str, s
         )
     if config.placement == "replace":
         for layer in layers:
-            _require_one_input(getattr(blocks[layer], config.mlp_name))
+            _require_replaceable(getattr(blocks[layer], config.mlp_name))
     shared = None
     for layer in layers:
         old = getattr(blocks[layer], config.mlp_name)
@@ -294,12 +300,25 @@ def _insert_memories(model: PreTrainedModel, config: PkmemConfig) -> dict[str, s
     return dict.fromkeys(names[1:], names[0]) if config.share_values else {}
 
 
-def _require_one_input(mlp: nn.Module) -> None:
-    """Refuses an MLP that is handed the residual too, as BLOOM's: without it the block would lose the residual."""
+def _require_replaceable(mlp: nn.Module) -> None:
+    """Refuses an MLP that takes or returns more than hidden states.
+
+    BLOOM's is handed the residual, which the block would lose; GPT-OSS's returns router scores, and the block would
+    take a memory's output apart, silently in a batch of two.
+    """
     inputs = [p.name for p in inspect.signature(mlp.forward).parameters.values() if p.default is p.empty]
     if len(inputs) > 1:
         raise ValueError(
             f"{type(mlp).__name__} takes {', '.join(inputs)}, a memory hidden states alone: use placement='parallel'"
+        )
+    source = ast.walk(ast.parse(textwrap.dedent(inspect.getsource(type(mlp).forward))))
+    outputs = next(
+        (ast.unparse(node) for node in source if isinstance(node, ast.Return) and isinstance(node.value, ast.Tuple)),
+        None,
+    )
+    if outputs:
+        raise ValueError(
+            f"{type(mlp).__name__} ends with `{outputs}`, a memory returns hidden states alone: use placement='parallel'"
         )
 
 

@@ -57,7 +57,7 @@ T = TypeVar("T")
 def train(recipe: Recipe, resume: bool = False, overwrite: bool = False, progress: bool = True) -> dict[str, Any]:
     """Trains one model and leaves everything about it in `recipe.out`.
 
-    Ctrl-C ends the run after the update in progress with a checkpoint; a second one ends it at once.
+    Ctrl-C or SIGTERM ends the run after the update in progress with a checkpoint; a second one ends it at once.
 
     Several processes (torchrun) share the batch of each update; the first one does alone what is not training, and
     they all see the run directory and the token cache. A run may be resumed on another number of them.
@@ -75,7 +75,7 @@ def train(recipe: Recipe, resume: bool = False, overwrite: bool = False, progres
     Raises:
         ValueError: the data, the recipe or the run directory cannot be used; the message names the fix.
         NonFiniteLossError: the loss became NaN or infinite.
-        KeyboardInterrupt: ended by Ctrl-C, with a checkpoint.
+        KeyboardInterrupt: ended by Ctrl-C or SIGTERM, with a checkpoint.
     """
     processes = PartialState(cpu=not torch.accelerator.is_available(), timeout=_LONGEST_WAIT)
     sequences = sequences_per_process(recipe, processes.num_processes)
@@ -97,7 +97,7 @@ def train(recipe: Recipe, resume: bool = False, overwrite: bool = False, progres
     with watching(model) as usages:
         journal = Journal(recipe, progress, held_out, train_file.bytes_per_token, held_out_file.bytes_per_token, usages)
         trainer = MemoryTrainer(recipe, sequences, model, blocks, tokenizer, journal)
-        stop = _StopOnCtrlC(loud=processes.is_main_process)
+        stop = _StopWhenAsked(loud=processes.is_main_process)
         trainer.add_callback(stop)
         for table in tables_in(model):
             prepare(table.weight.device, table.weight.dtype)
@@ -255,15 +255,17 @@ def _say(loud: bool, text: str) -> None:
 # Ctrl-C ------------------------------------------------------------------------------------------------
 
 
-class _StopOnCtrlC(TrainerCallback):
-    """Inside a `with` block, turns the first Ctrl-C into a stop after the update in progress, with a checkpoint.
+class _StopWhenAsked(TrainerCallback):
+    """Inside a `with` block, Ctrl-C or SIGTERM ends training after the update in progress, with a checkpoint.
 
-    It may reach one process in an update and another in the next: they agree, so that all stop after the same one.
+    The second of a kind ends it at once. A signal may reach one process in an update and another in the next: they
+    agree, so that all stop after the same one.
     """
 
     def __init__(self, loud: bool) -> None:
         self._loud = loud
         self._asked = False
+        self._previous: dict[int, Callable[..., Any] | int | None] = {}
         self.stopped = False
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -272,17 +274,15 @@ class _StopOnCtrlC(TrainerCallback):
             control.should_save = control.should_training_stop = True
 
     def __enter__(self) -> None:
-        self._previous: Callable[..., Any] | int | None = None
-        try:
-            self._previous = signal.signal(signal.SIGINT, self._ask)
-        except ValueError:  # not the main thread: Ctrl-C never comes here
-            self._previous = None
+        for number in (signal.SIGINT, signal.SIGTERM):
+            with contextlib.suppress(ValueError):  # not the main thread: signals never come here
+                self._previous[number] = signal.signal(number, self._ask)
 
     def _ask(self, signum: int, frame: FrameType | None) -> None:
         self._asked = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signum, signal.default_int_handler)
         _say(self._loud, "stopping after this update, with a checkpoint; Ctrl-C again stops at once")
 
     def __exit__(self, *error: object) -> None:
-        if self._previous is not None:
-            signal.signal(signal.SIGINT, self._previous)
+        for number, handler in self._previous.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
