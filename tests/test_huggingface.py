@@ -265,6 +265,14 @@ def test_an_mlp_that_returns_router_scores_too_is_not_replaced_silently() -> Non
     assert torch.equal(made(x).logits, before)
 
 
+def test_an_mlp_without_source_is_replaced() -> None:
+    names: dict = {"nn": nn}
+    exec("class Typed(nn.Linear):\n    def forward(self, x): return super(nn.Linear, self).forward(x)", names)
+    model = decoder()
+    find_blocks(model)[1].mlp = names["Typed"](32, 32)
+    assert len(memories_in(add_memory(model, [1], MEMORY))) == 1
+
+
 # --- padding, causality, compilers ------------------------------------------------------------------------
 
 

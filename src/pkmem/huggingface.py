@@ -186,8 +186,8 @@ def add_memory(
         mlp_name: the name of the MLP in a block, for families that do not call it "mlp".
 
     Raises:
-        ValueError: a layer is out of range or named twice, the width or the model does not fit, or no
-            block with such an MLP is found.
+        ValueError: a layer is out of range or named twice, the width or the model does not fit, no block with
+            such an MLP is found, or the MLP to replace takes or returns more than hidden states.
     """
     if isinstance(model, PkmemForCausalLM):
         raise ValueError("the model has memories already: name all layers in one add_memory call")
@@ -311,15 +311,21 @@ def _require_replaceable(mlp: nn.Module) -> None:
         raise ValueError(
             f"{type(mlp).__name__} takes {', '.join(inputs)}, a memory hidden states alone: use placement='parallel'"
         )
-    source = ast.walk(ast.parse(textwrap.dedent(inspect.getsource(type(mlp).forward))))
-    outputs = next(
-        (ast.unparse(node) for node in source if isinstance(node, ast.Return) and isinstance(node.value, ast.Tuple)),
-        None,
-    )
+    outputs = _tuple_returned(type(mlp))
     if outputs:
         raise ValueError(
             f"{type(mlp).__name__} ends with `{outputs}`, a memory returns hidden states alone: use placement='parallel'"
         )
+
+
+def _tuple_returned(kind: type[nn.Module]) -> str | None:
+    """The statement by which a module's forward returns several values; None where there is none, or no source."""
+    try:
+        source = textwrap.dedent(inspect.getsource(kind.forward))
+    except OSError:  # typed into an interpreter, or installed without source
+        return None
+    returns = (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Return))
+    return next((ast.unparse(node) for node in returns if isinstance(node.value, ast.Tuple)), None)
 
 
 def _checked_layers(layers: list[int], num_layers: int) -> list[int]:

@@ -15,7 +15,7 @@ from pkmem.document import Block, Heading, Items, Paragraph, Picture, Table, is_
 from pkmem.family import Cell, Family, config_folder, load_family
 from pkmem.plots import plot_learning_curves, plot_lines, plot_speeds, plot_usage
 from pkmem.recipe import Recipe
-from pkmem.results import NotYetError, Result, Speeds, at_edge, best_of_sweep, find_results, standing
+from pkmem.results import NotYetError, Result, Speeds, at_edge, best_of_sweep, find_results, of_best_rate, standing
 
 _NONE = "-"
 
@@ -81,7 +81,7 @@ class _Section:
         self.data = next((result.recipe.data for result in own), None)
         self.standing = standing(family, own, self.seeds, self.data)
         self.results = self.standing.valid
-        self.best = {cell.name: self._of_best_rate(cell) for cell in family.cells.values()}
+        self.best = {cell.name: of_best_rate(cell, self.results) for cell in family.cells.values()}
         at_scale = [s for s in speeds if s.scale == family.scale]
         self.speeds = [s for s in at_scale if s.family == family.name and self._is_current(s)]
         self.stale_speeds = [s for s in at_scale if s.family == family.name and not self._is_current(s)]
@@ -91,15 +91,6 @@ class _Section:
         self.environments = [r.environment for r in self.results] + [s.environment for s in self.speeds]
         if family.name == "speed":
             self.trained = _Section(load_family("table1", family.scale), results, []).best
-
-    def _of_best_rate(self, cell: Cell) -> list[Result]:
-        """A cell's results, by seed, at its best rate; of those tried, if its sweep is not complete."""
-        tried = [result for result in self.results if result.cell == cell.name]
-        first = [result for result in tried if result.seed == 0]
-        if not first:
-            return []
-        rate = min(first, key=lambda result: result.bits_per_byte).rate
-        return [result for result in tried if result.rate == rate]
 
     def _is_current(self, speeds: Speeds) -> bool:
         """Whether some of the models measured are the family's, and those as they are now."""

@@ -196,6 +196,21 @@ def best_of_sweep(family: Family, cell: Cell, results: Iterable[Result]) -> Resu
     return min((tried[rate] for rate in wanted), key=lambda result: result.bits_per_byte)
 
 
+def of_best_rate(cell: Cell, results: Iterable[Result]) -> list[Result]:
+    """A cell's results, by seed, at its best rate; of those tried, if its sweep is not complete.
+
+    Args:
+        cell: of a family.
+        results: of that family and scale, those that are valid.
+    """
+    tried = [result for result in results if result.cell == cell.name]
+    first = [result for result in tried if result.seed == 0]
+    if not first:
+        return []
+    rate = min(first, key=lambda result: result.bits_per_byte).rate
+    return [result for result in tried if result.rate == rate]
+
+
 def at_edge(family: Family, cell: Cell, best: Result) -> bool:
     """Whether the best rate of a sweep is the lowest or highest that was tried."""
     (chosen,) = (rate for rate in cell.rates if family.run(cell, rate).rate == best.rate)
