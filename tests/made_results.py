@@ -16,7 +16,7 @@ def figures(cell: str, is_good_rate: bool, seed: int) -> dict:
     """Made-up figures: every layer and memory helps."""
     layers, memories = int(cell[0]), 0
     if "memor" in cell:
-        memories = 1 if "first" in cell else int(cell[9])
+        memories = 1 if "upper" in cell else int(cell[9])
     tokens_per_s = 1000 * 40 / (10 * layers + memories)
     bits = 2.5 - 0.04 * layers - 0.2 * memories + 0.01 * seed + 0.1 * ("equal" in cell)
     bits += 0.0 if is_good_rate else 0.05
