@@ -15,6 +15,7 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -25,6 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import oracle
 from pkmem.ops import reading_log, reference
 
+HOPPERS_SHARED_BYTES = 227 << 10
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CHECKS: dict[str, Callable[[Any], None]] = {}
 
@@ -84,11 +86,51 @@ def parts_of_the_sub_keys_agree_with_the_whole(backend: Any) -> None:
     assert all(torch.equal(*pair) for pair in zip(whole, parted, strict=True))
 
 
+def bounding_always() -> Any:
+    """Few sub-keys are sorted whatever the number of tokens, of which a program has 16."""
+    from pkmem.ops.triton import selection
+
+    return mock.patch.multiple(selection, _FEWEST_PROGRAMS=1, _TOKENS=16)
+
+
+@check
+def few_sub_keys_reach_the_bound_and_the_best_are_among_them(backend: Any) -> None:
+    with bounding_always():
+        for n, h, half, s, knn in ((3, 2, 2, 300, 3), (17, 1, 2, 260, 9), (1, 1, 2, 257, 32)):
+            query, sub_keys = torch.randn(n, h, 2 * half).bfloat16(), torch.randn(h, 2, s, half).bfloat16()
+            scores, slots = backend.product_key_topk(query, sub_keys, knn)
+            # Two products of bf16 numbers and their sum are rounded once, whoever makes them.
+            true_scores, true_slots = reference.product_key_topk(query.float(), sub_keys.float(), knn)
+            assert torch.equal(slots, true_slots), (n, h, half, s, knn)
+            assert torch.equal(scores, true_scores), (n, h, half, s, knn)
+
+
+@check
+def where_many_sub_keys_reach_the_bound_every_block_is_sorted(backend: Any) -> None:
+    query, sub_keys = integers(9, 1, 40).to(torch.float16), integers(1, 2, 270, 20).to(torch.float16)
+    sub_keys[:, :, :200, 1:] = 0  # their scores tie
+    query[3] = 0
+    query[5], query[7, 0, 0] = torch.nan, torch.inf
+    healthy = [number for number in range(9) if number not in (5, 7)]
+    with bounding_always():
+        scores, slots = backend.product_key_topk(query, sub_keys, 5)
+    true_scores, true_slots = reference.product_key_topk(query[healthy].float(), sub_keys.float(), 5)
+    assert ((slots >= 0) & (slots < 270**2)).all()
+    assert torch.equal(slots[healthy], true_slots)
+    assert torch.equal(scores[healthy], true_scores)
+
+
 @check
 def zeros_of_either_sign_go_by_lower_slot(backend: Any) -> None:
     sub_keys = torch.tensor([-0.0, 0.0, -0.0, 0.0, -0.0]).reshape(1, 1, 5, 1).expand(1, 2, 5, 1)
-    _, slots = backend.product_key_topk(torch.tensor([[[-1.0, 1.0]]]), sub_keys, 5)
+    query = torch.tensor([[[-1.0, 1.0]]])
+    _, slots = backend.product_key_topk(query, sub_keys, 5)
     assert slots.tolist() == [[[0, 1, 2, 3, 4]]]
+    below = torch.full((1, 2, 300, 1), 2.0) * torch.tensor([1, -1])[:, None, None]  # of both halves below zero
+    below[:, :, 290:295] = sub_keys
+    with bounding_always():
+        _, slots = backend.product_key_topk(query.bfloat16(), below.bfloat16(), 5)
+    assert slots.tolist() == [[[290 * 301 + rank for rank in range(5)]]]
 
 
 @check
@@ -484,10 +526,14 @@ def compiled() -> dict[str, str]:
 
     JITFunction.run = compile_instead
     from pkmem.ops import triton as backend
+    from pkmem.ops.triton import selection
 
+    selection.shared_bytes = lambda device: HOPPERS_SHARED_BYTES
     # The last case is all ones, which Triton turns into constants.
     for dtype, knn, n, width, s, half in (
         (torch.bfloat16, 2, 300, 768, 200, 16),
+        (torch.float16, 32, 9000, 16, 300, 200),
+        (torch.bfloat16, 9, 9000, 16, 300, 48),
         (torch.float32, 5, 3, 37, 70, 5),
         (torch.float16, 1, 1, 1, 1, 1),
     ):
@@ -503,7 +549,7 @@ def compiled() -> dict[str, str]:
         backend.gradient_is_finite(reads)
         backend.row_gradient_norm(reads)
         backend.adam_rows(values, moments, moments.clone(), reads, **STEP)
-    kernels = {"_best_sub_keys", "_merge_parts", "_best_pairs", "_sum_queries", "_sum_rows", "_dot_rows"}
+    kernels = {"_best_sub_keys", "_candidates", "_sort", "_best_pairs", "_sum_queries", "_sum_rows", "_dot_rows"}
     kernels |= {"_sum_pieces", "_write_gradients", "_sum_squares", "_adam"}
     if kernels - done and not failures:
         failures["never launched"] = ", ".join(sorted(kernels - done))
@@ -515,9 +561,13 @@ def compile_for_hopper(triton: Any, kernel: Any, args: tuple[Any, ...], constant
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    from pkmem.ops.triton import selection
+
     types = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64",
              torch.int64: "i64", torch.int32: "i32"}  # fmt: skip
     signature, attributes = {}, {}
+    stages = {name: constants[name] for name in constants if name == "num_stages"}
+    constants = {name: constants[name] for name in constants if name != "num_stages"}
     for place, (name, value) in enumerate(zip(kernel.arg_names, args, strict=False)):
         if isinstance(value, Tensor):
             signature[name] = "*" + types[value.dtype]
@@ -529,7 +579,11 @@ def compile_for_hopper(triton: Any, kernel: Any, args: tuple[Any, ...], constant
             attributes[(place,)] = [["tt.divisibility", 16]]
     signature |= {name: "constexpr" for name in kernel.arg_names if name not in signature}
     source = ASTSource(kernel, signature, constants, attributes)
-    triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps, **stages})
+    assert compiled.metadata.shared <= HOPPERS_SHARED_BYTES
+    if kernel.__name__ == "_candidates":
+        promised = selection._shared_bytes(constants["BLOCK_N"], constants["BLOCK_D"])
+        assert compiled.metadata.shared <= promised, (compiled.metadata.shared, promised)
     return str(kernel.__name__)
 
 

@@ -44,6 +44,14 @@ def _most_programs(device: torch.device) -> int:
     return _PROGRAMS_PER_PROCESSOR * torch.cuda.get_device_properties(device).multi_processor_count
 
 
+@lru_cache(maxsize=16)
+def shared_bytes(device: torch.device) -> int:
+    """Shared memory that one program may take."""
+    if device.type != "cuda":
+        return 1 << 62
+    return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)  # type: ignore[attr-defined]
+
+
 def on(tensor: Tensor) -> torch.cuda.device_of:
     """Makes the tensor's GPU the current one, which is where Triton launches."""
     return torch.cuda.device_of(tensor)

@@ -1,8 +1,11 @@
 """The best slots of each query (Lample et al. 2019, section 3.1), without a score tensor in memory.
 
-One kernel multiplies a block of queries with one block of sub-keys after another and keeps, per query half, the knn
-best so far; where tokens are few, parts of the sub-keys go to different programs and are merged. A last kernel looks
-at the pairs that can win.
+Sorting is what costs, so few scores are sorted. A first kernel multiplies a block of queries with one block of sub-keys
+after another and keeps, per query half, the best score at each place of the blocks: the knn-th best of those bounds
+the knn-th best of all. It multiplies once more and writes down the few sub-keys that reach the bound, which are sorted;
+a program that finds no room for them, as with many ties, leaves its queries to a kernel that sorts every block. That
+one also serves small sets and few tokens, for which parts of the sub-keys go to different programs. A last kernel
+looks at the pairs that can win.
 A score and its index are packed into one int64, score first and the index upside down, so that falling integers are
 falling scores with ties by lower index, whatever a kernel does.
 """
@@ -19,19 +22,27 @@ from torch import Tensor
 from pkmem.ops import reference
 from pkmem.ops.triton.arithmetic import add_product, narrow
 from pkmem.ops.triton.bag import sum_rows
-from pkmem.ops.triton.launch import on, power_of_two
+from pkmem.ops.triton.launch import on, power_of_two, shared_bytes
 
 _LARGEST_KNN = 64
 _LARGEST_SET = 1 << 16  # of sub-keys: a slot takes 32 bits
 _ENOUGH_PROGRAMS = 512
+_FEWEST_PROGRAMS = 64  # for which bounding pays, and
+_FEWEST_BLOCKS = 4  # of sub-keys too
+_WIDEST_HALF = 256  # that stays where it is while sub-keys pass by
+_TOKENS = 64  # of a program; half as many in fp32
+_SUB_KEYS = 64  # of a block
 _LOWEST = tl.constexpr(-(1 << 63))  # below every packed score
+_LOWEST_ORDERED = tl.constexpr(-(1 << 31))
+_COUNT = tl.constexpr(float(1 << 23))  # fp32 numbers from here on are integers in their bits
+_COUNT_BITS = tl.constexpr(0x4B000000)
 _INDEX = tl.constexpr(0xFFFFFFFF)
 
 
 def product_key_topk(query: Tensor, sub_keys: Tensor, knn: int) -> tuple[Tensor, Tensor]:
     """The `knn` best pairs of sub-keys, see `pkmem.ops.product_key_topk`."""
     num_tokens, heads, _ = query.shape
-    num_sub_keys, half = sub_keys.shape[2:]
+    num_sub_keys = sub_keys.shape[2]
     if knn > _LARGEST_KNN or num_sub_keys > _LARGEST_SET or query.dtype == torch.float64:
         return reference.product_key_topk(query, sub_keys, knn)
     scores = torch.empty(num_tokens, heads, knn, device=query.device)
@@ -41,19 +52,9 @@ def product_key_topk(query: Tensor, sub_keys: Tensor, knn: int) -> tuple[Tensor,
     dtype = torch.promote_types(query.dtype, sub_keys.dtype)
     query, sub_keys = query.to(dtype).contiguous(), sub_keys.to(dtype).contiguous()
     kept = power_of_two(knn, 2, _LARGEST_KNN)
-    block_n, block_s = power_of_two(num_tokens, 16, 32 if dtype == torch.float32 else 64), 64
-    blocks = triton.cdiv(num_tokens, block_n)
-    parts = _num_parts(blocks * 2 * heads, triton.cdiv(num_sub_keys, block_s))
-    part_size = triton.cdiv(triton.cdiv(num_sub_keys, parts), block_s) * block_s
-    found = torch.empty(num_tokens, 2 * heads, parts, kept, dtype=torch.int64, device=query.device)
     first, second = _pairs_that_can_win(knn, query.device)
     with on(query):
-        _best_sub_keys[blocks, 2 * heads, parts](
-            query, sub_keys, found, num_tokens, num_sub_keys, half, part_size,
-            KNN=kept, BLOCK_N=block_n, BLOCK_S=block_s, BLOCK_D=power_of_two(half, 16, 64), num_warps=4,
-        )  # fmt: skip
-        if parts > 1:
-            found = _merged(found, kept)
+        found = _best_of_halves(query, sub_keys, kept)
         block_n = power_of_two(num_tokens, 1, max(1, min(4, 512 // len(first))))  # what registers hold
         _best_pairs[triton.cdiv(num_tokens, block_n), heads](
             found, first, second, scores, slots, num_tokens, num_sub_keys, knn,
@@ -62,13 +63,72 @@ def product_key_topk(query: Tensor, sub_keys: Tensor, knn: int) -> tuple[Tensor,
     return scores, slots
 
 
-def _merged(found: Tensor, kept: int) -> Tensor:
-    """The best (n, 2h, 1, kept) of all parts (n, 2h, parts, kept)."""
-    num_tokens, halves, parts, _ = found.shape
-    merged = found.new_empty(num_tokens, halves, 1, kept)
-    places = triton.next_power_of_2(parts) * kept
-    _merge_parts[num_tokens, halves](found, merged, parts * kept, KNN=kept, PLACES=places, num_warps=4)
-    return merged
+def _best_of_halves(query: Tensor, sub_keys: Tensor, kept: int) -> Tensor:
+    """The `kept` best sub-keys of each query half, packed, best first: (n, 2h, kept)."""
+    num_tokens, halves = query.shape[0], 2 * query.shape[1]
+    num_sub_keys, half = sub_keys.shape[2:]
+    block_d, room = power_of_two(half, 16, _WIDEST_HALF), 2 * kept
+    is_enough = num_tokens * halves >= 2 * _TOKENS * _FEWEST_PROGRAMS
+    block_n = power_of_two(num_tokens, 16, 2 * _TOKENS if is_enough else _TOKENS)
+    blocks = triton.cdiv(num_tokens, block_n)
+    if (
+        query.dtype == torch.float32  # bounding multiplies twice, and has no matrix units for fp32
+        or half > _WIDEST_HALF
+        or room > _SUB_KEYS  # half of the columns have to reach the bound at most, for few sub-keys to
+        or blocks * halves < _FEWEST_PROGRAMS
+        or num_sub_keys < _FEWEST_BLOCKS * _SUB_KEYS
+        or _shared_bytes(block_n, block_d) > shared_bytes(query.device)
+    ):
+        return _best_of_parts(query, sub_keys, kept)
+    found = torch.empty(num_tokens, halves, room, dtype=torch.int64, device=query.device)
+    crowded = torch.empty(blocks, halves, dtype=torch.int32, device=query.device)
+    given = (query, sub_keys, found, crowded, num_tokens, num_sub_keys, half)
+    _candidates[blocks, halves](
+        *given, KNN=kept, ROOM=room, BLOCK_N=block_n, BLOCK_S=_SUB_KEYS, BLOCK_D=block_d,
+        num_warps=max(4, block_n // 16), num_stages=2,
+    )  # fmt: skip
+    _best_sub_keys[blocks, halves, 1](
+        *given, num_sub_keys, KNN=kept, ROOM=room, REDO=True, **_shape(block_n, half)
+    )  # fmt: skip
+    return _sorted(found, kept)
+
+
+def _shared_bytes(block_n: int, block_d: int) -> int:
+    """The most shared memory of `_candidates`: queries, two blocks of sub-keys, the triangle; scores on their way."""
+    return 2 * ((block_n + 2 * _SUB_KEYS) * block_d + _SUB_KEYS**2) + 8 * block_n * _SUB_KEYS
+
+
+def _best_of_parts(query: Tensor, sub_keys: Tensor, kept: int) -> Tensor:
+    """The same by sorting every block of sub-keys, which are split among programs where tokens are few."""
+    num_tokens, halves = query.shape[0], 2 * query.shape[1]
+    num_sub_keys, half = sub_keys.shape[2:]
+    block_n = power_of_two(num_tokens, 16, _TOKENS // 2 if query.dtype == torch.float32 else _TOKENS)
+    blocks = triton.cdiv(num_tokens, block_n)
+    parts = _num_parts(blocks * halves, triton.cdiv(num_sub_keys, _SUB_KEYS))
+    part_size = triton.cdiv(triton.cdiv(num_sub_keys, parts), _SUB_KEYS) * _SUB_KEYS
+    found = torch.empty(num_tokens, halves, parts * kept, dtype=torch.int64, device=query.device)
+    _best_sub_keys[blocks, halves, parts](
+        query, sub_keys, found, found, num_tokens, num_sub_keys, half, part_size,
+        KNN=kept, ROOM=kept, REDO=False, **_shape(block_n, half),
+    )  # fmt: skip
+    return found if parts == 1 else _sorted(found, kept)
+
+
+def _shape(block_n: int, half: int) -> dict[str, int]:
+    return {
+        "BLOCK_N": block_n, "BLOCK_S": _SUB_KEYS, "BLOCK_D": power_of_two(half, 16, 64), "num_warps": max(4, block_n // 16)
+    }  # fmt: skip
+
+
+def _sorted(found: Tensor, kept: int) -> Tensor:
+    """The `kept` best of each row of (n, 2h, r), best first."""
+    num_tokens, halves, size = found.shape
+    best = found.new_empty(num_tokens, halves, kept)
+    places = triton.next_power_of_2(size)
+    block = max(1, 256 // places)
+    grid = (triton.cdiv(num_tokens * halves, block),)
+    _sort[grid](found, best, num_tokens * halves, size, KNN=kept, PLACES=places, BLOCK=block, num_warps=1)
+    return best
 
 
 def product_key_topk_backward(
@@ -110,7 +170,7 @@ def _grad_sub_keys(grad_halves: Tensor, query: Tensor, sub_keys: Tensor, chosen:
             chosen.permute(1, 2, 0).to(torch.int32).contiguous(),  # tokens last: a load takes neighbours
             grad_halves.permute(1, 2, 0).contiguous(),
             sums, num_tokens, num_sub_keys, half, knn, part_size, column_blocks,
-            IS_BF16=is_bf16, BLOCK_N=block_n, BLOCK_S=block_s, BLOCK_D=block_d, num_warps=4,
+            IS_BF16=is_bf16, BLOCK_N=block_n, BLOCK_S=_SUB_KEYS, BLOCK_D=block_d, num_warps=4,
         )  # fmt: skip
     return sums.sum(0).to(sub_keys.dtype)
 
@@ -130,10 +190,15 @@ def _pairs_that_can_win(knn: int, device: torch.device) -> tuple[Tensor, Tensor]
 
 
 @triton.jit
-def _packed(score, index):  # type: ignore[no-untyped-def]
-    """Integers ordered like the scores, ties by lower index; 0.0 and -0.0 are one score."""
-    bits = tl.where(score == 0.0, 0.0, score).to(tl.int32, bitcast=True)
-    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+def _ordered(score):  # type: ignore[no-untyped-def]
+    """int32 numbers ordered like the scores; 0.0 and -0.0 are one score."""
+    bits = tl.fma(score, 1.0, 0.0).to(tl.int32, bitcast=True)  # -0.0 + 0.0 is 0.0
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
+def _packed(ordered, index):  # type: ignore[no-untyped-def]
+    """int64 numbers in the same order, ties by lower index."""
     return (ordered.to(tl.int64) << 32) | (index.to(tl.int64) ^ _INDEX)
 
 
@@ -149,14 +214,81 @@ def _index_of(packed):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _best_sub_keys(  # type: ignore[no-untyped-def]
-    query, sub_keys, found, num_tokens, num_sub_keys, half, part_size,
-    KNN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
+def _load_queries(query, is_token, columns, half):  # type: ignore[no-untyped-def]
+    return tl.load(query + columns[None, :], mask=is_token[:, None] & (columns < half)[None, :], other=0)
+
+
+@triton.jit
+def _load_sub_keys(sub_keys, keys, num_sub_keys, columns, half):  # type: ignore[no-untyped-def]
+    inside = (keys < num_sub_keys)[None, :] & (columns < half)[:, None]
+    return tl.load(sub_keys + keys[None, :] * half + columns[:, None], mask=inside, other=0)
+
+
+@triton.jit
+def _ordered_scores(left, sub_keys, keys, num_sub_keys, half, BLOCK_D: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Of whole queries and a block of sub-keys; the lowest number where there is no sub-key."""
+    right = _load_sub_keys(sub_keys, keys, num_sub_keys, tl.arange(0, BLOCK_D), half)
+    scores = add_product(left, right, tl.zeros((left.shape[0], keys.shape[0]), tl.float32))
+    return tl.where((keys < num_sub_keys)[None, :], _ordered(scores), _LOWEST_ORDERED)
+
+
+@triton.jit
+def _candidates(  # type: ignore[no-untyped-def]
+    query, sub_keys, found, crowded, num_tokens, num_sub_keys, half,
+    KNN: tl.constexpr, ROOM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Program (block of tokens, half of a head, part of the sub-keys) writes its KNN best, best first."""
+    """Program (block of tokens, half of a head) writes the sub-keys that may be among the KNN best.
+
+    Or, where one of its tokens has more than ROOM of them, that it is crowded.
+    """
     tokens = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    half_head, halves = tl.program_id(1), tl.num_programs(1)
+    is_token = tokens < num_tokens
+    query += (tokens[:, None] * halves + half_head) * half
+    sub_keys += half_head.to(tl.int64) * num_sub_keys * half
+    found += (tl.program_id(0).to(tl.int64) * BLOCK_N * halves + half_head) * ROOM
+    rows = tl.arange(0, BLOCK_N)[:, None] * (halves * ROOM)
+    left = _load_queries(query, is_token, tl.arange(0, BLOCK_D), half)
+    highest = tl.full((BLOCK_N, BLOCK_S), _LOWEST_ORDERED + 1, tl.int32)  # what is no sub-key is below
+    for start in range(0, num_sub_keys, BLOCK_S):
+        keys = start + tl.arange(0, BLOCK_S)
+        highest = tl.maximum(highest, _ordered_scores(left, sub_keys, keys, num_sub_keys, half, BLOCK_D))
+    bound = tl.min(tl.topk(highest, KNN), 1)[:, None]  # KNN scores reach it, each in another column
+    columns = tl.arange(0, BLOCK_S)
+    up_to = tl.where(columns[:, None] <= columns[None, :], 1.0, 0.0).to(left.dtype)  # a product with it counts
+    count = tl.zeros((BLOCK_N, 1), tl.float32)
+    room = tl.where(is_token, ROOM, 0)[:, None]
+    for start in range(0, num_sub_keys, BLOCK_S):
+        keys = start + tl.arange(0, BLOCK_S)
+        ordered = _ordered_scores(left, sub_keys, keys, num_sub_keys, half, BLOCK_D)
+        mark = tl.where(ordered >= bound, 1.0, 0.0)
+        # From here the place of a marked one counts up, with _COUNT; no other has a place below ROOM.
+        before = count + (_COUNT + ROOM) - mark * (ROOM + 1)
+        place = add_product(mark.to(left.dtype), up_to, before).to(tl.int32, bitcast=True) - _COUNT_BITS
+        tl.store(found + (rows + place), _packed(ordered, keys[None, :]), mask=place < room)
+        count += tl.sum(mark, 1)[:, None]
+    rest = tl.arange(0, ROOM)[None, :]
+    nothing = tl.full((BLOCK_N, ROOM), _LOWEST, tl.int64)
+    tl.store(found + (rows + rest), nothing, mask=(rest >= count) & is_token[:, None])
+    most = tl.max(tl.where(is_token[:, None], count, 0.0))
+    tl.store(crowded + tl.program_id(0) * halves + half_head, (most > ROOM).to(tl.int32))
+
+
+@triton.jit
+def _best_sub_keys(  # type: ignore[no-untyped-def]
+    query, sub_keys, found, crowded, num_tokens, num_sub_keys, half, part_size, KNN: tl.constexpr, ROOM: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, REDO: tl.constexpr,
+):  # fmt: skip
+    """Program (block of tokens, half of a head, part of the sub-keys) writes its KNN best, best first.
+
+    With REDO only where `_candidates` was crowded.
+    """
     half_head, part = tl.program_id(1), tl.program_id(2)
     halves, parts = tl.num_programs(1), tl.num_programs(2)
+    if REDO and tl.load(crowded + tl.program_id(0) * halves + half_head) == 0:
+        return
+    tokens = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    is_token = tokens < num_tokens
     query += (tokens[:, None] * halves + half_head) * half
     sub_keys += half_head.to(tl.int64) * num_sub_keys * half
     best = tl.full((BLOCK_N, KNN), _LOWEST, tl.int64)
@@ -166,28 +298,26 @@ def _best_sub_keys(  # type: ignore[no-untyped-def]
         scores = tl.zeros((BLOCK_N, BLOCK_S), tl.float32)
         for column in range(0, half, BLOCK_D):
             columns = column + tl.arange(0, BLOCK_D)
-            inside = columns < half
-            left = tl.load(query + columns[None, :], mask=(tokens < num_tokens)[:, None] & inside[None, :], other=0)
-            right = tl.load(
-                sub_keys + keys[None, :] * half + columns[:, None],
-                mask=(keys < num_sub_keys)[None, :] & inside[:, None], other=0,
-            )  # fmt: skip
-            scores = add_product(left, right, scores)
-        packed = tl.where((keys < num_sub_keys)[None, :], _packed(scores, keys[None, :]), _LOWEST)
+            left = _load_queries(query, is_token, columns, half)
+            scores = add_product(left, _load_sub_keys(sub_keys, keys, num_sub_keys, columns, half), scores)
+        packed = tl.where((keys < num_sub_keys)[None, :], _packed(_ordered(scores), keys[None, :]), _LOWEST)
         # `best` rises and the block's best fall, so that the larger of each pair are the best of both.
         best = tl.bitonic_merge(tl.maximum(best, tl.topk(packed, KNN)), descending=False)
     best_first = KNN - 1 - tl.arange(0, KNN)
-    places = ((tokens[:, None] * halves + half_head) * parts + part) * KNN + best_first[None, :]
-    tl.store(found + places, best, mask=(tokens < num_tokens)[:, None])
+    places = ((tokens[:, None] * halves + half_head) * parts + part) * ROOM + best_first[None, :]
+    tl.store(found + places, best, mask=is_token[:, None])
+    if REDO:  # the other half of the room
+        tl.store(found + places + KNN, tl.full((BLOCK_N, KNN), _LOWEST, tl.int64), mask=is_token[:, None])
 
 
 @triton.jit
-def _merge_parts(found, merged, size, KNN: tl.constexpr, PLACES: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Program (token, half of a head) writes the KNN best of its `size` numbers, best first."""
-    row = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
-    places = tl.arange(0, PLACES)
-    numbers = tl.load(found + row * size + places, mask=places < size, other=_LOWEST)
-    tl.store(merged + row * KNN + tl.arange(0, KNN), tl.topk(numbers, KNN))
+def _sort(found, best, num_rows, size, KNN: tl.constexpr, PLACES: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Program (block of rows) writes the KNN best of the `size` numbers of each, best first."""
+    rows = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    is_row = (rows < num_rows)[:, None]
+    places = tl.arange(0, PLACES)[None, :]
+    numbers = tl.load(found + rows[:, None] * size + places, mask=is_row & (places < size), other=_LOWEST)
+    tl.store(best + rows[:, None] * KNN + tl.arange(0, KNN)[None, :], tl.topk(numbers, KNN), mask=is_row)
 
 
 @triton.jit
@@ -204,7 +334,7 @@ def _best_pairs(  # type: ignore[no-untyped-def]
     found += (tokens[:, None] * heads + head) * 2 * KNN
     one = tl.load(found + rank1, mask=real, other=0)
     two = tl.load(found + KNN + rank2, mask=real, other=0)
-    packed = _packed(_score_of(one) + _score_of(two), _index_of(one) * num_sub_keys + _index_of(two))
+    packed = _packed(_ordered(_score_of(one) + _score_of(two)), _index_of(one) * num_sub_keys + _index_of(two))
     best = tl.topk(tl.where(real, packed, _LOWEST), KNN)
     places = (tokens[:, None] * heads + head) * knn + tl.arange(0, KNN)[None, :]
     wanted = (tokens < num_tokens)[:, None] & (tl.arange(0, KNN) < knn)[None, :]
