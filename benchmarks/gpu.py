@@ -365,13 +365,19 @@ def _stepping(
 
 
 def training_step(run: Run) -> None:
-    """One million slots: both layers at once, in turns."""
+    """One million slots: all layers at once, in turns; AdamW's moments are bf16, ours are so too and fp32."""
     sizes = run.sizes
-    steps = {"ours": memory_step(sizes, sizes.operator), "plain": plain_step(sizes, sizes.operator)}
-    seconds = interleave(run, steps)
+    seconds = interleave(run, {
+        "fp32 moments": memory_step(sizes, sizes.operator),
+        "bf16 moments": memory_step(sizes, sizes.operator, True),
+        "plain": plain_step(sizes, sizes.operator),
+    })  # fmt: skip
     what = f"training step, {sizes.operator.num_slots:,} slots x {sizes.operator.value_width}"
-    run.add(f"{what}: ours, ms", 1000 * statistics.median(seconds["ours"]))
-    run.add(f"{what}: dense AdamW's time over ours", quotient(seconds["plain"], seconds["ours"]), at_least=5)
+    for moments in ("fp32 moments", "bf16 moments"):
+        run.add(f"{what}: ours, {moments}, ms", 1000 * statistics.median(seconds[moments]))
+    run.add(f"{what}: dense AdamW's time over ours, fp32 moments", quotient(seconds["plain"], seconds["fp32 moments"]))
+    ratio = quotient(seconds["plain"], seconds["bf16 moments"])
+    run.add(f"{what}: dense AdamW's time over ours, bf16 moments", ratio, at_least=5)
 
 
 def training_step_wide_table(run: Run) -> None:
@@ -393,15 +399,21 @@ def training_step_wide_table(run: Run) -> None:
 
 
 def layer_forward(run: Run) -> None:
-    """The layer's forward against the dense FFN it replaces."""
+    """The layer's forward against the dense FFN it replaces, and the rows it has to read against both."""
     sizes, config = run.sizes, run.sizes.operator
     memory, x = memory_of(sizes, config).eval(), randn(sizes, sizes.layer_tokens, config.bound_dim)
     with making(sizes):
         ffn = feed_forward(config.bound_dim)
+    rows = torch.empty(sizes.layer_tokens * config.heads * config.knn, config.value_width // 2,
+                       dtype=sizes.dtype, device=sizes.device)  # fmt: skip
+    halves = torch.empty_like(rows)  # copied, as many bytes are read and written as rows are read
     with torch.no_grad():
-        seconds = interleave(run, {"ours": lambda: memory(x), "ffn": lambda: ffn(x)})
+        seconds = interleave(
+            run, {"ours": lambda: memory(x), "ffn": lambda: ffn(x), "copy": lambda: halves.copy_(rows)}
+        )
     run.add("layer forward, ms", 1000 * statistics.median(seconds["ours"]))
     run.add("layer forward: ours over a dense FFN (4d)", quotient(seconds["ours"], seconds["ffn"]), at_most=1)
+    run.add("layer forward: its rows at the copy rate over a dense FFN (4d)", quotient(seconds["copy"], seconds["ffn"]))
 
 
 def feed_forward(width: int) -> nn.Sequential:

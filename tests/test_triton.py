@@ -23,10 +23,10 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import hopper
 import oracle
 from pkmem.ops import reading_log, reference
 
-HOPPERS_SHARED_BYTES = 227 << 10
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CHECKS: dict[str, Callable[[Any], None]] = {}
 
@@ -512,23 +512,34 @@ def interpreted() -> dict[str, str]:
 
 
 def compiled() -> dict[str, str]:
-    """What failed to compile for Hopper. Every launch becomes a compilation: no GPU is needed, results are garbage."""
-    import triton
-    from triton.runtime.jit import JITFunction
-
-    failures, done = {}, set()
-
-    def compile_instead(kernel: Any, *args: Any, grid: Any, warmup: bool, num_warps: int, **constants: Any) -> None:
-        try:
-            done.add(compile_for_hopper(triton, kernel, args, constants, num_warps))
-        except Exception:
-            failures[f"{kernel.__name__} {constants}"] = traceback.format_exc()
-
-    JITFunction.run = compile_instead
+    """What failed to compile for Hopper."""
     from pkmem.ops import triton as backend
     from pkmem.ops.triton import selection
 
-    selection.shared_bytes = lambda device: HOPPERS_SHARED_BYTES
+    failures, done = {}, set()
+
+    def see(kernel: Any, constants: dict[str, Any], compile_it: Callable[[], Any]) -> None:
+        try:
+            most = hopper.SHARED_BYTES
+            if kernel.__name__ == "_candidates":
+                most = selection._shared_bytes(constants["BLOCK_N"], constants["BLOCK_D"])
+            shared = compile_it().metadata.shared
+            assert shared <= most, (shared, most)
+            done.add(kernel.__name__)
+        except Exception:
+            failures[f"{kernel.__name__} {constants}"] = traceback.format_exc()
+
+    with hopper.launches(see):
+        launch_all(backend)
+    kernels = {"_best_sub_keys", "_candidates", "_sort", "_best_pairs", "_sum_queries", "_sum_rows", "_dot_rows"}
+    kernels |= {"_sum_pieces", "_write_gradients", "_sum_squares", "_adam"}
+    if kernels - done and not failures:
+        failures["never launched"] = ", ".join(sorted(kernels - done))
+    return failures
+
+
+def launch_all(backend: Any) -> None:
+    """Every operator, at sizes that take every kernel."""
     # The last case is all ones, which Triton turns into constants.
     for dtype, knn, n, width, s, half in (
         (torch.bfloat16, 2, 300, 768, 200, 16),
@@ -549,42 +560,6 @@ def compiled() -> dict[str, str]:
         backend.gradient_is_finite(reads)
         backend.row_gradient_norm(reads)
         backend.adam_rows(values, moments, moments.clone(), reads, **STEP)
-    kernels = {"_best_sub_keys", "_candidates", "_sort", "_best_pairs", "_sum_queries", "_sum_rows", "_dot_rows"}
-    kernels |= {"_sum_pieces", "_write_gradients", "_sum_squares", "_adam"}
-    if kernels - done and not failures:
-        failures["never launched"] = ", ".join(sorted(kernels - done))
-    return failures
-
-
-def compile_for_hopper(triton: Any, kernel: Any, args: tuple[Any, ...], constants: dict[str, Any], warps: int) -> str:
-    """Compiles as a launch with these arguments would, and returns the kernel's name."""
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    from pkmem.ops.triton import selection
-
-    types = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64",
-             torch.int64: "i64", torch.int32: "i32"}  # fmt: skip
-    signature, attributes = {}, {}
-    stages = {name: constants[name] for name in constants if name == "num_stages"}
-    constants = {name: constants[name] for name in constants if name != "num_stages"}
-    for place, (name, value) in enumerate(zip(kernel.arg_names, args, strict=False)):
-        if isinstance(value, Tensor):
-            signature[name] = "*" + types[value.dtype]
-        elif isinstance(value, int) and value == 1 and not name.startswith("seed"):
-            signature[name], constants = "constexpr", {**constants, name: 1}
-        else:
-            signature[name] = "i32" if isinstance(value, int) else "fp32"
-        if isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0):
-            attributes[(place,)] = [["tt.divisibility", 16]]
-    signature |= {name: "constexpr" for name in kernel.arg_names if name not in signature}
-    source = ASTSource(kernel, signature, constants, attributes)
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps, **stages})
-    assert compiled.metadata.shared <= HOPPERS_SHARED_BYTES
-    if kernel.__name__ == "_candidates":
-        promised = selection._shared_bytes(constants["BLOCK_N"], constants["BLOCK_D"])
-        assert compiled.metadata.shared <= promised, (compiled.metadata.shared, promised)
-    return str(kernel.__name__)
 
 
 def in_a_process(what: str, cache: Path, interpret: bool) -> dict[str, str]:

@@ -3,7 +3,7 @@
 Sorting is what costs, so few scores are sorted. A first kernel multiplies a block of queries with one block of sub-keys
 after another and keeps, per query half, the best score at each place of the blocks: the knn-th best of those bounds
 the knn-th best of all. It multiplies once more and writes down the few sub-keys that reach the bound, which are sorted;
-a program that finds no room for them, as with many ties, leaves its queries to a kernel that sorts every block. That
+where there is no room for all of them, as with many ties, a kernel that sorts every block takes over. That
 one also serves small sets and few tokens, for which parts of the sub-keys go to different programs. A last kernel
 looks at the pairs that can win.
 A score and its index are packed into one int64, score first and the index upside down, so that falling integers are
@@ -74,22 +74,23 @@ def _best_of_halves(query: Tensor, sub_keys: Tensor, kept: int) -> Tensor:
     if (
         query.dtype == torch.float32  # bounding multiplies twice, and has no matrix units for fp32
         or half > _WIDEST_HALF
-        or room > _SUB_KEYS  # half of the columns have to reach the bound at most, for few sub-keys to
+        or room > _SUB_KEYS  # or most columns reach the bound, and more sub-keys than there is room for
         or blocks * halves < _FEWEST_PROGRAMS
         or num_sub_keys < _FEWEST_BLOCKS * _SUB_KEYS
         or _shared_bytes(block_n, block_d) > shared_bytes(query.device)
     ):
         return _best_of_parts(query, sub_keys, kept)
     found = torch.empty(num_tokens, halves, room, dtype=torch.int64, device=query.device)
-    crowded = torch.empty(blocks, halves, dtype=torch.int32, device=query.device)
-    given = (query, sub_keys, found, crowded, num_tokens, num_sub_keys, half)
+    counts = torch.empty(num_tokens, halves, dtype=torch.int32, device=query.device)
+    given = (query, sub_keys, found, counts, num_tokens, num_sub_keys, half)
     _candidates[blocks, halves](
         *given, KNN=kept, ROOM=room, BLOCK_N=block_n, BLOCK_S=_SUB_KEYS, BLOCK_D=block_d,
         num_warps=max(4, block_n // 16), num_stages=2,
     )  # fmt: skip
-    _best_sub_keys[blocks, halves, 1](
-        *given, num_sub_keys, KNN=kept, ROOM=room, REDO=True, **_shape(block_n, half)
-    )  # fmt: skip
+    # Small programs: few are crowded, and what they take, all others have to wait for.
+    _best_sub_keys[triton.cdiv(num_tokens, 16), halves, 1](
+        *given, num_sub_keys, KNN=kept, ROOM=room, REDO=True, **_shape(16, half)
+    )
     return _sorted(found, kept)
 
 
@@ -108,16 +109,16 @@ def _best_of_parts(query: Tensor, sub_keys: Tensor, kept: int) -> Tensor:
     part_size = triton.cdiv(triton.cdiv(num_sub_keys, parts), _SUB_KEYS) * _SUB_KEYS
     found = torch.empty(num_tokens, halves, parts * kept, dtype=torch.int64, device=query.device)
     _best_sub_keys[blocks, halves, parts](
-        query, sub_keys, found, found, num_tokens, num_sub_keys, half, part_size,
+        query, sub_keys, found, None, num_tokens, num_sub_keys, half, part_size,
         KNN=kept, ROOM=kept, REDO=False, **_shape(block_n, half),
     )  # fmt: skip
     return found if parts == 1 else _sorted(found, kept)
 
 
 def _shape(block_n: int, half: int) -> dict[str, int]:
-    return {
-        "BLOCK_N": block_n, "BLOCK_S": _SUB_KEYS, "BLOCK_D": power_of_two(half, 16, 64), "num_warps": max(4, block_n // 16)
-    }  # fmt: skip
+    """How `_best_sub_keys` is launched."""
+    block_d = power_of_two(half, 16, 64)
+    return {"BLOCK_N": block_n, "BLOCK_S": _SUB_KEYS, "BLOCK_D": block_d, "num_warps": max(4, block_n // 16)}
 
 
 def _sorted(found: Tensor, kept: int) -> Tensor:
@@ -126,8 +127,9 @@ def _sorted(found: Tensor, kept: int) -> Tensor:
     best = found.new_empty(num_tokens, halves, kept)
     places = triton.next_power_of_2(size)
     block = max(1, 256 // places)
+    warps = max(1, min(4, places // 256))
     grid = (triton.cdiv(num_tokens * halves, block),)
-    _sort[grid](found, best, num_tokens * halves, size, KNN=kept, PLACES=places, BLOCK=block, num_warps=1)
+    _sort[grid](found, best, num_tokens * halves, size, KNN=kept, PLACES=places, BLOCK=block, num_warps=warps)
     return best
 
 
@@ -158,7 +160,7 @@ def _grad_sub_keys(grad_halves: Tensor, query: Tensor, sub_keys: Tensor, chosen:
     num_sub_keys, half = sub_keys.shape[2:]
     if num_tokens == 0:
         return torch.zeros_like(sub_keys)
-    block_n, block_s, block_d = 32, power_of_two(num_sub_keys, 16, 64), power_of_two(half, 16, 128)
+    block_n, block_s, block_d = 32, power_of_two(num_sub_keys, 16, 64), power_of_two(half, 16, 256)
     tiles, column_blocks = triton.cdiv(num_sub_keys, block_s), triton.cdiv(half, block_d)
     parts = _num_parts(sets * tiles * column_blocks, triton.cdiv(num_tokens, block_n))
     part_size = triton.cdiv(num_tokens, parts)
@@ -170,7 +172,7 @@ def _grad_sub_keys(grad_halves: Tensor, query: Tensor, sub_keys: Tensor, chosen:
             chosen.permute(1, 2, 0).to(torch.int32).contiguous(),  # tokens last: a load takes neighbours
             grad_halves.permute(1, 2, 0).contiguous(),
             sums, num_tokens, num_sub_keys, half, knn, part_size, column_blocks,
-            IS_BF16=is_bf16, BLOCK_N=block_n, BLOCK_S=_SUB_KEYS, BLOCK_D=block_d, num_warps=4,
+            IS_BF16=is_bf16, BLOCK_N=block_n, BLOCK_S=block_s, BLOCK_D=block_d, num_warps=4,
         )  # fmt: skip
     return sums.sum(0).to(sub_keys.dtype)
 
@@ -234,13 +236,10 @@ def _ordered_scores(left, sub_keys, keys, num_sub_keys, half, BLOCK_D: tl.conste
 
 @triton.jit
 def _candidates(  # type: ignore[no-untyped-def]
-    query, sub_keys, found, crowded, num_tokens, num_sub_keys, half,
+    query, sub_keys, found, counts, num_tokens, num_sub_keys, half,
     KNN: tl.constexpr, ROOM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Program (block of tokens, half of a head) writes the sub-keys that may be among the KNN best.
-
-    Or, where one of its tokens has more than ROOM of them, that it is crowded.
-    """
+    """Program (block of tokens, half of a head) writes the sub-keys that may be among the KNN best, and their counts."""
     tokens = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     half_head, halves = tl.program_id(1), tl.num_programs(1)
     is_token = tokens < num_tokens
@@ -270,25 +269,24 @@ def _candidates(  # type: ignore[no-untyped-def]
     rest = tl.arange(0, ROOM)[None, :]
     nothing = tl.full((BLOCK_N, ROOM), _LOWEST, tl.int64)
     tl.store(found + (rows + rest), nothing, mask=(rest >= count) & is_token[:, None])
-    most = tl.max(tl.where(is_token[:, None], count, 0.0))
-    tl.store(crowded + tl.program_id(0) * halves + half_head, (most > ROOM).to(tl.int32))
+    tl.store(counts + (tokens[:, None] * halves + half_head), count.to(tl.int32), mask=is_token[:, None])
 
 
 @triton.jit
 def _best_sub_keys(  # type: ignore[no-untyped-def]
-    query, sub_keys, found, crowded, num_tokens, num_sub_keys, half, part_size, KNN: tl.constexpr, ROOM: tl.constexpr,
+    query, sub_keys, found, counts, num_tokens, num_sub_keys, half, part_size, KNN: tl.constexpr, ROOM: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, REDO: tl.constexpr,
 ):  # fmt: skip
     """Program (block of tokens, half of a head, part of the sub-keys) writes its KNN best, best first.
 
-    With REDO only where `_candidates` was crowded.
+    With REDO only if `_candidates` counted more than ROOM for one of its tokens.
     """
     half_head, part = tl.program_id(1), tl.program_id(2)
     halves, parts = tl.num_programs(1), tl.num_programs(2)
-    if REDO and tl.load(crowded + tl.program_id(0) * halves + half_head) == 0:
-        return
     tokens = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     is_token = tokens < num_tokens
+    if REDO and tl.max(tl.load(counts + tokens * halves + half_head, mask=is_token, other=0)) <= ROOM:
+        return
     query += (tokens[:, None] * halves + half_head) * half
     sub_keys += half_head.to(tl.int64) * num_sub_keys * half
     best = tl.full((BLOCK_N, KNN), _LOWEST, tl.int64)
