@@ -395,6 +395,21 @@ class NothingWaits(TorchDispatchMode):
 
 
 @check
+def a_layer_makes_nobody_wait(backend: Any) -> None:
+    from pkmem import MemoryConfig, ProductKeyMemory
+
+    memory = ProductKeyMemory(MemoryConfig(dim=4, num_sub_keys=5, heads=2, knn=3, query_dim=6))
+    x, mask = torch.randn(7, 4, requires_grad=True), torch.arange(7) < 5
+    with NothingWaits():  # sees the layer's operators, but not into the memory's own
+        memory(x, mask).sum().backward()
+        query, sub_keys = torch.randn(7, 2, 6), memory.keys.sub_keys.detach()
+        scores, slots = backend.product_key_topk(query, sub_keys, 3)
+        backend.product_key_topk_backward(scores, query, sub_keys, slots)
+        backend.weighted_sum(memory.values.weight.detach(), slots.flatten(1), scores.flatten(1))
+        backend.weighted_sum_grad_weights(memory.values.weight.detach(), slots.flatten(1), torch.randn(7, 4))
+
+
+@check
 def a_step_of_row_adam_makes_nobody_wait(backend: Any) -> None:
     from pkmem import RowAdam
     from pkmem.memory import ValueTable
