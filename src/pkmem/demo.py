@@ -22,7 +22,7 @@ from pkmem.text import read_documents, train_tokenizer
 from pkmem.training import train
 
 NUM_LAYERS = 4
-MEMORY_LAYER = 2
+MEMORY_LAYER = 0
 LABELS = {
     "dense": f"{NUM_LAYERS} layers",
     "memory": f"{NUM_LAYERS} layers + memory",
@@ -50,8 +50,8 @@ def recipes(out: Path, data: str = "python", seed: int = 0) -> dict[str, Recipe]
     """
     base = recipe_of(yaml.safe_load((config_folder() / "laptop.yaml").read_text()))
     models: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-        "dense": ({"num_layers": NUM_LAYERS}, {"lr": 8e-3}),
-        "memory": ({"num_layers": NUM_LAYERS, "memory_layers": [MEMORY_LAYER]}, {"lr": 5e-3, "value_lr": 4e-2}),
+        "dense": ({"num_layers": NUM_LAYERS}, {"lr": 5e-3}),
+        "memory": ({"num_layers": NUM_LAYERS, "memory_layers": [MEMORY_LAYER]}, {"lr": 8e-3, "value_lr": 0.1}),
         "deep": ({"num_layers": 2 * NUM_LAYERS}, {"lr": 5e-3}),
     }
     return {
