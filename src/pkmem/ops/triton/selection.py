@@ -160,12 +160,13 @@ def _grad_sub_keys(grad_halves: Tensor, query: Tensor, sub_keys: Tensor, chosen:
     num_sub_keys, half = sub_keys.shape[2:]
     if num_tokens == 0:
         return torch.zeros_like(sub_keys)
-    block_n, block_s, block_d = 32, power_of_two(num_sub_keys, 16, 64), power_of_two(half, 16, 256)
+    is_bf16 = query.dtype == torch.bfloat16
+    block_n, block_s = 32, power_of_two(num_sub_keys, 16, 64)
+    block_d = power_of_two(half, 16, 256 if is_bf16 else 128)  # what registers hold
     tiles, column_blocks = triton.cdiv(num_sub_keys, block_s), triton.cdiv(half, block_d)
     parts = _num_parts(sets * tiles * column_blocks, triton.cdiv(num_tokens, block_n))
     part_size = triton.cdiv(num_tokens, parts)
     sums = torch.empty(parts, *sub_keys.shape, device=query.device)
-    is_bf16 = query.dtype == torch.bfloat16
     with on(query):
         _sum_queries[tiles * column_blocks, sets, parts](
             (query if is_bf16 else query.to(torch.float32)).contiguous(),
