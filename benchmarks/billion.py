@@ -23,10 +23,10 @@ from torch import nn
 import harness
 from harness import Report, peak_bytes
 from pkmem import CombinedOptimizer, MemoryConfig, RowAdam
-from pkmem.huggingface import build_model
-from pkmem.memory import tables_in
-from pkmem.optim import dense_parameters
-from pkmem.recipe import ModelConfig
+from pkmem.layer.optim import dense_parameters
+from pkmem.layer.values import tables_in
+from pkmem.lm.build import build_model
+from pkmem.lm.config import ModelConfig
 from pkmem.text import TokenBlocks, read_documents, tokenize, train_tokenizer
 
 MACHINE_GB = 24

@@ -38,9 +38,9 @@ def main() -> None:
 
 def train_seconds(backend: str, tokens: int, data: str) -> float:
     """Seconds of training alone, of the demo's model with memory."""
-    from pkmem.demo import recipes
+    from pkmem.experiments.demo import recipes
     from pkmem.ops import backends
-    from pkmem.training import train
+    from pkmem.training.run import train
 
     with tempfile.TemporaryDirectory() as folder:
         recipe = recipes(Path(folder), data)["memory"]

@@ -71,8 +71,9 @@ def main() -> None:
 
 def recipe(cell: dict[str, Any], folder: Path) -> Any:
     """The training run of a cell."""
-    from pkmem.config import MemoryConfig
-    from pkmem.recipe import ModelConfig, Recipe, TrainingConfig
+    from pkmem.layer.config import MemoryConfig
+    from pkmem.lm.config import ModelConfig
+    from pkmem.training.recipe import Recipe, TrainingConfig
 
     return Recipe(
         data=f"synthetic:facts:{cell['num_facts']}",
@@ -119,7 +120,7 @@ def step_seconds(cells: list[dict[str, Any]]) -> list[float]:
     """Median seconds of a training step of each cell's model, taken in turns on one thread."""
     import torch
 
-    from pkmem.trainer import build_optimizer
+    from pkmem.training.trainer import build_optimizer
 
     torch.set_num_threads(1)
     runs = [recipe({"num_facts": 1, "num_tokens": 1, "lr": 1e-3, **cell}, Path()) for cell in cells]
@@ -139,7 +140,7 @@ def step_seconds(cells: list[dict[str, Any]]) -> list[float]:
 
 def build(run: Any) -> Any:
     """The untrained model of a recipe."""
-    from pkmem.huggingface import build_model
+    from pkmem.lm.build import build_model
 
     return build_model(run.model, run.memory, run.model.vocab_size, 0).train()
 
@@ -148,7 +149,7 @@ def num_params(cell: dict[str, Any]) -> int:
     """All parameters of a cell's model."""
     import torch
 
-    from pkmem.evaluation import count_parameters
+    from pkmem.layer.values import count_parameters
 
     with torch.device("meta"):
         model = build(recipe({"num_facts": 1, "num_tokens": 1, "lr": 1e-3, **cell}, Path()))
@@ -157,11 +158,11 @@ def num_params(cell: dict[str, Any]) -> int:
 
 def run_cell(cell: dict[str, Any]) -> dict[str, Any]:
     """Trains one model and asks it every fact."""
-    from pkmem.facts import EXPOSURES, Facts
-    from pkmem.recall import measure_recall
-    from pkmem.saved import load_saved
+    from pkmem.lm.recall import measure_recall
     from pkmem.text import read_documents, tokenize, train_tokenizer
-    from pkmem.training import train
+    from pkmem.text.facts import EXPOSURES, Facts
+    from pkmem.training.run import train
+    from pkmem.training.saved import load_saved
 
     with tempfile.TemporaryDirectory() as folder:
         run = recipe(cell, Path(folder))

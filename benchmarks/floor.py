@@ -25,8 +25,8 @@ from numba import njit
 from torch import Tensor
 
 from harness import Timings, interleave
-from pkmem.config import MemoryConfig
-from pkmem.memory import ProductKeyMemory
+from pkmem.layer.config import MemoryConfig
+from pkmem.layer.memory import ProductKeyMemory
 from pkmem.ops.cpu.threads import run_over
 
 QUERY, SCORES, READ, READ_BACK, UPDATE = "query product", "score product", "row read", "grad_output read", "row update"

@@ -36,10 +36,10 @@ from torch import Tensor, nn
 
 from harness import RESULTS, Ratio, one_line
 from pkmem import MemoryConfig, ProductKeyMemory, RowAdam, ops
-from pkmem.environment import environment
-from pkmem.memory import QueryNetwork
-from pkmem.optim import dense_parameters
-from pkmem.state import save_json
+from pkmem.experiments.environment import environment
+from pkmem.layer.optim import dense_parameters
+from pkmem.layer.query import QueryNetwork
+from pkmem.training.files import save_json
 
 BUDGET_S = 420  # after which no part begins
 TESTS = Path(__file__).parents[1] / "tests"
@@ -234,6 +234,7 @@ def checks(run: Run) -> None:
     """The checks of the tests, with every tensor on the device; a table past 2 ** 31 elements is among them."""
     sys.path.insert(0, str(TESTS))
     import test_triton
+
     from pkmem.ops import triton as backend
 
     failed = []

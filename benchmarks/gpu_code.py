@@ -21,8 +21,8 @@ from typing import Any
 import torch
 
 from harness import RESULTS
-from pkmem.environment import environment
-from pkmem.state import save_json
+from pkmem.experiments.environment import environment
+from pkmem.training.files import save_json
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import hopper

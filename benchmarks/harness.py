@@ -24,8 +24,8 @@ from typing import Any
 
 import torch
 
-from pkmem.environment import environment
-from pkmem.state import save_json
+from pkmem.experiments.environment import environment
+from pkmem.training.files import save_json
 
 RESULTS = Path(__file__).parent / "results"
 TUNED_MALLOC = {

@@ -20,7 +20,7 @@ from floor import fastest, readers, updaters
 from harness import Options, Report, check_same, interleave
 from peers import select
 from pkmem import MemoryConfig, RowAdam, ops
-from pkmem.memory import ValueTable
+from pkmem.layer.values import ValueTable
 from pkmem.ops import cpu
 from pkmem.ops.cpu.selection import select as select_kernel
 from pkmem.ops.cpu.threads import run_over

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pkmem.memory import ProductKeyMemory
+from pkmem.layer.memory import ProductKeyMemory
 
 PLAIN, PKM, PEER, FFN = "plain torch", "product-key-memory", "PEER-pytorch", "FFN"
 NOTES = {

@@ -16,9 +16,9 @@ from torch.optim import Adam, Optimizer, SparseAdam
 from harness import check_same
 from peers import FFN, LAYERS, PEER, PKM, PLAIN, PlainMemory
 from pkmem import RowAdam
-from pkmem.config import MemoryConfig
-from pkmem.memory import ProductKeyMemory
-from pkmem.optim import dense_parameters
+from pkmem.layer.config import MemoryConfig
+from pkmem.layer.memory import ProductKeyMemory
+from pkmem.layer.optim import dense_parameters
 
 OURS, SPARSE, FUSED, FOREACH = "pkmem", "SparseAdam", "dense Adam (fused)", "dense Adam (foreach)"
 DENSE = (FUSED, FOREACH, PKM, PEER)

@@ -11,8 +11,8 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
-from pkmem.environment import environment
-from pkmem.state import save_json
+from pkmem.experiments.environment import environment
+from pkmem.training.files import save_json
 
 
 def run_missing(script: str, path: Path, document: dict[str, Any], cells: list[dict[str, Any]]) -> None:

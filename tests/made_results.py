@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from pkmem.family import Family
-from pkmem.results import Result, find_results, runs_of, save_result, save_speeds
+from pkmem.experiments.family import Family
+from pkmem.experiments.results import Result, find_results, runs_of, save_result, save_speeds
 
 HERE = {"gpu": None, "cores": 2, "processor": "P", "torch_threads": 2, "versions": {"torch": "2"}, "commit": "abc"}
 

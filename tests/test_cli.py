@@ -14,8 +14,8 @@ import pytest
 import torch
 import yaml
 
-from pkmem.checkpoint import verify_checkpoint
 from pkmem.cli import main
+from pkmem.training.checkpoint import verify_checkpoint
 from tiny import tiny
 
 pytest_plugins = "tiny"
@@ -222,7 +222,7 @@ def test_train_prints_the_summary_and_leaves_the_resolved_config(
 def test_ctrl_c_exits_with_130_and_resume_finishes_the_run(
     config: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    from test_training import assert_same_run, before_update, ctrl_c
+    from runs import assert_same_run, before_update, ctrl_c
 
     out = tmp_path / "run"
     with before_update(5, ctrl_c), pytest.raises(SystemExit) as caught:
@@ -237,7 +237,7 @@ def test_ctrl_c_exits_with_130_and_resume_finishes_the_run(
 def test_ctrl_c_anywhere_else_says_interrupted(
     run: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pkmem.saved.find_saved", lambda path: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr("pkmem.training.saved.find_saved", lambda path: signal.raise_signal(signal.SIGINT))
     with pytest.raises(SystemExit) as caught:
         main(["inspect", str(run)])
     assert caught.value.code == 130
@@ -305,7 +305,7 @@ def test_a_file_that_is_no_text_is_counted_and_the_run_goes_on(
 def test_a_full_disk_is_one_line_and_the_previous_checkpoint_is_intact(
     config: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    from test_training import before_update
+    from runs import before_update
 
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     out = tmp_path / "run"
@@ -372,7 +372,7 @@ def test_generate_is_repeatable_and_greedy_at_temperature_0(
 
 
 def test_generate_writes_as_the_model_does(run: Path, capsys: pytest.CaptureFixture) -> None:
-    from pkmem.saved import load_saved
+    from pkmem.training.saved import load_saved
 
     model, tokenizer = load_saved(run)
     tokens = tokenizer("x=1", return_tensors="pt").input_ids  # not an option, though it looks like one
@@ -433,7 +433,7 @@ def test_resuming_from_a_broken_checkpoint_is_one_line_with_the_fix(
 
 def test_the_demo_is_called_with_its_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple] = []
-    monkeypatch.setattr("pkmem.demo.demo", lambda *arguments: calls.append(arguments))
+    monkeypatch.setattr("pkmem.experiments.demo.demo", lambda *arguments: calls.append(arguments))
     main(["demo", "--out", str(tmp_path), "--data", "some", "--seed", "3", "--overwrite"])
     main(["demo"])
     assert calls == [(tmp_path, True, "some", 3), (Path("runs/demo"), False, "python", 0)]
@@ -506,7 +506,7 @@ def test_what_an_experiment_left_undone_ends_it_with_an_error(
     capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     left = {"failed": [], "elsewhere": [], "waiting": [], "unused": []}
-    monkeypatch.setattr("pkmem.experiment.experiment", lambda *_: left)
+    monkeypatch.setattr("pkmem.experiments.grid.experiment", lambda *_: left)
     assert "next: pkmem report runs/experiments" in output_of(["experiment", "size"], capsys)
     left["failed"] = ["a__b__seed0: killed", "c"]
     assert error_of(["experiment", "size"], capsys) == "2 runs have no result; run this again for a__b__seed0: killed"

@@ -1,4 +1,4 @@
-"""The house of docs: a file imports from lower floors only, and each heavy library comes in by named doors."""
+"""The house of docs: imports go down, from folder to folder and inside one, and heavy libraries come in by named doors."""
 
 import ast
 from collections.abc import Iterator
@@ -9,84 +9,34 @@ import pytest
 import pkmem
 
 PACKAGE = Path(pkmem.__file__).parent
-FLOOR = {
-    "pkmem.autoload": 0,
-    "pkmem.config": 0,
-    "pkmem.environment": 0,
-    "pkmem.facts": 0,
-    "pkmem.pages": 0,
-    "pkmem.plots": 0,
-    "pkmem.recipe": 1,
-    "pkmem.state": 1,
-    "pkmem.document": 1.1,
-    "pkmem.text.files": 1,
-    "pkmem.text.tokenizer": 1,
-    "pkmem.text.documents": 1.1,
-    "pkmem.text.tokens": 1.2,
-    "pkmem.text.blocks": 1.3,
-    "pkmem.text": 1.4,
-    "pkmem.ops.reading_log": 1.1,
-    "pkmem.ops.backends": 1.2,
-    "pkmem.ops.reference": 1.2,
-    "pkmem.ops.cpu.threads": 1.3,
-    "pkmem.ops.cpu.vectors": 1.3,
-    "pkmem.ops.cpu.bag": 1.4,
-    "pkmem.ops.cpu.rows": 1.4,
-    "pkmem.ops.cpu.selection": 1.4,
-    "pkmem.ops.cpu.decoding": 1.5,
-    "pkmem.ops.cpu.selection_backward": 1.5,
-    "pkmem.ops.cpu.compiling": 1.6,
-    "pkmem.ops.cpu": 1.7,
-    "pkmem.ops.triton.arithmetic": 1.3,
-    "pkmem.ops.triton.launch": 1.3,
-    "pkmem.ops.triton.bag": 1.4,
-    "pkmem.ops.triton.rows": 1.5,
-    "pkmem.ops.triton.selection": 1.5,
-    "pkmem.ops.triton": 1.7,
-    "pkmem.ops.registered": 1.8,
-    "pkmem.ops": 1.9,
-    "pkmem.checkpoint": 2,
-    "pkmem.family": 2,
-    "pkmem.memory": 2,
-    "pkmem.results": 3,
-    "pkmem.usage": 3,
-    "pkmem.optim": 3,
-    "pkmem.huggingface": 4,
-    "pkmem.evaluation": 4,
-    "pkmem.journal": 4.5,
-    "pkmem.inspection": 5,
-    "pkmem.saved": 5,
-    "pkmem.trainer": 4.9,
-    "pkmem.training": 5,
-    "pkmem.costs": 5,
-    "pkmem.recall": 6,
-    "pkmem.demo": 6,
-    "pkmem.experiment": 6,
-    "pkmem.claims": 5,
-    "pkmem.report": 6,
-    "pkmem.cli": 7,
-    "pkmem": 8,
+ORDER = {  # folders from the ground up, each with its files in order: a file imports from those before it
+    "text": "facts files tokenizer documents tokens blocks",
+    "ops": "reading_log reference backends",
+    "ops.cpu": "threads vectors bag rows selection selection_backward decoding compiling",
+    "ops.triton": "arithmetic launch bag rows selection",
+    "ops ": "registered",
+    "layer": "config huge_pages query keys values gate memory usage optim",
+    "lm": "config evaluation speed huggingface build recall inspection autoload",
+    "training": "recipe files checkpoint state saved journal trainer prepare run",
+    "experiments": "environment plots document family results costs claims grid report demo",
+    "": "cli",
 }
 GATES = {  # the only files that may import a library, anywhere in them
     "transformers": {
-        "pkmem.huggingface",
-        "pkmem.inspection",
-        "pkmem.journal",
-        "pkmem.saved",
-        "pkmem.trainer",
-        "pkmem.training",
-        "pkmem.costs",
-        "pkmem.demo",
+        "pkmem.lm.*",
+        "pkmem.text.tokenizer",
+        "pkmem.text.tokens",
+        "pkmem.training.*",
+        "pkmem.experiments.costs",
+        "pkmem.experiments.demo",
         "pkmem.cli",
-        "pkmem.recall",
-        "pkmem.text.*",
     },
-    "numba": {"pkmem.ops.cpu", "pkmem.ops.cpu.*"},
+    "numba": {"pkmem.ops.cpu.*"},
     "triton": {"pkmem.ops.triton", "pkmem.ops.triton.*"},
     "jsonargparse": {"pkmem.cli"},
-    "matplotlib": {"pkmem.plots"},
+    "matplotlib": {"pkmem.experiments.plots"},
 }
-BY_NAME = {"pkmem", "pkmem.autoload", "pkmem.ops.backends"}  # may import modules whose names are computed
+BY_NAME = {"pkmem", "pkmem.lm.autoload", "pkmem.ops.backends"}  # may import modules whose names are computed
 
 
 def name_of(file: Path) -> str:
@@ -123,16 +73,33 @@ def gate_holds(module: str, doors: set[str]) -> bool:
     return module in doors or any(door.endswith(".*") and module.startswith(door[:-1]) for door in doors)
 
 
-def test_every_file_has_a_floor() -> None:
-    assert set(FILES) - set(FLOOR) == set()
+def _in_order() -> list[str]:
+    """All modules from the ground up; a package stands on its files, and the package itself is a table of contents."""
+    modules = []
+    for folder, files in ORDER.items():
+        package = ".".join(part for part in ("pkmem", folder.strip()) if part)
+        modules += [f"{package}.{file}" for file in files.split()]
+        modules += [package] if package != "pkmem.ops" or folder == "ops " else []
+    return modules
+
+
+PLACE = {module: place for place, module in enumerate(_in_order())}
+
+
+def test_every_file_has_its_place() -> None:
+    assert set(FILES) == set(PLACE)
 
 
 @pytest.mark.parametrize("module", FILES)
-def test_a_file_imports_from_lower_floors_only(module) -> None:
-    # The package itself is a table of contents: nobody inside reads it, so it stands on top.
+def test_a_file_imports_from_those_below_it_only(module) -> None:
     own = {name for name in imports(module) if name.split(".")[0] == "pkmem"}
     assert own <= set(FILES)
-    assert {name for name in own if FLOOR[name] >= FLOOR[module]} == set()
+    assert {name for name in own if PLACE[name] >= PLACE[module]} == set()
+
+
+def test_text_and_operators_stand_beside_each_other() -> None:
+    floors = {folder: [m for m in FILES if m.startswith(f"pkmem.{folder}")] for folder in ("text", "ops")}
+    assert not {name for module in floors["text"] for name in imports(module)} & set(floors["ops"])
 
 
 @pytest.mark.parametrize("library", GATES)
@@ -146,12 +113,16 @@ def test_modules_imported_by_computed_name_are_in_three_files() -> None:
 
 
 def test_the_command_line_is_light_to_import() -> None:
-    heavy = top_imports("pkmem.cli") - {"pkmem.recipe", "jsonargparse"}
+    heavy = top_imports("pkmem.cli") - {"pkmem.training.recipe", "jsonargparse"}
     assert heavy <= {"__future__", "difflib", "os", "pathlib", "re", "sys", "typing"}
 
 
 def test_the_layers_below_the_command_line_stay_light() -> None:
-    outside = {name for module in ("pkmem.config", "pkmem.recipe", "pkmem.autoload") for name in imports(module)}
+    outside = {
+        name
+        for module in ("pkmem.layer.config", "pkmem.training.recipe", "pkmem.lm.autoload")
+        for name in imports(module)
+    }
     assert not {"torch", "numpy", "transformers"} & {name.split(".")[0] for name in outside}
 
 
@@ -160,7 +131,7 @@ def test_the_layers_below_the_command_line_stay_light() -> None:
     [
         ("from pkmem import ops", "pkmem.ops"),
         ("from pkmem import RowAdam", "pkmem"),
-        ("def f():\n    from pkmem.memory import tables_in", "pkmem.memory"),
+        ("def f():\n    from pkmem.layer.values import tables_in", "pkmem.layer.values"),
         ("import pkmem.cli as c", "pkmem.cli"),
         ("if True:\n    from pkmem.ops.reference import best_first", "pkmem.ops.reference"),
     ],

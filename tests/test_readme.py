@@ -9,7 +9,7 @@ import torch
 
 import pkmem
 from pkmem.cli import build_parser
-from pkmem.demo import FIGURES, LABELS
+from pkmem.experiments.demo import FIGURES, LABELS
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)

@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 import yaml
 
-from pkmem.config import MemoryConfig
-from pkmem.recipe import ModelConfig, Recipe, TrainingConfig
+from pkmem.layer.config import MemoryConfig
+from pkmem.lm.config import ModelConfig
+from pkmem.training.recipe import Recipe, TrainingConfig
 
 MODEL = ModelConfig(
     num_layers=2, width=32, num_heads=2, context_tokens=32, vocab_size=300, dropout=0.1, memory_layers=[1]
@@ -88,7 +89,7 @@ def config(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def run(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run directory of the tiny recipe, trained without interruption; not to be changed."""
-    from pkmem.training import train
+    from pkmem.training.run import train
 
     out = tmp_path_factory.mktemp("runs") / "tiny"
     train(tiny(text, out), progress=False)

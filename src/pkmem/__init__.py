@@ -19,31 +19,31 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from pkmem import autoload
-from pkmem.config import MemoryConfig
+from pkmem.layer.config import MemoryConfig
+from pkmem.lm import autoload
 
 if TYPE_CHECKING:
-    from pkmem.huggingface import add_memory as add_memory
-    from pkmem.memory import ProductKeyMemory as ProductKeyMemory
+    from pkmem.layer.memory import ProductKeyMemory as ProductKeyMemory
+    from pkmem.layer.optim import CombinedOptimizer as CombinedOptimizer
+    from pkmem.layer.optim import RowAdam as RowAdam
+    from pkmem.layer.usage import MemoryUsage as MemoryUsage
+    from pkmem.lm.huggingface import add_memory as add_memory
     from pkmem.ops import product_key_topk as product_key_topk
     from pkmem.ops import row_products as row_products
     from pkmem.ops import weighted_sum as weighted_sum
-    from pkmem.optim import CombinedOptimizer as CombinedOptimizer
-    from pkmem.optim import RowAdam as RowAdam
-    from pkmem.usage import MemoryUsage as MemoryUsage
 
 __version__ = "0.1.0"
 
 # Imported on first use: the command line answers `--help` before torch could be loaded.
 _contents = {
-    "ProductKeyMemory": "pkmem.memory",
-    "MemoryUsage": "pkmem.usage",
-    "RowAdam": "pkmem.optim",
-    "CombinedOptimizer": "pkmem.optim",
+    "ProductKeyMemory": "pkmem.layer.memory",
+    "MemoryUsage": "pkmem.layer.usage",
+    "RowAdam": "pkmem.layer.optim",
+    "CombinedOptimizer": "pkmem.layer.optim",
     "product_key_topk": "pkmem.ops",
     "row_products": "pkmem.ops",
     "weighted_sum": "pkmem.ops",
-    "add_memory": "pkmem.huggingface",
+    "add_memory": "pkmem.lm.huggingface",
 }
 __all__ = ["MemoryConfig", "__version__", *_contents]
 

@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 from jsonargparse import ActionYesNo, ArgumentParser, Namespace
 
-from pkmem.recipe import Recipe
+from pkmem.training.recipe import Recipe
 
 _ASSIGNMENT = re.compile(r"[a-z]\w*(\.\w+)*=")
 _USER_ERROR = 2
@@ -81,7 +81,7 @@ def _train_arguments(parser: ArgumentParser) -> None:
 
 
 def _train(options: Namespace) -> None:
-    from pkmem.training import train
+    from pkmem.training.run import train
 
     recipe = _recipe(options)
     summary = train(recipe, resume=options.resume, overwrite=options.overwrite)
@@ -133,11 +133,14 @@ def _eval_arguments(parser: ArgumentParser) -> None:
 def _eval(options: Namespace) -> None:
     import json
 
-    from pkmem.evaluation import count_parameters, evaluate, measure_speed
-    from pkmem.facts import SYNTHETIC, Facts
-    from pkmem.recall import measure_recall
-    from pkmem.saved import context_tokens, load_saved
+    from pkmem.layer.values import count_parameters
+    from pkmem.lm.evaluation import evaluate
+    from pkmem.lm.huggingface import context_tokens
+    from pkmem.lm.recall import measure_recall
+    from pkmem.lm.speed import measure_speed
     from pkmem.text import TokenBlocks, tokenize
+    from pkmem.text.facts import SYNTHETIC, Facts
+    from pkmem.training.saved import load_saved
 
     model, tokenizer = load_saved(Path(options.model))
     longest = context_tokens(model)
@@ -174,7 +177,8 @@ def _generate_arguments(parser: ArgumentParser) -> None:
 def _generate(options: Namespace) -> None:
     from transformers import TextStreamer, set_seed
 
-    from pkmem.saved import context_tokens, load_saved
+    from pkmem.lm.huggingface import context_tokens
+    from pkmem.training.saved import load_saved
 
     if options.max_new_tokens < 1 or options.temperature < 0 or options.top_k < 1:
         raise ValueError("max_new_tokens and top_k must be >= 1, temperature >= 0")
@@ -207,9 +211,10 @@ def _inspect_arguments(parser: ArgumentParser) -> None:
 
 
 def _inspect(options: Namespace) -> None:
-    from pkmem.inspection import describe_memories, describe_reads
-    from pkmem.saved import context_tokens, load_saved
+    from pkmem.lm.huggingface import context_tokens
+    from pkmem.lm.inspection import describe_memories, describe_reads
     from pkmem.text import TokenBlocks, tokenize
+    from pkmem.training.saved import load_saved
 
     if options.hottest < 0:
         raise ValueError(f"hottest is {options.hottest} but must be >= 0")
@@ -228,7 +233,7 @@ def _demo_arguments(parser: ArgumentParser) -> None:
 
 
 def _demo(options: Namespace) -> None:
-    from pkmem.demo import demo
+    from pkmem.experiments.demo import demo
 
     demo(Path(options.out), options.overwrite, options.data, options.seed)
 
@@ -261,8 +266,8 @@ def _experiment_arguments(parser: ArgumentParser) -> None:
 
 
 def _experiment(options: Namespace) -> None:
-    from pkmem.experiment import describe, experiment
-    from pkmem.family import load_family
+    from pkmem.experiments.family import load_family
+    from pkmem.experiments.grid import describe, experiment
 
     family = load_family(options.name, options.scale)
     if options.cells:
@@ -288,7 +293,7 @@ def _report_arguments(parser: ArgumentParser) -> None:
 
 
 def _report(options: Namespace) -> None:
-    from pkmem.report import write_report
+    from pkmem.experiments.report import write_report
 
     page = write_report([Path(folder) for folder in options.folders], Path(options.out))
     print(f"{page}\n{page.with_suffix('.md')}")

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any, Literal, get_args
 
-from pkmem.facts import SYNTHETIC, Facts
+from pkmem.text.facts import SYNTHETIC, Facts
 from pkmem.text.files import TextFile, find_files, open_bytes, open_text
 
 Split = Literal["train", "validation"]
@@ -34,7 +34,7 @@ def read_documents(data: str, split: Split, on_skip: OnSkip | None = None) -> It
         data: "python", the standard library of this Python without its tests; "python+", the same and the sources
             of torch, sympy, numpy and networkx; "hf:NAME" or "hf:NAME:CONFIG", a dataset of the Hugging Face Hub with
             a field "text", streamed; "synthetic:facts:NUM" or "synthetic:facts:NUM:SEED", that many made-up facts
-            (`pkmem.facts`); or a file, a directory (searched recursively, without hidden files) or a glob
+            (`pkmem.text.facts`); or a file, a directory (searched recursively, without hidden files) or a glob
             of .txt, .md, .py and .jsonl (a field "text" per line), each also with .gz, .bz2 or .zst.
         split: "train" or "validation". A Hub dataset's own validation split is used where it has one.
         on_skip: called with the name of what is skipped and the reason.

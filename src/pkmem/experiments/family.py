@@ -1,0 +1,286 @@
+"""An experiment family: the models of one table or figure of the paper, as a file of configs/experiments says.
+
+title: one line
+paper: table or figure it answers, or where the idea is from
+plot: {x: memory.num_sub_keys, series: memory.query_norm}   # optional: fields of a recipe
+scales:
+  laptop:
+    about: what it takes, and whether it was ever run
+    base: ../laptop.yaml          # a recipe, beside or above this file
+    trains: true                  # false: only the speed is measured
+    measures_speed: false
+    processes: 1                  # more are started by torchrun
+    machine: {name: ..., peak_tflops: ..., utilisation: ...}   # for the hours of a dry run
+    overrides: {model.num_layers: 6}
+    rates: [{training.lr: 0.004}]
+    cells:
+      4_layers: {label: 4 layers, rates: [...], model.num_layers: 4}
+      8_layers_equal_seconds: {label: ..., like: 8_layers, match_seconds_of: 4_layers}
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pkmem.training.recipe import _PARTS, Recipe, _known, recipe_of
+
+SCALES = ("laptop", "gpu", "paper")
+_RATES = ("training.lr", "training.value_lr")
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the hours of a dry run are reckoned with.
+
+    Args:
+        name: of one processor or GPU.
+        peak_tflops: its peak in the precision trained in, > 0.
+        utilisation: share of the peak that training is expected to reach, in (0, 1].
+    """
+
+    name: str
+    peak_tflops: float
+    utilisation: float
+
+    def __post_init__(self) -> None:
+        if self.peak_tflops <= 0 or not 0 < self.utilisation <= 1:
+            raise ValueError(
+                f"machine has peak_tflops {self.peak_tflops} and utilisation {self.utilisation} "
+                "but they must be > 0 and in (0, 1]"
+            )
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One model of a family.
+
+    Args:
+        name: fit for a file name.
+        label: as the report calls it.
+        overrides: fields of the recipe by dotted name.
+        rates: the learning rates to try, as overrides; with several the best of seed 0 is kept.
+        like: the cell it has its overrides and rates from.
+        match_seconds_of: train as many tokens as `like` manages in the training seconds of this cell.
+    """
+
+    name: str
+    label: str
+    overrides: dict[str, Any] = field(default_factory=dict)
+    rates: tuple[dict[str, float], ...] = ({},)
+    like: str | None = None
+    match_seconds_of: str | None = None
+
+
+@dataclass(frozen=True)
+class Run:
+    """One model to train.
+
+    Args:
+        name: of its files, CELL__RATE__seedN.
+        cell: the cell's name.
+        rate: the learning rates as a short text.
+        seed: >= 0.
+        settings: what differs from the family's base recipe, by dotted name.
+        recipe: the whole of it; `out` is not set.
+    """
+
+    name: str
+    cell: str
+    rate: str
+    seed: int
+    settings: dict[str, Any]
+    recipe: Recipe
+
+
+@dataclass(frozen=True)
+class Family:
+    """The models of one table or figure at one scale.
+
+    Args:
+        name: of the file.
+        scale: "laptop", "gpu" or "paper".
+        title: one line.
+        paper: the table or figure it answers.
+        about: what the scale takes, and whether it was ever run.
+        base: the file of the recipe that the cells override.
+        document: the content of that file, overridden by the scale.
+        overrides: those overrides by dotted name.
+        cells: by name, in order.
+        machine: for the hours of a dry run.
+        trains: False where the speed alone is measured.
+        measures_speed: measure prefill and decode of all cells, interleaved.
+        processes: of a training run, >= 1.
+        plot: fields of the recipe for the x axis and the series of a plot; may be empty.
+    """
+
+    name: str
+    scale: str
+    title: str
+    paper: str
+    about: str
+    base: Path
+    document: dict[str, Any]
+    overrides: dict[str, Any]
+    cells: dict[str, Cell]
+    machine: Machine
+    trains: bool = True
+    measures_speed: bool = False
+    processes: int = 1
+    plot: dict[str, str] = field(default_factory=dict)
+
+    def only(self, names: Iterable[str]) -> Family:
+        """The family of some of its cells, and of those they need for equal seconds; their speed is not measured.
+
+        Raises:
+            ValueError: there is no such cell; the message lists those there are. Or the family measures speeds alone.
+        """
+        if not self.trains:  # a measurement counts for the whole family, its models in turns
+            raise ValueError(f"{self.name} measures all its models in turns: leave --cells out")
+        wanted = list(names)
+        for name in wanted:
+            _known(name, list(self.cells), f"cell of {self.name}")
+            wanted += [needed for needed in (self.cells[name].like, self.cells[name].match_seconds_of) if needed]
+        cells = {name: cell for name, cell in self.cells.items() if name in wanted}
+        return replace(self, cells=cells, measures_speed=False)
+
+    def run(self, cell: Cell, rate: dict[str, float], seed: int = 0, data: str | None = None, **more: Any) -> Run:
+        """The run of a cell with one of its rates.
+
+        Args:
+            cell: of this family.
+            rate: learning rates, as overrides.
+            seed: of weights and data order.
+            data: what to learn instead of the base recipe's.
+            more: further fields of `training`.
+        """
+        settings = self.overrides | cell.overrides | rate | {"training.seed": seed}
+        settings |= {f"training.{name}": setting for name, setting in more.items()}
+        settings |= {} if data is None else {"data": data}
+        recipe = recipe_of(_overridden(self.document, settings))
+        rate_name = _rate_name(recipe)
+        return Run(f"{cell.name}__{rate_name}__seed{seed}", cell.name, rate_name, seed, settings, recipe)
+
+
+def _rate_name(recipe: Recipe) -> str:
+    values = f"_value_lr{recipe.training.value_lr:g}" if recipe.model.memory_layers else ""
+    return f"lr{recipe.training.lr:g}{values}"
+
+
+def config_folder() -> Path:
+    """The folder of the recipes: inside an installed package, beside src in a checkout."""
+    inside = Path(__file__).parents[1] / "configs"
+    return inside if inside.is_dir() else Path(__file__).parents[3] / "configs"
+
+
+def family_names() -> list[str]:
+    """The families there are."""
+    return sorted(file.stem for file in (config_folder() / "experiments").glob("*.yaml"))
+
+
+def load_family(name: str, scale: str) -> Family:
+    """A family of configs/experiments at one of its scales.
+
+    Raises:
+        ValueError: no such family or scale, or a mistake in its file; the message lists the right ones.
+    """
+    _known(name, family_names(), "experiment")
+    return read_family(config_folder() / "experiments" / f"{name}.yaml", scale)
+
+
+def read_family(file: Path, scale: str) -> Family:
+    """The family in a file, at one of its scales.
+
+    Raises:
+        ValueError: the scale is not there, or there is a mistake in the file; the message lists the right ones.
+    """
+    document = yaml.safe_load(file.read_text())
+    try:
+        _check_keys(document, ("title", "paper", "scales"), ("plot", "cells_of"))
+        _known(scale, list(document["scales"]), "scale")
+        chosen = document["scales"][scale]
+        if "cells_of" in document:  # another family's models, measured otherwise
+            chosen = (
+                yaml.safe_load((file.parent / f"{document['cells_of']}.yaml").read_text())["scales"][scale] | chosen
+            )
+        return _family(file, scale, document, chosen)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{file.name}, {scale}: {error}") from error
+
+
+def _family(file: Path, scale: str, document: dict[str, Any], chosen: dict[str, Any]) -> Family:
+    flags = ("trains", "measures_speed", "processes")
+    _check_keys(chosen, ("about", "base", "machine", "cells"), (*flags, "overrides", "rates"))
+    base = (file.parent / chosen["base"]).resolve()
+    overrides = chosen.get("overrides", {})
+    family = Family(
+        name=file.stem,
+        scale=scale,
+        title=document["title"],
+        paper=document["paper"],
+        about=chosen["about"],
+        base=base,
+        document=_overridden(yaml.safe_load(base.read_text()), overrides),
+        overrides=overrides,
+        cells=_cells(chosen["cells"], tuple(chosen.get("rates", [{}]))),
+        machine=Machine(**chosen["machine"]),
+        plot=document.get("plot", {}),
+        **{name: chosen[name] for name in flags if name in chosen},
+    )
+    for cell in family.cells.values():
+        rates = [family.run(cell, rate).rate for rate in cell.rates]
+        if len(set(rates)) < len(rates):
+            raise ValueError(f"cell {cell.name} tries the same rates twice: {', '.join(rates)}")
+    return family
+
+
+def _cells(document: dict[str, dict[str, Any]], rates: tuple[dict[str, float], ...]) -> dict[str, Cell]:
+    """The cells in order; a cell may speak of those before it."""
+    cells: dict[str, Cell] = {}
+    for name, given in document.items():
+        if not re.fullmatch(r"[a-z0-9]+(_[a-z0-9]+)*", name):
+            raise ValueError(f"cell {name!r} must be made of a-z, 0-9 and single _: it is part of file names")
+        _check_keys({key: None for key in given if "." not in key}, ("label",), ("rates", "like", "match_seconds_of"))
+        if ("like" in given) != ("match_seconds_of" in given):
+            raise ValueError(f"cell {name} must have both like and match_seconds_of, or neither")
+        for key in ("like", "match_seconds_of"):
+            if key in given:
+                _known(given[key], list(cells), f"cell before {name}")
+        model = cells.get(given.get("like", ""), Cell(name, "", rates=rates))
+        cells[name] = Cell(
+            name,
+            given["label"],
+            model.overrides | {key: setting for key, setting in given.items() if "." in key},
+            tuple(given.get("rates", model.rates)),
+            given.get("like"),
+            given.get("match_seconds_of"),
+        )
+        for rate in cells[name].rates:
+            _check_keys(rate, (), _RATES)
+    return cells
+
+
+def _overridden(document: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
+    """A recipe's nested document with fields set by dotted name."""
+    nested = {key: dict(part) if isinstance(part, dict) else part for key, part in document.items()}
+    for name, setting in overrides.items():
+        part, _, key = name.rpartition(".")
+        if part:
+            _known(part, list(_PARTS), "part of a recipe")
+            nested.setdefault(part, {})[key] = setting
+        else:
+            nested[key] = setting
+    return nested
+
+
+def _check_keys(document: dict[str, Any], required: Iterable[str], optional: Iterable[str]) -> None:
+    for key in document:
+        _known(key, [*required, *optional], "key")
+    for key in required:
+        if key not in document:
+            raise ValueError(f"{key} is missing: the keys are {', '.join([*required, *optional])}")

@@ -1,0 +1,128 @@
+"""How much of a memory is used: the paper's usage and KL, and what they hide."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pkmem.layer.memory import ProductKeyMemory, memories_in
+
+
+class MemoryUsage:
+    """Counts what a memory reads from now on, until `close()` or the end of a `with` block.
+
+    Args:
+        memory: the memory to watch.
+
+    Attributes:
+        weight_sum: (m,) fp64 softmax weight given to each slot, z' of the paper (section 4.1).
+        num_reads, num_top1: (m,) int64 reads of each slot, and reads in which it was a head's best.
+
+    Example:
+        >>> with MemoryUsage(memory) as usage:
+        ...     memory(x)
+        >>> usage.usage, usage.kl
+    """
+
+    def __init__(self, memory: ProductKeyMemory) -> None:
+        self._num_slots = memory.config.num_slots
+        self._hook = memory.keys.register_forward_hook(self._count)
+        self.reset()
+
+    def reset(self) -> None:
+        """Starts counting anew."""
+        self.weight_sum = torch.zeros(self._num_slots, dtype=torch.float64)
+        self.num_reads = torch.zeros(self._num_slots, dtype=torch.int64)
+        self.num_top1 = torch.zeros(self._num_slots, dtype=torch.int64)
+
+    def _count(self, module: nn.Module, inputs: Any, output: tuple[Tensor, Tensor]) -> None:
+        self.update(*output)
+
+    @torch.no_grad()
+    def update(self, slots: Tensor, weights: Tensor) -> None:
+        """Adds one reading: slots and weights (n, h, knn), the best of each head first."""
+        if self.weight_sum.device != slots.device:
+            for name in ("weight_sum", "num_reads", "num_top1"):
+                setattr(self, name, getattr(self, name).to(slots.device))
+        read = slots.flatten()
+        self.weight_sum += torch.bincount(read, weights.flatten().double(), self._num_slots)
+        self.num_reads += torch.bincount(read, minlength=self._num_slots)
+        self.num_top1 += torch.bincount(slots[..., 0].flatten(), minlength=self._num_slots)
+
+    @property
+    def usage(self) -> float:
+        """Share of slots with weight not zero, in [0, 1] (section 4.1)."""
+        return (self.weight_sum != 0).double().mean().item()
+
+    @property
+    def top1_usage(self) -> float:
+        """Share of slots that were some head's best, in [0, 1]: low where near-ties pad the usage."""
+        return (self.num_top1 != 0).double().mean().item()
+
+    @property
+    def dead_slots(self) -> int:
+        """Slots never read."""
+        return int((self.num_reads == 0).sum())
+
+    @property
+    def kl(self) -> float:
+        """KL divergence of the reads from uniform, log m + sum z log z, in nats; 0 is even use (section 4.1)."""
+        total = self.weight_sum.sum()
+        if total == 0:
+            return math.nan
+        z = self.weight_sum / total
+        return math.log(len(z)) + torch.special.xlogy(z, z).sum().item()
+
+    @property
+    def hottest_share(self) -> float:
+        """Share of all reads taken by the hottest 1 % of slots (at least one slot), in [0, 1]."""
+        total = int(self.num_reads.sum())
+        if total == 0:
+            return math.nan
+        num_hot = max(1, self._num_slots // 100)
+        return self.num_reads.topk(num_hot).values.sum().item() / total
+
+    def summary(self) -> dict[str, float]:
+        """usage, top1_usage, kl, dead_slots and hottest_share."""
+        names = ("usage", "top1_usage", "kl", "dead_slots", "hottest_share")
+        return {name: getattr(self, name) for name in names}
+
+    def close(self) -> None:
+        """Stops counting; the counts stay."""
+        self._hook.remove()
+
+    def __enter__(self) -> MemoryUsage:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+def usage_figures(usages: dict[str, MemoryUsage]) -> dict[str, float]:
+    """The figures of watched memories under flat names: `<memory>/usage` and so on."""
+    return {f"{name}/{key}": figure for name, usage in usages.items() for key, figure in usage.summary().items()}
+
+
+@contextlib.contextmanager
+def watching(model: nn.Module) -> Iterator[dict[str, MemoryUsage]]:
+    """Counts what each memory of a model reads inside the block, by short names: memory_0, memory_1, ..."""
+    usages = {short_name(i): MemoryUsage(memory) for i, memory in enumerate(_memories(model))}
+    try:
+        yield usages
+    finally:
+        for usage in usages.values():
+            usage.close()
+
+
+def short_name(index: int) -> str:
+    """The name of the index-th memory of a model in metrics, in order of the blocks."""
+    return f"memory_{index}"
+
+
+def _memories(model: nn.Module) -> list[ProductKeyMemory]:
+    return list(memories_in(model).values())

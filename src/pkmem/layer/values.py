@@ -1,0 +1,62 @@
+"""The values, eq. 3: slots and weights -> sums of rows of a table; and the rows of PEER's neurons."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from pkmem import ops
+from pkmem.layer.huge_pages import prefer_huge_pages
+from pkmem.ops.reading_log import ReadLog
+
+
+class ValueTable(nn.Module):
+    """The values (m, v): one row per slot, read by all heads, possibly by several memories.
+
+    Attributes:
+        weight: (m, v) the table.
+        log: None while `weight.grad` is a dense tensor; `pkmem.RowAdam` puts a reading log here.
+    """
+
+    def __init__(self, num_slots: int, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(prefer_huge_pages(torch.empty(num_slots, width)))
+        self.log: ReadLog | None = None
+        self.backend: str | None = None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Normal with standard deviation 1 / sqrt(v), as in the paper's public code."""
+        nn.init.normal_(self.weight, std=self.weight.shape[1] ** -0.5)
+
+    def forward(self, slots: Tensor, weights: Tensor) -> Tensor:
+        """Slots and weights (n, h, knn) -> sums over heads and neighbours (n, v) (eq. 3)."""
+        if self.log is not None and self.log.before_read is not None:
+            self.log.before_read(slots)
+        return ops.weighted_sum(self.weight, slots.flatten(1), weights.flatten(1), log=self.log, backend=self.backend)
+
+    def extra_repr(self) -> str:
+        return f"num_slots={self.weight.shape[0]}, width={self.weight.shape[1]}"
+
+
+class NeuronTable(ValueTable):
+    """Input weights (m, d) of experts of one neuron, one per slot: v * gelu(u x) (He 2024, PEER, eq. 2)."""
+
+    def forward(self, slots: Tensor, x: Tensor) -> Tensor:
+        """Slots (n, h, knn) and hidden states (n, d) -> their inner products (n, h, knn)."""
+        if self.log is not None and self.log.before_read is not None:
+            self.log.before_read(slots)
+        products = ops.row_products(self.weight, slots.flatten(1), x, log=self.log, backend=self.backend)
+        return products.view_as(slots)
+
+
+def tables_in(module: nn.Module) -> list[ValueTable]:
+    """The value tables of a module, a shared one once."""
+    return [part for part in module.modules() if isinstance(part, ValueTable)]
+
+
+def count_parameters(model: nn.Module) -> dict[str, int]:
+    """Parameters in the value tables (memory_params) and everywhere else (dense_params)."""
+    memory = sum(table.weight.numel() for table in tables_in(model))
+    total = sum(parameter.numel() for parameter in model.parameters())
+    return {"dense_params": total - memory, "memory_params": memory}

@@ -1,0 +1,52 @@
+"""What a language model is made of: a decoder of a Hugging Face family, and where its memories are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from pkmem.layer.config import require
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A decoder of a Hugging Face family, and the blocks of it that get a memory.
+
+    Args:
+        family: a Hugging Face model type of a decoder: gpt2, llama, qwen3, mistral, gemma, gpt_neox, ...
+        num_layers: blocks, >= 1.
+        width: hidden width d, >= 1, a multiple of num_heads.
+        num_heads: attention heads, >= 1.
+        ffn_width: hidden width of the MLPs, >= 1; None is 4 * width.
+        context_tokens: tokens of a training block and longest context, >= 2.
+        vocab_size: tokens of the byte-level BPE that is trained, >= 257.
+        dropout: of the decoder, in [0, 1).
+        memory_layers: blocks with a memory, counted from 0; empty for a dense model.
+        placement: "replace" the MLP, or "parallel" beside it.
+        share_values: one value table for all memories.
+    """
+
+    family: str = "gpt2"
+    num_layers: int = 4
+    width: int = 256
+    num_heads: int = 4
+    ffn_width: int | None = None
+    context_tokens: int = 256
+    vocab_size: int = 4096
+    dropout: float = 0.0
+    memory_layers: list[int] = field(default_factory=list)
+    placement: Literal["replace", "parallel"] = "replace"
+    share_values: bool = False
+
+    def __post_init__(self) -> None:
+        lowest = {"num_layers": 1, "width": 1, "num_heads": 1, "context_tokens": 2, "vocab_size": 257}
+        for name, low in lowest.items():
+            require(getattr(self, name) >= low, f"model.{name}", getattr(self, name), f">= {low}")
+        if self.ffn_width is not None:
+            require(self.ffn_width >= 1, "model.ffn_width", self.ffn_width, ">= 1")
+        require(0 <= self.dropout < 1, "model.dropout", self.dropout, "in [0, 1)")
+        if self.width % self.num_heads:
+            raise ValueError(
+                f"model.width is {self.width} but must be a multiple of model.num_heads = {self.num_heads}: "
+                f"try width {self.width + self.num_heads - self.width % self.num_heads}"
+            )

@@ -1,0 +1,71 @@
+"""What a language model is worth: perplexity, bits per byte, use of its memories, tokens per second."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, Subset
+from tqdm import tqdm
+
+from pkmem.layer.usage import usage_figures, watching
+
+
+def evaluate(
+    model: nn.Module,
+    blocks: Dataset,
+    bytes_per_token: float,
+    batch_sequences: int = 8,
+    max_tokens: int | None = None,
+    progress: bool = False,
+) -> dict[str, float]:
+    """Loss of a causal language model on held-out blocks, and how it uses its memories (section 4.1).
+
+    Args:
+        model: a Hugging Face causal language model; put in eval mode and back.
+        blocks: items with `input_ids` (t,); every token but a block's first is predicted.
+        bytes_per_token: bytes of the text per token, which turns nats per token into bits per byte.
+        batch_sequences: blocks evaluated at once.
+        max_tokens: the first blocks up to about this many tokens; None takes all.
+        progress: show a progress bar.
+
+    Returns:
+        loss (nats per token), perplexity, bits_per_byte, num_tokens (predicted), and per memory
+        `<memory>/usage`, `/top1_usage`, `/kl`, `/dead_slots`, `/hottest_share`.
+    """
+    if max_tokens is not None:
+        num_blocks = max(1, max_tokens // len(blocks[0]["input_ids"]))
+        blocks = Subset(blocks, range(min(num_blocks, len(blocks))))  # type: ignore[arg-type]
+    device = next(model.parameters()).device
+    total, count = 0.0, 0
+    with in_eval_mode(model), watching(model) as usages:
+        for batch in tqdm(DataLoader(blocks, batch_sequences), "evaluating", disable=not progress):
+            tokens = batch["input_ids"].to(device)
+            logits = model(input_ids=tokens, use_cache=False).logits[:, :-1].float()
+            losses = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
+            total += losses.double().sum().item()
+            count += losses.numel()
+    loss = total / count
+    result = {
+        "loss": loss,
+        "perplexity": math.exp(loss) if loss < 700 else math.inf,
+        "bits_per_byte": loss / math.log(2) / bytes_per_token,
+        "num_tokens": count,
+    }
+    return result | usage_figures(usages)
+
+
+@contextlib.contextmanager
+def in_eval_mode(model: nn.Module) -> Iterator[None]:
+    """Within the block the model is in eval mode and nothing records gradients; then it is as it was."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)

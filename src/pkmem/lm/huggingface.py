@@ -1,0 +1,305 @@
+"""A product-key memory in any Hugging Face decoder: built, saved and loaded the Hugging Face way.
+
+Where a memory goes, for every family alike: the blocks are the model's one `nn.ModuleList` with
+`num_hidden_layers` entries that each have an MLP; in a block, the attribute `mlp_name` ("mlp" in GPT-2,
+Llama, Qwen, Mistral, Gemma and GPT-NeoX) is replaced by the memory, or the memory is added beside it.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import textwrap
+from collections.abc import Iterable
+from typing import Any, Literal
+
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationMixin,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.configuration_utils import SubConfigSpec
+
+from pkmem.layer.config import MemoryConfig
+from pkmem.layer.memory import ProductKeyMemory, memories_in
+
+Placement = Literal["replace", "parallel"]
+
+
+class PkmemConfig(PreTrainedConfig):
+    """A decoder's config and where its memories are.
+
+    Args:
+        text_config: the decoder's own config.
+        memory: the fields of a `MemoryConfig`.
+        layers: blocks with a memory, counted from 0.
+        placement: "replace" the MLP, or "parallel" to it.
+        share_values: one value table for all memories.
+        mlp_name: the MLP's attribute in a block.
+    """
+
+    model_type = "pkmem"
+    sub_configs_defaults = {"text_config": SubConfigSpec(config_class=AutoConfig, model_type="gpt2")}  # noqa: RUF012
+
+    text_config: dict | PreTrainedConfig | None = None
+    memory: dict | None = None
+    layers: list[int] | None = None
+    placement: str = "replace"
+    share_values: bool = False
+    mlp_name: str = "mlp"
+    tie_word_embeddings: bool = False  # the decoder ties its own
+
+    @property
+    def vocab_size(self) -> int:
+        """The decoder's."""
+        size: int = self.get_text_config().vocab_size
+        return size
+
+
+class MemoryMLP(nn.Module):
+    """Stands where a block had its MLP: the memory alone, or the MLP's output plus the memory's."""
+
+    def __init__(self, memory: ProductKeyMemory, mlp: nn.Module | None = None) -> None:
+        super().__init__()
+        self.memory = memory
+        self.mlp = mlp
+        self.mask: Tensor | None = None
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """(..., d) -> (..., d), and beside an MLP that returns more, such as router scores, those too."""
+        out: Tensor = self.memory(hidden_states, self.mask)
+        if self.mlp is None:
+            return out
+        mlps = self.mlp(hidden_states, *args, **kwargs)
+        return (out + mlps[0], *mlps[1:]) if isinstance(mlps, tuple) else out + mlps
+
+
+class PkmemForCausalLM(PreTrainedModel, GenerationMixin):
+    """A Hugging Face decoder with product-key memories; made by `add_memory` or loaded.
+
+    Args:
+        config: the decoder's config and where its memories are.
+        base: the decoder to edit; None builds it anew from `config.text_config`.
+
+    Attributes:
+        base: the decoder, a Hugging Face model of its own family.
+    """
+
+    config_class = PkmemConfig
+    base_model_prefix = "base"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    def __init__(self, config: PkmemConfig, base: PreTrainedModel | None = None) -> None:
+        super().__init__(config)
+        self.base = AutoModelForCausalLM.from_config(config.text_config) if base is None else base
+        self._tied_weights_keys = _insert_memories(self.base, config)
+        self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """Loads what `save_pretrained` wrote; reads safetensors only, and no incomplete file.
+
+        Raises:
+            ValueError: weights are missing from the file.
+        """
+        wants_info = kwargs.pop("output_loading_info", False)
+        kwargs["use_safetensors"] = True
+        model, info = super().from_pretrained(*args, **kwargs, output_loading_info=True)
+        if info["missing_keys"]:
+            missing = sorted(info["missing_keys"])
+            raise ValueError(
+                f"the checkpoint lacks {len(missing)} weights, {missing[0]} among them: "
+                "it is broken or of another model; save it again with save_pretrained"
+            )
+        return (model, info) if wants_info else model
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """What the decoder's forward takes and returns."""
+        if self.training:
+            mask = attention_mask if attention_mask is not None and attention_mask.dim() == 2 else None
+            for mlp in self.memory_mlps():
+                mlp.mask = None if mask is None else mask.bool()
+        return self.base(input_ids=input_ids, attention_mask=attention_mask, labels=labels, **kwargs)
+
+    def memory_mlps(self) -> list[MemoryMLP]:
+        """The modules that hold a memory, by block."""
+        return [module for module in self.base.modules() if isinstance(module, MemoryMLP)]
+
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """The decoder's own."""
+        inputs: dict[str, Any] = self.base.prepare_inputs_for_generation(*args, **kwargs)
+        return inputs
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The decoder's own."""
+        return self.base.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Sets the decoder's own."""
+        self.base.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        """The decoder's own."""
+        return self.base.get_output_embeddings()
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        """Sets the decoder's own."""
+        self.base.set_output_embeddings(new_embeddings)
+
+
+def add_memory(
+    model: PreTrainedModel,
+    layers: Iterable[int],
+    config: MemoryConfig | None = None,
+    placement: Placement = "replace",
+    *,
+    share_values: bool = False,
+    mlp_name: str = "mlp",
+) -> PkmemForCausalLM:
+    """Puts product-key memories into a Hugging Face decoder (Lample et al. 2019, section 3.3).
+
+    The model given is edited, and its replaced MLPs are gone; use the one returned, which saves, loads,
+    generates and trains like any other.
+
+    Args:
+        model: a causal language model with an MLP per block.
+        layers: blocks that get a memory, counted from 0 (the paper counts from 1).
+        config: the memories' shape and options; the width is the model's.
+        placement: "replace" the MLP as in the paper, or "parallel" beside it.
+        share_values: let all memories read one value table, as in Memory+.
+        mlp_name: the name of the MLP in a block, for families that do not call it "mlp".
+
+    Raises:
+        ValueError: a layer is out of range or named twice, the width or the model does not fit, no block with
+            such an MLP is found, or the MLP to replace takes or returns more than hidden states.
+    """
+    if isinstance(model, PkmemForCausalLM):
+        raise ValueError("the model has memories already: name all layers in one add_memory call")
+    text_config = model.config.get_text_config(decoder=True)
+    config = (config or MemoryConfig()).bound_to(text_config.hidden_size)
+    wrapped = PkmemConfig(
+        text_config=text_config,
+        memory=config.to_dict(),
+        layers=list(layers),
+        placement=placement,
+        share_values=share_values,
+        mlp_name=mlp_name,
+        dtype=text_config.dtype,
+        attn_implementation=model.config._attn_implementation,  # or the decoder would lose its own, as the next
+        experts_implementation={"text_config": getattr(text_config, "_experts_implementation", None)},
+    )
+    made = PkmemForCausalLM(wrapped, base=model)
+    if getattr(model, "generation_config", None) is not None:
+        made.generation_config = model.generation_config
+    return made.train(model.training)
+
+
+def find_blocks(model: PreTrainedModel, mlp_name: str = "mlp") -> nn.ModuleList:
+    """The decoder's blocks: its one list of `num_hidden_layers` modules that each have an MLP.
+
+    Raises:
+        ValueError: there is none; the message names what the blocks do have.
+    """
+    num_layers = model.config.get_text_config(decoder=True).num_hidden_layers
+    lists = [part for part in model.modules() if isinstance(part, nn.ModuleList) and len(part) == num_layers]
+    for blocks in lists:
+        if all(isinstance(getattr(block, mlp_name, None), nn.Module) for block in blocks):
+            return blocks
+    children = [name for name, _ in lists[0][0].named_children()] if lists and num_layers else []
+    raise ValueError(
+        f"{type(model).__name__} has no block with an MLP called {mlp_name!r}"
+        + (f": its blocks have {', '.join(children)}; name the MLP with mlp_name=..." if children else "")
+    )
+
+
+def context_tokens(model: PreTrainedModel) -> int:
+    """The longest context a model takes, by its config; 1024 where that names none."""
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return longest or 1024
+
+
+def _insert_memories(model: PreTrainedModel, config: PkmemConfig) -> dict[str, str]:
+    """Edits the decoder; returns the tied weights (name -> name it repeats) of shared tables."""
+    if config.placement not in ("replace", "parallel"):
+        raise ValueError(f"placement is {config.placement!r} but must be 'replace' or 'parallel'")
+    blocks = find_blocks(model, config.mlp_name)
+    layers = _checked_layers(config.layers or [], len(blocks))
+    memory_config = MemoryConfig.from_dict(config.memory or {})
+    if memory_config.output_dim != memory_config.bound_dim:
+        raise ValueError(
+            f"value_dim is {memory_config.value_dim} but the block needs the model's width "
+            f"{memory_config.bound_dim}: leave value_dim out, or set gate=True"
+        )
+    if config.placement == "replace":
+        for layer in layers:
+            _require_replaceable(getattr(blocks[layer], config.mlp_name))
+    shared = None
+    for layer in layers:
+        old = getattr(blocks[layer], config.mlp_name)
+        like = next(old.parameters())
+        memory = ProductKeyMemory(memory_config, values=shared).to(device=like.device, dtype=like.dtype)
+        if config.share_values:
+            shared = memory.values
+        for module in memory.modules():  # drawn already: not to be drawn again by the decoder's own rule
+            module._is_hf_initialized = True  # type: ignore[assignment]
+        mlp = MemoryMLP(memory, old if config.placement == "parallel" else None)
+        setattr(blocks[layer], config.mlp_name, mlp.train(model.training))
+    names = [f"base.{name}.values.weight" for name in memories_in(model)]
+    return dict.fromkeys(names[1:], names[0]) if config.share_values else {}
+
+
+def _require_replaceable(mlp: nn.Module) -> None:
+    """Refuses an MLP that takes or returns more than hidden states.
+
+    BLOOM's is handed the residual, which the block would lose; GPT-OSS's returns router scores, and the block would
+    take a memory's output apart, silently in a batch of two.
+    """
+    inputs = [p.name for p in inspect.signature(mlp.forward).parameters.values() if p.default is p.empty]
+    if len(inputs) > 1:
+        raise ValueError(
+            f"{type(mlp).__name__} takes {', '.join(inputs)}, a memory hidden states alone: use placement='parallel'"
+        )
+    outputs = _tuple_returned(type(mlp))
+    if outputs:
+        raise ValueError(
+            f"{type(mlp).__name__} ends with `{outputs}`, a memory returns hidden states alone: use placement='parallel'"
+        )
+
+
+def _tuple_returned(kind: type[nn.Module]) -> str | None:
+    """The statement by which a module's forward returns several values; None where there is none, or no source."""
+    try:
+        source = textwrap.dedent(inspect.getsource(kind.forward))
+    except OSError:  # typed into an interpreter, or installed without source
+        return None
+    returns = (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Return))
+    return next((ast.unparse(node) for node in returns if isinstance(node.value, ast.Tuple)), None)
+
+
+def _checked_layers(layers: list[int], num_layers: int) -> list[int]:
+    for layer in layers:
+        if not 0 <= layer < num_layers:
+            raise ValueError(f"layer {layer} is outside [0, {num_layers}): layers are counted from 0")
+    twice = [layer for layer in layers if layers.count(layer) > 1]
+    if twice:
+        raise ValueError(f"layer {twice[0]} is named twice in layers={layers}")
+    if not layers:
+        raise ValueError("layers is empty: name at least one block, counted from 0")
+    return sorted(layers)
+
+
+AutoConfig.register(PkmemConfig.model_type, PkmemConfig, exist_ok=True)
+AutoModelForCausalLM.register(PkmemConfig, PkmemForCausalLM, exist_ok=True)

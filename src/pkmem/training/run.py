@@ -1,0 +1,209 @@
+"""One training run: a recipe in, a run directory out, on Hugging Face's Trainer.
+
+RUN/config.yaml       the recipe
+RUN/tokenizer/        the byte-level BPE, also inside every model folder
+RUN/metrics.jsonl     what was measured, a record a line; the same in RUN/tensorboard/
+RUN/checkpoints/      step-N: model, optimizer, schedule, random states; complete or not there
+RUN/model/            the trained model, for `from_pretrained`
+RUN/summary.json      held-out figures of the trained model
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+from collections.abc import Callable
+from datetime import timedelta
+from types import FrameType
+from typing import Any, TypeVar
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, reduce
+from torch.utils.data import Dataset
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+    set_seed,
+)
+
+from pkmem.layer.usage import watching
+from pkmem.layer.values import count_parameters, tables_in
+from pkmem.lm.build import build_model
+from pkmem.lm.evaluation import evaluate
+from pkmem.ops import prepare
+from pkmem.text import TokenBlocks, TokenFile
+from pkmem.training.files import save_json
+from pkmem.training.journal import Journal
+from pkmem.training.prepare import (
+    make_run_directory,
+    prepare_run,
+    say,
+)
+from pkmem.training.recipe import Recipe
+from pkmem.training.trainer import MemoryTrainer, save_model
+
+_LONGEST_WAIT = timedelta(days=1)  # for the process that reads the text, evaluates or saves
+
+T = TypeVar("T")
+
+
+def train(recipe: Recipe, resume: bool = False, overwrite: bool = False, progress: bool = True) -> dict[str, Any]:
+    """Trains one model and leaves everything about it in `recipe.out`.
+
+    Ctrl-C or SIGTERM ends the run after the update in progress with a checkpoint; a second one ends it at once.
+
+    Several processes (torchrun) share the batch of each update; the first one does alone what is not training, and
+    they all see the run directory and the token cache. A run may be resumed on another number of them.
+
+    Args:
+        recipe: the run; when resuming, the one it was started with.
+        resume: continue from the newest checkpoint, to the same losses, bit for bit on as many threads, as if never
+            interrupted.
+        overwrite: replace the run directory if there is one.
+        progress: show progress bars and say what is done, on stderr.
+
+    Returns:
+        the content of RUN/summary.json.
+
+    Raises:
+        ValueError: the data, the recipe or the run directory cannot be used; the message names the fix.
+        NonFiniteLossError: the loss became NaN or infinite.
+        KeyboardInterrupt: ended by Ctrl-C or SIGTERM, with a checkpoint.
+    """
+    processes = PartialState(cpu=not torch.accelerator.is_available(), timeout=_LONGEST_WAIT)
+    sequences = sequences_per_process(recipe, processes.num_processes)
+    progress = progress and processes.is_main_process
+    tokenizer, train_file, held_out_file, checkpoint = _by_first_process(
+        lambda: prepare_run(recipe, resume, overwrite, progress)
+    )
+    blocks = TokenBlocks(
+        train_file,
+        recipe.model.context_tokens,
+        recipe.training.num_steps * recipe.training.batch_tokens // recipe.model.context_tokens,
+        recipe.training.seed,
+    )
+    held_out = TokenBlocks(held_out_file, recipe.model.context_tokens)
+    set_seed(recipe.training.seed)
+    model = build_model(recipe.model, recipe.memory, len(tokenizer), tokenizer.eos_token_id)
+    if processes.is_main_process and not resume:
+        make_run_directory(recipe, tokenizer)
+    with watching(model) as usages:
+        journal = Journal(recipe, progress, held_out, train_file.bytes_per_token, held_out_file.bytes_per_token, usages)
+        trainer = MemoryTrainer(recipe, sequences, model, blocks, tokenizer, journal)
+        stop = _StopWhenAsked(loud=processes.is_main_process)
+        trainer.add_callback(stop)
+        for table in tables_in(model):
+            prepare(table.weight.device, table.weight.dtype)
+        with contextlib.closing(journal), stop:
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    if stop.stopped:
+        raise KeyboardInterrupt(f"stopped at step {trainer.state.global_step}; continue with --resume")
+    return _by_first_process(lambda: _finish(recipe, model, tokenizer, held_out, held_out_file, journal, progress))
+
+
+def sequences_per_process(recipe: Recipe, num_processes: int) -> int:
+    """Sequences of one backward pass in each of several processes, which share `recipe.micro_batch_sequences`.
+
+    Args:
+        recipe: the run.
+        num_processes: processes that train it together, >= 1.
+
+    Returns:
+        sequences, at least 1.
+
+    Raises:
+        ValueError: the processes cannot share the batch evenly, or each would update its own table of values.
+    """
+    if num_processes > 1 and recipe.training.value_grad == "rows" and recipe.model.memory_layers:
+        raise ValueError(
+            f"training.value_grad is 'rows' but there are {num_processes} processes, "
+            "each of which would update its own table: set training.value_grad=dense"
+        )
+    sequences, rest = divmod(recipe.micro_batch_sequences, num_processes)
+    if rest:
+        unit = recipe.model.context_tokens * recipe.training.micro_batches * num_processes
+        near = max(1, round(recipe.training.batch_tokens / unit)) * unit
+        raise ValueError(
+            f"training.batch_tokens is {recipe.training.batch_tokens} but must be a multiple of context_tokens * "
+            f"micro_batches * {num_processes} processes = {unit}: try {near}, or another number of processes"
+        )
+    return sequences
+
+
+def _by_first_process(work: Callable[[], T]) -> T:
+    """What `work` returns or raises, in all processes; the first one does it while the others wait."""
+    outcome: list[Any] = [None]
+    if PartialState().is_main_process:
+        try:
+            outcome[0] = work()
+        except Exception as error:
+            outcome[0] = error
+    broadcast_object_list(outcome)
+    if isinstance(outcome[0], Exception):
+        raise outcome[0]
+    result: T = outcome[0]
+    return result
+
+
+def _finish(
+    recipe: Recipe,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    held_out: Dataset,
+    held_out_file: TokenFile,
+    journal: Journal,
+    progress: bool,
+) -> dict[str, Any]:
+    """Evaluates and saves the trained model; returns the summary."""
+    train_tokens = recipe.training.num_steps * recipe.training.batch_tokens
+    summary = {
+        **count_parameters(model),
+        **evaluate(model, held_out, held_out_file.bytes_per_token, progress=progress),
+        "train_tokens": train_tokens,
+        "train_seconds": journal.seconds,
+        "train_tokens_per_s": train_tokens / journal.seconds,
+    }
+    save_model(recipe.out / "model", model, tokenizer)
+    save_json(recipe.out / "summary.json", summary)
+    return summary
+
+
+# Ctrl-C ------------------------------------------------------------------------------------------------
+
+
+class _StopWhenAsked(TrainerCallback):
+    """Inside a `with` block, Ctrl-C or SIGTERM ends training after the update in progress, with a checkpoint.
+
+    The second of a kind ends it at once. A signal may reach one process in an update and another in the next: they
+    agree, so that all stop after the same one.
+    """
+
+    def __init__(self, loud: bool) -> None:
+        self._loud = loud
+        self._asked = False
+        self._previous: dict[int, Callable[..., Any] | int | None] = {}
+        self.stopped = False
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.stopped = bool(reduce(torch.tensor(float(self._asked), device=args.device), "sum"))
+        if self.stopped:
+            control.should_save = control.should_training_stop = True
+
+    def __enter__(self) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            with contextlib.suppress(ValueError):  # not the main thread: signals never come here
+                self._previous[number] = signal.signal(number, self._ask)
+
+    def _ask(self, signum: int, frame: FrameType | None) -> None:
+        self._asked = True
+        signal.signal(signum, signal.default_int_handler)
+        say(self._loud, "stopping after this update, with a checkpoint; Ctrl-C again stops at once")
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)

@@ -1,0 +1,159 @@
+"""Hugging Face's Trainer for models with memories: Adam everywhere, by rows where a table is read."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object, reduce
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments, get_scheduler
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import PrinterCallback
+
+from pkmem.layer.optim import CombinedOptimizer, RowAdam, dense_parameters
+from pkmem.layer.values import tables_in
+from pkmem.training.checkpoint import save_checkpoint
+from pkmem.training.files import load_json, save_json
+from pkmem.training.journal import Journal
+from pkmem.training.recipe import Recipe, TrainingConfig
+from pkmem.training.state import load_state, rng_state, save_state, set_rng_state
+
+
+class NonFiniteLossError(ValueError):
+    """The loss became NaN or infinite; nothing was updated with it."""
+
+
+def build_optimizer(model: nn.Module, config: TrainingConfig) -> CombinedOptimizer:
+    """AdamW for everything but the values, and for the values RowAdam or a dense Adam."""
+    betas = (0.9, config.beta2)
+    dense = dense_parameters(model)
+    groups = [
+        {"params": [p for p in dense if p.dim() > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in dense if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+    parts: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=config.lr, betas=betas, fused=True)]
+    if tables := tables_in(model):
+        if config.value_grad == "rows":
+            parts.append(RowAdam(tables, lr=config.value_lr, betas=betas))
+        else:
+            weights = [table.weight for table in tables]
+            parts.append(torch.optim.AdamW(weights, lr=config.value_lr, betas=betas, weight_decay=0.0, fused=True))
+    return CombinedOptimizer(*parts)
+
+
+def build_schedule(optimizer: CombinedOptimizer, config: TrainingConfig) -> torch.optim.lr_scheduler.LRScheduler:
+    """The learning-rate schedule, over all parts or all but the values (`config.value_schedule`)."""
+    scheduled = optimizer if config.value_schedule == "same" else optimizer.optimizers[0]
+    warmup_steps = math.ceil(config.warmup_share * config.num_steps)
+    return get_scheduler(config.schedule, scheduled, warmup_steps, config.num_steps)
+
+
+class MemoryTrainer(Trainer):
+    """Hugging Face's Trainer with row-wise values and checkpoints that are complete, verified and free of pickle."""
+
+    optimizer: Any  # accelerate wraps it on the way
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        batch_sequences: int,
+        model: PreTrainedModel,
+        blocks: Dataset,
+        tokenizer: PreTrainedTokenizerBase,
+        journal: Journal,
+    ) -> None:
+        self.recipe, self.journal, self.saved_tokenizer = recipe, journal, tokenizer
+        config, processes = recipe.training, PartialState()
+        arguments = TrainingArguments(
+            output_dir=str(recipe.out),
+            max_steps=config.num_steps,
+            per_device_train_batch_size=batch_sequences,
+            gradient_accumulation_steps=config.micro_batches,
+            max_grad_norm=config.max_norm,
+            bf16=config.precision == "bf16",
+            use_cpu=not torch.accelerator.is_available(),  # or bf16 is refused
+            seed=config.seed + processes.process_index,  # of dropout; the weights are drawn
+            ddp_find_unused_parameters=config.value_grad == "rows",  # where values have no gradient for DDP to wait for
+            train_sampling_strategy="sequential",  # TokenBlocks shuffles, the same way after a resume
+            logging_strategy="no",
+            save_strategy="steps",
+            save_steps=config.checkpoint_every_steps,
+            logging_nan_inf_filter=False,
+            report_to="none",
+            dataloader_pin_memory=torch.cuda.is_available(),
+            disable_tqdm=True,
+        )
+        arguments._n_gpu = min(1, arguments.n_gpu)  # several GPUs in one process would be DataParallel: use torchrun
+        super().__init__(
+            model, arguments, train_dataset=blocks, callbacks=[journal] if processes.is_main_process else []
+        )
+        self.remove_callback(PrinterCallback)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """AdamW and RowAdam as one, see `build_optimizer`."""
+        if self.optimizer is None:
+            self.optimizer = build_optimizer(self.model, self.recipe.training)
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """See `build_schedule`."""
+        combined = getattr(self.optimizer, "optimizer", self.optimizer)  # accelerate wraps it
+        self.lr_scheduler = build_schedule(combined, self.recipe.training)
+        return self.lr_scheduler
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """One backward pass; returns the loss, the mean over all processes.
+
+        Raises:
+            NonFiniteLossError: in all processes, before anything is updated.
+        """
+        loss: Tensor = reduce(super().training_step(model, inputs, num_items_in_batch), "mean")
+        if not torch.isfinite(loss):
+            raise NonFiniteLossError(
+                f"the loss is {loss.item()} at step {self.state.global_step + 1}; nothing was updated with it: "
+                "start a new --out with a lower training.lr or training.value_lr"
+            )
+        self.journal.add_loss(loss.item())
+        return loss
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        random = gather_object([rng_state()])  # of each process
+        if self.args.should_save:
+            save_checkpoint(self.recipe.out, self.state.global_step, lambda folder: self._write(folder, random))
+        self.accelerator.wait_for_everyone()  # who ends now may have all others killed
+
+    def _write(self, folder: Path, random: list[dict[str, Any]]) -> None:
+        save_model(folder, self.model, self.saved_tokenizer)
+        save_state(folder / "optimizer", self.optimizer.state_dict())
+        save_state(folder / "schedule", self.lr_scheduler.state_dict())
+        for index, state in enumerate(random):
+            save_state(_random_file(folder, index), state)
+        save_json(folder / "journal.json", self.journal.state())
+        self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            self.optimizer.load_state_dict(load_state(Path(checkpoint) / "optimizer"))
+            self.lr_scheduler.load_state_dict(load_state(Path(checkpoint) / "schedule"))
+            self.journal.load_state(load_json(Path(checkpoint) / "journal.json"))
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            file = _random_file(Path(checkpoint), self.args.process_index)
+            if file.with_suffix(".json").exists():  # or this process is more than there were: as it was seeded
+                set_rng_state(load_state(file))
+
+
+def _random_file(checkpoint: Path, process_index: int) -> Path:
+    return checkpoint / (f"random-{process_index}" if process_index else "random")
+
+
+def save_model(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Writes what `from_pretrained` reads: the model, and its tokenizer beside it."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

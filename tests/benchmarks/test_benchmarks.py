@@ -1,0 +1,91 @@
+"""Every benchmark runs at tiny sizes and leaves its table, its figures and where they were measured."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).parents[2] / "benchmarks"
+LINES = {
+    "operators": ["selection, s 16: torch / ours", "bag, width 16: pure read / ours"],
+    "layer_forward": ["width 16, s 16, 32 tokens: ours / floor"],
+    "training_step": ["width 16, s 16, 32 tokens: SparseAdam / ours", "width 16, s 16, 32 tokens: ours / floor"],
+    "growth": ["256 slots: ours / floor", "s 32 over s 8: growth of ours / growth of the floor"],
+    "peak_memory": ["width 16, s 16: pkmem: peak RSS, GB"],
+    "demo_backends": ["demo's memory model, seconds of training: reference / numba kernels"],
+    "billion": ["loss, last 1 steps", "peak RSS, GB"],
+}
+TUNED_MALLOC = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "99999999999", "MALLOC_TOP_PAD_": "67108864"}
+STARTS_AGAIN = "operators"  # the one that must set the variables itself
+
+
+def run(name: str, out: Path) -> subprocess.CompletedProcess:
+    environ = {variable: value for variable, value in os.environ.items() if variable not in TUNED_MALLOC}
+    if name != STARTS_AGAIN:
+        environ |= TUNED_MALLOC
+    command = [sys.executable, str(FOLDER / f"{name}.py"), "--smoke", "--threads", "1", "--out", str(out)]
+    return subprocess.run(command, env=environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("name", LINES)
+def test_a_benchmark_runs_and_leaves_its_figures(name, tmp_path) -> None:
+    finished = run(name, tmp_path)
+    assert finished.returncode == 0, finished.stderr
+    table = (tmp_path / f"{name}.md").read_text()
+    assert table.strip() == finished.stdout.strip()
+    document = json.loads((tmp_path / f"{name}.json").read_text())
+    assert document["name"] == name
+    assert document["smoke"] is True
+    assert document["environment"]["versions"]["torch"]
+    assert document["malloc"] == TUNED_MALLOC
+    by_name = {line["what"]: line for line in document["lines"]}
+    assert set(LINES[name]) <= set(by_name)
+    for line in by_name.values():
+        assert 0 <= line["low"] <= line["median"] <= line["high"]
+        assert line["met"] is None  # tiny sizes meet or miss nothing
+    assert document["seconds_not_to_be_quoted"]
+    assert (tmp_path / "growth.png").exists() == (name == "growth")
+
+
+def test_a_wrong_result_is_not_timed(monkeypatch) -> None:
+    import torch
+
+    monkeypatch.syspath_prepend(str(FOLDER))
+    from harness import check_same
+
+    right = torch.randn(1000, 10)
+    check_same("x", right + 1e-6, right)
+    with pytest.raises(ArithmeticError, match="not worth timing"):
+        check_same("x", right * 1.01, right)
+    with pytest.raises(ArithmeticError, match="not worth timing"):
+        check_same("x", right * float("nan"), right)
+
+
+def test_contenders_take_turns_and_one_that_fails_is_named(monkeypatch) -> None:
+    monkeypatch.syspath_prepend(str(FOLDER))
+    import harness
+
+    monkeypatch.setattr(harness, "SECONDS_PER_SAMPLE", 0)
+    order: list[str] = []
+
+    def fail() -> None:
+        raise RuntimeError("no such thing")
+
+    contenders = {"a": lambda: order.append("a"), "b": lambda: order.append("b"), "c": fail}
+    timings = harness.interleave(contenders, 2)
+    assert order == ["a", "a", "b", "b", "a", "b", "b", "a"]  # a warm-up of two calls each, then the turns
+    assert timings.failed == {"c": "RuntimeError: no such thing"}
+
+
+def test_ratios_are_taken_within_a_turn(monkeypatch) -> None:
+    monkeypatch.syspath_prepend(str(FOLDER))
+    from harness import Timings
+
+    timings = Timings({"slow": [2.0, 20.0, 200.0], "fast": [1.0, 10.0, 100.0]})
+    assert (timings.ratio("slow", "fast").low, timings.ratio("slow", "fast").high) == (2, 2)
+    assert timings.fastest(["slow", "fast", "absent"]) == "fast"
+    total = timings.with_sum("both", {"slow": 2, "fast": 1})
+    assert total.seconds["both"] == [5, 50, 500]

@@ -1,0 +1,32 @@
+"""What the Triton kernels compile to for a Hopper GPU, without one."""
+
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+FILE = Path(__file__).parents[2] / "benchmarks" / "gpu_code.py"
+
+
+@pytest.mark.skipif(not find_spec("triton"), reason="Triton is not installed")
+def test_nothing_is_spilled_and_bounding_beats_sorting(tmp_path: Path) -> None:
+    environ = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, str(FILE), "--out", str(tmp_path)]
+    environ |= {"OMP_NUM_THREADS": "1", "TRITON_CACHE_DIR": str(tmp_path / "cache")}
+    finished = subprocess.run(command, env=environ, capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stdout.strip() == (tmp_path / "gpu_code.md").read_text().strip()
+    kernels = json.loads((tmp_path / "gpu_code.json").read_text())["kernels"]
+    assert len(kernels) > 10
+    for kernel in kernels:
+        assert kernel["spilled_bytes"] == 0, kernel
+        assert kernel["resident_warps"] >= kernel["warps"], kernel
+    bounding = next(kernel for kernel in kernels if kernel["kernel"].startswith("_candidates"))
+    sorting = next(kernel for kernel in kernels if "REDO False" in kernel["kernel"])
+    # Loops per warp and round of 64 sub-keys; a warp has as many queries in both.
+    assert bounding["warps"] / 128 == sorting["warps"] / 64
+    assert 2 * sum(bounding["loops"]) < max(sorting["loops"])

@@ -1,0 +1,368 @@
+"""RowAdam's options: moments and tables in bf16, and `lazy=False`, which equals a dense Adam."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from pkmem import MemoryConfig, ProductKeyMemory, RowAdam
+from pkmem.layer.values import ValueTable
+from pkmem.ops import backend_module, reference
+from pkmem.ops.reading_log import sort_reads
+
+ADAM: dict[str, Any] = {"lr": 1e-2, "betas": (0.9, 0.98), "eps": 1e-8}
+
+
+def table_of(num_slots: int, width: int, dtype: torch.dtype = torch.float32, backend: str | None = None) -> ValueTable:
+    table = ValueTable(num_slots, width).to(dtype)
+    table.backend = backend
+    return table
+
+
+def read(table: ValueTable, slots: Tensor, seed: int) -> None:
+    """A forward and backward pass over slots (n, 1, k)."""
+    random = torch.Generator().manual_seed(seed)
+    weights, back = torch.rand(slots.shape, generator=random), torch.randn(len(slots), table.weight.shape[1])
+    table(slots, weights.to(table.weight.dtype)).backward(back.to(table.weight.dtype))
+
+
+def tensors_of(optimizer: RowAdam, weight: Tensor) -> list[Tensor]:
+    return [weight.detach(), optimizer.state[weight]["exp_avg"], optimizer.state[weight]["exp_avg_sq"]]
+
+
+def assert_same_bits(one: list[Tensor], other: list[Tensor]) -> None:
+    for first, second in zip(one, other, strict=True):
+        assert first.dtype == second.dtype
+        assert torch.equal(first, second)
+
+
+# --- lazy=False -------------------------------------------------------------------------------------------
+
+
+class Pair:
+    """A table under RowAdam(lazy=False), and the same values under torch.optim.Adam with a dense gradient."""
+
+    def __init__(self, table: ValueTable, **adam: Any) -> None:
+        self.table, self.dense = table, nn.Parameter(table.weight.detach().clone())
+        self.ours, self.theirs = RowAdam(table, lazy=False, **adam), torch.optim.Adam([self.dense], **adam)
+
+    def read(self, slots: Tensor) -> None:
+        """Both read the same and regress to a target that depends on what they read."""
+        weights = torch.rand(slots.shape, dtype=self.dense.dtype)
+        target = torch.randn(len(slots), self.dense.shape[1], dtype=self.dense.dtype)
+        ours = self.table(slots, weights)
+        theirs = (self.dense[slots] * weights[..., None]).sum((1, 2))
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)  # up to date when read
+        for output in (ours, theirs):
+            (output - target).square().sum().backward()
+
+    def step(self, lr: float) -> None:
+        if self.dense.grad is None:
+            self.dense.grad = torch.zeros_like(self.dense)
+        for optimizer in (self.ours, self.theirs):
+            optimizer.param_groups[0]["lr"] = lr
+            optimizer.step()
+        self.dense.grad.zero_()
+
+    def assert_equal(self, tolerance: float) -> None:
+        self.ours.catch_up()
+        state = self.theirs.state[self.dense]
+        for ours, theirs in zip(
+            tensors_of(self.ours, self.table.weight), (self.dense, state["exp_avg"], state["exp_avg_sq"]), strict=True
+        ):
+            torch.testing.assert_close(ours, theirs.detach(), rtol=tolerance, atol=tolerance)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    reads_of_steps=st.lists(st.lists(st.lists(st.integers(0, 6), min_size=1, max_size=4), max_size=2), max_size=12),
+    lrs=st.lists(st.sampled_from([1e-3, 1e-2, 0.3]), min_size=12, max_size=12),
+    betas=st.sampled_from([(0.9, 0.98), (0.0, 0.9), (0.5, 0.0), (0.9, 0.2)]),
+)
+def test_not_lazy_is_dense_adam_on_any_reads_and_rates(backend, reads_of_steps, lrs, betas) -> None:
+    pair = Pair(table_of(7, 3, torch.float64, backend), **(ADAM | {"betas": betas}))
+    for passes, lr in zip(reads_of_steps, lrs, strict=False):
+        for slots in passes:
+            pair.read(torch.tensor(slots).view(-1, 1, 1))
+        pair.step(lr)
+    if reads_of_steps:
+        pair.assert_equal(1e-9)
+
+
+def test_not_lazy_is_dense_adam_over_many_steps_and_a_schedule(backend) -> None:
+    pair = Pair(table_of(40, 4, backend=backend), **ADAM)
+    for step in range(530):  # most rows miss more steps than are replayed
+        if step % 10 == 0:
+            pair.read(torch.randint(40 if step < 50 or step > 510 else 8, (8, 1, 2)))
+        pair.step(1e-2 * 0.5 ** (step / 200) * (0.5 + step % 3))
+    pair.assert_equal(1e-6)
+
+
+def test_catching_up_in_many_chunks_is_the_same(monkeypatch) -> None:
+    tables = []
+    for chunk_bytes in (1 << 20, 64):
+        monkeypatch.setattr(reference, "_CHUNK_BYTES", chunk_bytes)
+        torch.manual_seed(0)
+        pair = Pair(table_of(40, 4, torch.float64, "reference"), **ADAM)
+        for _ in range(9):
+            pair.read(torch.randint(40, (5, 1, 2)))
+            pair.step(0.1)
+        pair.assert_equal(1e-11)
+        tables.append(tensors_of(pair.ours, pair.table.weight))
+    torch.testing.assert_close(*tables, rtol=0, atol=1e-14)
+
+
+def test_layers_that_share_a_table_may_catch_up_between_forward_and_backward(backend) -> None:
+    pair = Pair(table_of(9, 3, torch.float64, backend), **ADAM)
+    pair.read(torch.arange(9).view(9, 1, 1))
+    for _ in range(3):
+        pair.step(0.1)
+    first = pair.table(torch.tensor([[[1]]]), torch.ones(1, 1, 1).double())
+    second = pair.table(torch.tensor([[[2]]]), torch.ones(1, 1, 1).double())  # moves row 2, not yet row 3
+    (first * second).sum().backward()
+    (pair.dense[1] * pair.dense[2]).sum().backward()
+    pair.step(0.1)
+    pair.assert_equal(1e-11)
+
+
+def test_its_state_is_dense_adams_and_it_goes_on_from_either(backend) -> None:
+    pair = Pair(table_of(9, 3, torch.float64, backend), **ADAM)
+    for seed in range(4):
+        pair.read(torch.randint(9, (3, 1, 2), generator=torch.Generator().manual_seed(seed)))
+        pair.step(0.1)
+    saved = pair.ours.state_dict()  # catches up
+    torch.testing.assert_close(pair.table.weight, pair.dense, rtol=0, atol=1e-12)
+    assert saved["state"][0].keys() == pair.theirs.state_dict()["state"][0].keys()
+    for state in (saved, pair.theirs.state_dict()):
+        resumed = Pair(copy.deepcopy(pair.table), **ADAM)
+        resumed.ours.load_state_dict(copy.deepcopy(state))
+        resumed.theirs.load_state_dict(copy.deepcopy(pair.theirs.state_dict()))
+        for _ in range(3):
+            resumed.step(0.1)
+        resumed.read(torch.tensor([[[4]], [[5]]]))
+        resumed.step(0.1)
+        resumed.assert_equal(1e-11)
+
+
+def test_a_lazy_successor_on_the_same_table_does_not_catch_up() -> None:
+    table = table_of(9, 3)
+    RowAdam(table, lazy=False)
+    assert table.log.before_read is not None
+    RowAdam(table)
+    assert table.log.before_read is None
+    assert copy.deepcopy(table).log.before_read is None
+
+
+def test_not_lazy_compiles_around_the_read_and_refuses_one_graph() -> None:
+    pair = Pair(table_of(9, 3), **ADAM)
+    pair.read(torch.arange(9).view(9, 1, 1))
+    for _ in range(3):
+        pair.step(0.1)
+    slots, weights = torch.tensor([[[4, 5]]]), torch.ones(1, 1, 2)
+    with pytest.raises(Exception, match="_catching_up_as_not_lazy"):
+        torch.compile(pair.table, backend="eager", fullgraph=True)(slots, weights)
+    torch._dynamo.reset()
+    read = torch.compile(pair.table, backend="eager")(slots, weights)
+    torch.testing.assert_close(read, pair.dense[4:6].sum(0, keepdim=True), rtol=0, atol=1e-6)
+
+
+# --- bf16 -------------------------------------------------------------------------------------------------
+
+
+def mean_squared_error(table: ValueTable, target: Tensor) -> float:
+    return (table.weight.float() - target).square().mean().item()
+
+
+def test_a_bf16_table_learns_at_a_rate_that_rounding_to_nearest_would_lose(backend) -> None:
+    start = torch.rand(20, 16, generator=torch.Generator().manual_seed(0)) + 1
+    target = start + 0.02 * torch.randn(20, 16, generator=torch.Generator().manual_seed(1)).sign()
+    errors = {}
+    for kind in ("fp32", "random", "nearest"):
+        table = table_of(20, 16, torch.bfloat16 if kind == "random" else torch.float32, backend)
+        table.weight.data.copy_(start.bfloat16())
+        optimizer = RowAdam(table, lr=1e-4, moment_dtype=torch.bfloat16 if kind == "random" else None)
+        errors[kind, "before"] = mean_squared_error(table, target)
+        slots, weights = torch.arange(20).view(20, 1, 1), torch.ones(20, 1, 1)
+        for _ in range(60):
+            (table(slots, weights.to(table.weight.dtype)).float() - target).square().sum().backward()
+            optimizer.step()
+            if kind == "nearest":
+                table.weight.data.copy_(table.weight.bfloat16())
+        errors[kind, "after"] = mean_squared_error(table, target)
+    assert errors["nearest", "after"] == errors["nearest", "before"]
+    gained = {kind: errors[kind, "before"] - errors[kind, "after"] for kind in ("fp32", "random")}
+    assert gained["fp32"] > 0.4 * errors["fp32", "before"]
+    assert gained["random"] > 0.6 * gained["fp32"]
+
+
+@pytest.mark.parametrize("lazy", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bf16_training_resumes_bitwise(backend, dtype, lazy) -> None:
+    options = {"moment_dtype": torch.bfloat16, "seed": 5, "lazy": lazy}
+    table = table_of(30, 8, dtype, backend)
+    optimizer = RowAdam(table, **options)
+    for seed in range(3):
+        read(table, torch.randint(30, (6, 1, 3), generator=torch.Generator().manual_seed(seed)), seed)
+        optimizer.step()
+    saved = copy.deepcopy(optimizer.state_dict())
+    resumed = copy.deepcopy(table)
+    other = RowAdam(resumed, **options)
+    other.load_state_dict(saved)
+    for seed in range(3, 6):
+        for part in (table, resumed):
+            torch.manual_seed(seed)
+            read(part, torch.randint(30, (6, 1, 3), generator=torch.Generator().manual_seed(seed)), seed)
+        optimizer.step()
+        other.step()
+    ours = tensors_of(optimizer, table.weight)
+    assert [tensor.dtype for tensor in ours] == [dtype, torch.bfloat16, torch.bfloat16]
+    assert_same_bits(ours, tensors_of(other, resumed.weight))
+
+
+def test_bf16_training_has_the_same_bits_for_any_number_of_threads(backend) -> None:
+    before, results = torch.get_num_threads(), []
+    slots = torch.randint(2000, (400, 1, 8), generator=torch.Generator().manual_seed(0))
+    start = torch.randn(2000, 256, generator=torch.Generator().manual_seed(1)).bfloat16()
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            table = table_of(2000, 256, torch.bfloat16, backend)
+            table.weight.data.copy_(start)
+            optimizer = RowAdam(table, moment_dtype=torch.bfloat16, seed=3)
+            for seed in range(2):
+                torch.manual_seed(seed)
+                read(table, slots, seed)
+                optimizer.step()
+            results.append(tensors_of(optimizer, table.weight))
+    finally:
+        torch.set_num_threads(before)
+    assert_same_bits(*results)
+
+
+def test_the_seed_chooses_the_bits(backend) -> None:
+    results = []
+    for seed in (0, 0, 1):
+        table = table_of(30, 64, torch.bfloat16, backend)
+        table.weight.data.fill_(1)
+        optimizer = RowAdam(table, seed=seed)
+        table(torch.arange(30).view(30, 1, 1), torch.ones(30, 1, 1).bfloat16()).sum().backward()
+        optimizer.step()
+        results.append(table.weight.detach())
+    assert torch.equal(results[0], results[1])
+    assert not torch.equal(results[0], results[2])
+
+
+def one_exact_step(backend: str, rows: Tensor, seed: int, step: int) -> list[Tensor]:
+    """A step whose arithmetic every backend rounds alike: only the random bits can differ."""
+    grad_output = torch.randn(500, 96, generator=torch.Generator().manual_seed(0))[rows]
+    reads = sort_reads([rows[:, None]], [torch.ones(len(rows), 1)], [grad_output])
+    moments = [torch.zeros(500, 96, dtype=torch.bfloat16) for _ in range(2)]
+    backend_module(backend).adam_rows(
+        torch.zeros(500, 96), *moments, reads, lr=1.0, betas=(0.5, 0.5), eps=1e-8, step=step, scale=1.0, seed=seed
+    )
+    values = torch.ones(500, 96, dtype=torch.bfloat16)
+    ones = sort_reads([rows[:, None]], [torch.ones(len(rows), 1)], [torch.ones(len(rows), 96)])
+    backend_module(backend).adam_rows(
+        values, torch.zeros(500, 96), torch.zeros(500, 96), ones,
+        lr=1e-4, betas=(0.0, 0.0), eps=1e-30, step=step, scale=1.0, seed=seed,
+    )  # fmt: skip
+    return [values, *moments]
+
+
+@pytest.mark.parametrize(("seed", "step"), [(0, 1), ((7 << 32) + 5, 3), (1 << 31, (1 << 31) + 9)])
+def test_random_rounding_is_the_same_in_every_backend_and_for_whatever_else_was_read(backend, seed, step) -> None:
+    everything = one_exact_step("reference", torch.arange(500), seed, step)
+    few = torch.tensor([499, 3, 250])
+    for ours, theirs in zip(one_exact_step(backend, few, seed, step), everything, strict=True):
+        assert torch.equal(ours[few], theirs[few])
+    assert_same_bits(one_exact_step(backend, torch.arange(500), seed, step), everything)
+    assert 0 < (everything[0] < 1).float().mean() < 0.1
+
+
+def test_bf16_rounds_at_random_without_bias_and_keeps_what_is_not_finite(backend) -> None:
+    values, *moments = one_exact_step(backend, torch.arange(500), 1, 1)
+    chance = 1e-4 * 2**8
+    assert abs((values < 1).double().mean() - chance) < 4 * (chance / values.numel()) ** 0.5
+    exact = 0.5 * torch.randn(500, 96, generator=torch.Generator().manual_seed(0))
+    error = (moments[0].float() - exact) / exact
+    assert error.abs().max() < 2**-7
+    assert abs(error.mean()) < 4 * 2**-7 / error.numel() ** 0.5
+    for number in (torch.inf, -torch.inf, torch.nan):
+        table = torch.full((1, 3), number, dtype=torch.bfloat16)
+        reads = sort_reads([torch.zeros(1, 1).long()], [torch.ones(1, 1)], [torch.ones(1, 3)])
+        backend_module(backend).adam_rows(table, torch.zeros(1, 3), torch.zeros(1, 3), reads, **ADAM, step=1, scale=1.0)
+        assert torch.equal(
+            table.float().nan_to_num(7.0, 8.0, 9.0), torch.full((1, 3), number).nan_to_num(7.0, 8.0, 9.0)
+        )
+
+
+def test_bf16_moments_decay_where_rounding_to_nearest_would_keep_them(backend) -> None:
+    table = table_of(40, 25, backend=backend)
+    optimizer = RowAdam(table, betas=(0.9, 0.999), moment_dtype=torch.bfloat16)
+    slots = torch.arange(40).view(40, 1, 1)
+    table(slots, torch.ones(40, 1, 1)).sum().backward()
+    optimizer.step()
+    start = optimizer.state[table.weight]["exp_avg_sq"].float().mean()
+    for _ in range(60):
+        table(slots, torch.zeros(40, 1, 1)).sum().backward()
+        optimizer.step()
+    assert optimizer.state[table.weight]["exp_avg_sq"].float().mean() / start == pytest.approx(0.999**60, rel=0.005)
+
+
+@pytest.mark.parametrize(
+    ("saved", "wanted", "dtype"),
+    [
+        (torch.bfloat16, torch.bfloat16, torch.bfloat16),
+        (None, torch.bfloat16, torch.bfloat16),
+        (torch.bfloat16, None, torch.float32),
+    ],
+)
+def test_loaded_moments_have_the_optimizers_dtype(saved, wanted, dtype) -> None:
+    table = table_of(9, 4, torch.float16)
+    optimizer = RowAdam(table, moment_dtype=saved)
+    read(table, torch.arange(9).view(9, 1, 1), 0)
+    optimizer.step()
+    other = RowAdam(table, moment_dtype=wanted)
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert [tensor.dtype for tensor in tensors_of(other, table.weight)[1:]] == [dtype, dtype]
+    read(table, torch.arange(9).view(9, 1, 1), 1)
+    other.step()
+    assert [tensor.dtype for tensor in tensors_of(other, table.weight)[1:]] == [dtype, dtype]
+
+
+# --- the rest ---------------------------------------------------------------------------------------------
+
+
+def test_a_gradient_that_overflows_though_nothing_read_does_changes_nothing(backend) -> None:
+    memory = ProductKeyMemory(MemoryConfig(dim=4, num_sub_keys=3, knn=2, query_dim=2, query_norm="none"))
+    table = memory.values
+    table.backend = backend
+    optimizer = RowAdam(memory)
+    before = table.weight.detach().clone()
+    table(torch.tensor([[[1]]]), torch.full((1, 1, 1), 1e30)).backward(torch.full((1, 4), 1e30))
+    optimizer.step()
+    assert optimizer.num_skipped == 1
+    assert torch.equal(table.weight, before)
+    table(torch.tensor([[[1]]]), torch.full((1, 1, 1), 1e30)).backward(torch.full((1, 4), 1e8))  # finite, only just
+    optimizer.step()
+    assert optimizer.num_skipped == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"moment_dtype": torch.float16}, "moment_dtype is torch.float16 but must be None, torch.float32 or"),
+        ({"seed": -1}, "seed is -1 but must be >= 0"),
+    ],
+)
+def test_an_option_outside_its_range_is_named(options, message) -> None:
+    table = table_of(9, 4)
+    with pytest.raises(ValueError, match=message):
+        RowAdam(table, **options)
+    assert table.log is None

@@ -1,0 +1,346 @@
+"""Checkpoints: complete and verified or not there; what is broken, half-written or unsafe is refused."""
+
+import errno
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from pkmem.training.checkpoint import latest_checkpoint, refuse_pickles, save_checkpoint, verify_checkpoint
+from pkmem.training.files import CheckpointError, load_json, save_json
+from pkmem.training.state import save_state
+
+# Run in a subprocess: writers that get half way, then wait to be killed or meet the limit on file size.
+WRITER = """
+import resource, sys, time
+from pathlib import Path
+import torch
+from pkmem.training.checkpoint import save_checkpoint
+from pkmem.training.files import CheckpointError
+from pkmem.training.state import save_state
+
+def wait(folder):
+    save_state(folder / "half", {"x": torch.ones(1000)})
+    print("half way", flush=True)
+    time.sleep(60)
+
+def plain(folder):
+    (folder / "big").write_bytes(bytes(1 << 20))
+
+def safetensors(folder):
+    save_state(folder / "big", torch.ones(1 << 18))
+
+if "limit" in sys.argv:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, 1 << 16))
+for write in (plain, safetensors) if "limit" in sys.argv else (wait,):
+    try:
+        save_checkpoint(Path(sys.argv[1]), 3, write)
+    except CheckpointError as error:
+        print(error)
+"""
+
+
+def write_small(folder: Path) -> None:
+    (folder / "sub" / "deep").mkdir(parents=True)
+    (folder / "sub" / "deep" / "b.bin").write_bytes(bytes(range(256)))
+    (folder / "empty").touch()
+    save_state(folder / "state", {"step": 3, "x": torch.arange(5.0)})
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+# --- folders ------------------------------------------------------------------------------------------------
+
+
+def test_save_verify_latest_and_pruning(tmp_path: Path) -> None:
+    run = tmp_path / "deep" / "run"
+    assert latest_checkpoint(run) is None
+    for step in (0, 5, 9, 10, 100):
+        path = save_checkpoint(run, step, write_small)
+        assert path == run / "checkpoints" / f"step-{step}" == latest_checkpoint(run)
+        verify_checkpoint(path)
+    assert names(run / "checkpoints") == {"step-10", "step-100"}
+    manifest = load_json(path / "manifest.json")
+    assert set(manifest) == {"empty", "sub/deep/b.bin", "state.json", "state.safetensors"}
+    assert manifest["sub/deep/b.bin"]["size"] == 256
+    save_checkpoint(run, 50, write_small, keep=1)  # after a step back: the later one is not its business
+    assert names(run / "checkpoints") == {"step-50", "step-100"}
+    for step, keep in ((-1, 1), (1, 0)):
+        with pytest.raises(ValueError, match="keep"):
+            save_checkpoint(run, step, write_small, keep=keep)
+
+
+def test_latest_ignores_what_is_not_complete(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path, 2, write_small)
+    for name in ("step-9.tmp", "step-8", "step-x", "best"):
+        (tmp_path / "checkpoints" / name).mkdir()
+    (tmp_path / "checkpoints" / "step-9.tmp" / "manifest.json").touch()
+    latest = latest_checkpoint(tmp_path)
+    assert latest is not None
+    assert latest.name == "step-2"
+    save_checkpoint(tmp_path, 3, write_small)
+    assert names(tmp_path / "checkpoints") == {"step-2", "step-3", "step-8", "step-x", "best"}
+
+
+def test_a_step_saved_again_is_replaced(tmp_path: Path) -> None:
+    path = save_checkpoint(tmp_path, 1, write_small)
+    assert save_checkpoint(tmp_path, 1, lambda folder: save_json(folder / "new.json", 2)) == path
+    verify_checkpoint(path)
+    assert names(path) == {"new.json", "manifest.json"}
+    assert names(tmp_path / "checkpoints") == {"step-1"}
+
+
+@pytest.mark.parametrize("renames", [1, 2])
+def test_interrupted_while_replacing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, renames: int) -> None:
+    path, rename, done = save_checkpoint(tmp_path, 1, write_small), Path.rename, []
+
+    def interrupted(self: Path, target: Path) -> Path:
+        done.append(self.name)
+        if len(done) == renames:
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        save_checkpoint(tmp_path, 1, lambda folder: save_json(folder / "new.json", 2))
+    verify_checkpoint(path)
+    assert (path / "empty").exists()
+    assert names(tmp_path / "checkpoints") == {"step-1"}
+
+
+def test_killed_while_replacing(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path, 1, write_small)
+    path = save_checkpoint(tmp_path, 2, write_small)
+    old = path.rename(path.with_name("step-2.old"))
+    shutil.copytree(old, path.with_name("step-2.tmp"))
+    assert latest_checkpoint(tmp_path) == old
+    verify_checkpoint(old)
+    save_checkpoint(tmp_path, 3, write_small)
+    assert names(tmp_path / "checkpoints") == {"step-2", "step-3"}
+    path = path.with_name("step-3")
+    shutil.copytree(path, path.with_name("step-3.old"))  # killed one rename later
+    assert latest_checkpoint(tmp_path) == path
+    save_checkpoint(tmp_path, 4, write_small, keep=3)
+    assert names(tmp_path / "checkpoints") == {"step-2", "step-3", "step-4"}
+
+
+def all_files(path: Path) -> list[Path]:
+    return [file for file in sorted(path.rglob("*")) if file.is_file()]
+
+
+def test_truncation_and_flipped_bits_are_detected(tmp_path: Path) -> None:
+    path = save_checkpoint(tmp_path, 1, write_small)
+    assert len(all_files(path)) == 5
+    for file in all_files(path):
+        whole = file.read_bytes()
+        lengths = {0, 1, len(whole) // 2, len(whole) - 2}  # -2: the manifest may lose its newline
+        for size in (size for size in lengths if 0 <= size < len(whole)):
+            file.write_bytes(whole[:size])
+            with pytest.raises(CheckpointError, match=file.name) as caught:
+                verify_checkpoint(path)
+            assert "\n" not in str(caught.value)
+        positions = range(len(whole)) if file.name == "manifest.json" else range(0, len(whole), 37)
+        for position in positions:
+            flipped = bytearray(whole)
+            flipped[position] ^= 1 << position % 8
+            file.write_bytes(flipped)
+            with pytest.raises(CheckpointError, match=re_name(path)):
+                verify_checkpoint(path)
+        file.write_bytes(whole + b"\0")
+        with pytest.raises(CheckpointError):
+            verify_checkpoint(path)
+        file.write_bytes(whole)
+        verify_checkpoint(path)
+
+
+def re_name(path: Path) -> str:
+    return str(path).replace(".", r"\.")
+
+
+def test_missing_and_extra_files_are_detected(tmp_path: Path) -> None:
+    path = save_checkpoint(tmp_path, 1, write_small)
+    for file in all_files(path):
+        moved = file.rename(tmp_path / "moved")
+        with pytest.raises(CheckpointError, match=f"{file.name}: (missing|No such file)"):
+            verify_checkpoint(path)
+        moved.rename(file)
+    for name in ("extra", ".hidden", "sub/extra", "sub/manifest.json"):
+        (path / name).touch()
+        with pytest.raises(CheckpointError, match=f"{name}: not in the manifest"):
+            verify_checkpoint(path)
+        (path / name).unlink()
+    (path / "sub" / "deep" / "b.bin").rename(tmp_path / "b.bin")
+    (path / "sub" / "deep" / "b.bin").symlink_to(tmp_path / "b.bin")
+    with pytest.raises(CheckpointError, match=r"b\.bin: a link"):
+        verify_checkpoint(path)
+    with pytest.raises(CheckpointError, match="manifest"):
+        verify_checkpoint(tmp_path / "absent")
+    for document in ([], {"empty": 0}, {"../outside": {"size": 0}}):
+        save_json(path / "manifest.json", document)
+        with pytest.raises(CheckpointError):
+            verify_checkpoint(path)
+
+
+def test_write_must_not_make_a_manifest_or_links(tmp_path: Path) -> None:
+    for write in (
+        lambda folder: save_json(folder / "manifest.json", {}),
+        lambda folder: (folder / "link").symlink_to(tmp_path),
+    ):
+        with pytest.raises(CheckpointError, match=r"manifest\.json|link"):
+            save_checkpoint(tmp_path, 1, write)
+        assert not names(tmp_path / "checkpoints")
+
+
+# --- failures while writing ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("boom"), PermissionError(errno.EACCES, "no")])
+def test_a_failed_write_leaves_no_trace(tmp_path: Path, error: BaseException) -> None:
+    def write(folder: Path) -> None:
+        write_small(folder)
+        raise error
+
+    path = save_checkpoint(tmp_path, 1, write_small)
+    for step in (1, 2):
+        with pytest.raises(type(error)) as caught:
+            save_checkpoint(tmp_path, step, write, keep=1)
+        assert caught.value is error
+        verify_checkpoint(path)
+        assert names(tmp_path / "checkpoints") == {"step-1"}
+
+
+def test_disk_full(tmp_path: Path) -> None:
+    def write(folder: Path) -> None:
+        write_small(folder)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(CheckpointError, match=r"no space left.*no checkpoint exists"):
+        save_checkpoint(tmp_path, 1, write)
+    path = save_checkpoint(tmp_path, 1, write_small)
+    with pytest.raises(CheckpointError, match=r"no space left.*the previous checkpoint step-1 is intact") as caught:
+        save_checkpoint(tmp_path, 2, write, keep=1)
+    assert "\n" not in str(caught.value)
+    verify_checkpoint(path)
+    assert names(tmp_path / "checkpoints") == {"step-1"}
+
+
+def test_disk_really_full(tmp_path: Path) -> None:
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(tmp_path)]
+    if not shutil.which("mount") or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("needs the right to mount a tmpfs")
+    try:
+        path = save_checkpoint(tmp_path, 1, write_small)
+        # Fails inside safetensors, in plain Python, and only when the manifest is written.
+        for write in (
+            lambda folder: save_state(folder / "state", torch.ones(1 << 20)),
+            lambda folder: save_file({"x": torch.ones(1 << 20)}, folder / "x.safetensors"),
+            lambda folder: (folder / "x").write_bytes(bytes(1 << 22)),
+            fill,
+        ):
+            with pytest.raises(CheckpointError, match=r"no space left.*the previous checkpoint step-1 is intact"):
+                save_checkpoint(tmp_path, 2, write, keep=1)
+            verify_checkpoint(path)
+            assert names(tmp_path / "checkpoints") == {"step-1"}
+        save_checkpoint(tmp_path, 2, write_small)
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+def fill(folder: Path) -> None:
+    """To the last page."""
+    with (folder / "x").open("wb", buffering=0) as stream:
+        try:
+            while stream.write(bytes(4096)):
+                pass
+        except OSError:
+            pass
+
+
+def test_file_size_limit_in_another_process(tmp_path: Path) -> None:
+    path = save_checkpoint(tmp_path, 1, write_small)
+    command = [sys.executable, "-c", WRITER, str(tmp_path), "limit"]
+    result = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    plain, safetensors = result.stdout.splitlines()
+    for line in (plain, safetensors):
+        assert "no space left" in line
+        assert "the previous checkpoint step-1 is intact" in line
+    verify_checkpoint(path)
+    assert names(tmp_path / "checkpoints") == {"step-1"}
+
+
+def test_kill_in_the_middle_of_a_write(tmp_path: Path) -> None:
+    path = save_checkpoint(tmp_path, 1, write_small)
+    command = [sys.executable, "-c", WRITER, str(tmp_path), "kill"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "half way\n"
+        os.kill(process.pid, signal.SIGKILL)
+    assert names(tmp_path / "checkpoints") == {"step-1", "step-3.tmp"}
+    assert latest_checkpoint(tmp_path) == path
+    verify_checkpoint(path)
+    verify_checkpoint(save_checkpoint(tmp_path, 3, write_small))
+    assert names(tmp_path / "checkpoints") == {"step-1", "step-3"}
+
+
+# --- pickles ------------------------------------------------------------------------------------------------
+
+
+def pickles(folder: Path) -> dict[str, Path]:
+    """One file per way to hide a pickle, each alone in a folder."""
+    found = {}
+
+    def make(name: str) -> Path:
+        found[name] = folder / str(len(found)) / name
+        found[name].parent.mkdir(parents=True)
+        return found[name]
+
+    for ending in ("bin", "pt", "pth", "pkl", "pickle", "ckpt", "BIN"):
+        make(f"model.{ending}").write_bytes(b"anything")
+    torch.save({"x": torch.zeros(2)}, make("weights"))
+    torch.save({"x": torch.zeros(2)}, make("legacy"), _use_new_zipfile_serialization=False)
+    torch.save({"x": torch.zeros(2)}, make("disguised.safetensors"))
+    for protocol in (2, 3, 4, 5):
+        make(f"protocol{protocol}.safetensors").write_bytes(pickle.dumps([1, 2], protocol))
+    make("brace").write_bytes(b"\x80\x02\x00\x00\x00\x00\x00\x00{")
+    np.save(make("objects.npy"), np.array([None, {}], dtype=object))
+    np.save(make("fields.npy"), np.zeros(1, dtype=[("a", "i4"), ("b", object)]))
+    return found
+
+
+def test_pickles_are_refused(tmp_path: Path) -> None:
+    for name, file in pickles(tmp_path).items():
+        for path in (file.parent, file):
+            with pytest.raises(CheckpointError, match=f"{name}: a pickle.*model.save_pretrained"):
+                refuse_pickles(path)
+        save_file({"x": torch.zeros(2)}, file.with_name("model.safetensors"))
+        refuse_pickles(file.parent)
+
+
+def test_no_false_alarm(tmp_path: Path) -> None:
+    refuse_pickles(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "PK").write_bytes(b"PK\x03\x04 no archive")
+    np.save(tmp_path / "plain.npy", np.zeros(3))
+    with zipfile.ZipFile(tmp_path / "archive.zip", "w") as archive:
+        archive.writestr("readme", "hello")
+    refuse_pickles(tmp_path)
+    for padding in range(640):  # a header of 640 bytes begins with 80 02, like a pickle of protocol 2
+        save_file({"x": torch.zeros(2)}, tmp_path / "x.safetensors", metadata={"a": "x" * padding})
+        if (tmp_path / "x.safetensors").read_bytes()[:2] == b"\x80\x02":
+            break
+    else:
+        pytest.fail("no such header made")
+    refuse_pickles(tmp_path / "x.safetensors")
+    with pytest.raises(CheckpointError, match="no such file"):
+        refuse_pickles(tmp_path / "absent")

@@ -1,0 +1,96 @@
+"""Saved models: a run, a checkpoint or any model directory is found; what is broken or unsafe is refused."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from pkmem.layer.memory import memories_in
+from pkmem.lm.huggingface import context_tokens
+from pkmem.training.checkpoint import CheckpointError
+from pkmem.training.saved import find_saved, load_saved
+
+pytest_plugins = "tiny"
+
+
+def test_a_run_gives_its_model_else_its_newest_checkpoint(run: Path, tmp_path: Path) -> None:
+    assert find_saved(run) == run / "model"
+    checkpoint = run / "checkpoints" / "step-9"
+    assert find_saved(checkpoint) == checkpoint
+    interrupted = shutil.copytree(run, tmp_path / "run")
+    shutil.rmtree(interrupted / "model")
+    assert find_saved(interrupted) == interrupted / "checkpoints" / "step-10"
+
+
+def test_what_is_loaded_is_what_was_saved_in_eval_mode(run: Path, plain_gpt2: Path) -> None:
+    for path, num_memories in ((run, 1), (run / "checkpoints" / "step-9", 1), (plain_gpt2, 0)):
+        model, tokenizer = load_saved(path)
+        assert not model.training
+        assert len(memories_in(model)) == num_memories
+        assert tokenizer.decode(tokenizer.encode("the cat")) == "the cat"
+        saved = load_file(find_saved(path) / "model.safetensors")
+        state = model.state_dict()
+        assert all(torch.equal(state[name], tensor) for name, tensor in saved.items())
+
+
+def test_paths_without_a_model_are_refused(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    for path, message in (
+        (tmp_path / "absent", "absent is not a directory: give a run"),
+        (run / "config.yaml", "is not a directory: give a run"),
+        (tmp_path / "empty", r"holds no model \(no config.json\): give a run"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            load_saved(path)
+
+
+def test_pickles_are_refused_unread(plain_gpt2: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(plain_gpt2, tmp_path / "model")
+    (folder / "model.safetensors").unlink()
+    torch.save({}, folder / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=r"pytorch_model\.bin: a pickle.*convert it to safetensors"):
+        load_saved(folder)
+    (folder / "config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"pytorch_model\.bin: a pickle"):
+        load_saved(folder)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
+def test_a_truncated_file_is_refused(run: Path, plain_gpt2: Path, tmp_path: Path, name: str) -> None:
+    for i, saved in enumerate((run / "model", plain_gpt2, run / "checkpoints" / "step-10")):
+        folder = shutil.copytree(saved, tmp_path / str(i))
+        whole = (folder / name).read_bytes()
+        (folder / name).write_bytes(whole[: len(whole) // 2])
+        with pytest.raises(CheckpointError, match=r"another checkpoint|resume from an earlier checkpoint") as caught:
+            load_saved(folder)
+        assert "\n" not in str(caught.value)
+
+
+def test_a_changed_checkpoint_is_refused(run: Path, tmp_path: Path) -> None:
+    checkpoint = shutil.copytree(run / "checkpoints" / "step-9", tmp_path / "step-9")
+    tensors = load_file(checkpoint / "model.safetensors")
+    next(iter(tensors.values())).add_(1)
+    save_file(tensors, checkpoint / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: (its content changed|\d+ bytes instead of)"):
+        load_saved(checkpoint)
+
+
+def test_missing_weights_are_not_made_up(run: Path, plain_gpt2: Path, tmp_path: Path) -> None:
+    for i, saved in enumerate((run / "model", plain_gpt2)):
+        folder = shutil.copytree(saved, tmp_path / str(i))
+        tensors = load_file(folder / "model.safetensors")
+        lost = next(name for name in tensors if name.endswith("ln_f.weight"))
+        del tensors[lost]
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(CheckpointError, match=r"cannot load the model.*ln_f\.weight.*save it again"):
+            load_saved(folder)
+
+
+def test_context_is_that_of_the_config() -> None:
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=10, n_positions=48, n_embd=4, n_layer=1, n_head=1))
+    assert context_tokens(model) == 48
+    model.config = type("Config", (), {"get_text_config": lambda self: self})()  # as for ALiBi models
+    assert context_tokens(model) == 1024
