@@ -280,7 +280,7 @@ def bag(run: Run) -> None:
         "ours": lambda: backend.weighted_sum(values, slots, weights),
         "copy": lambda: target.copy_(source),
         "torch": lambda: F.embedding_bag(slots, values, mode="sum", per_sample_weights=narrow_weights),
-        "grad_weights": lambda: backend.weighted_sum_grad_weights(values, slots, grad_output),
+        "grad_weights": lambda: backend.row_products(values, slots, grad_output),
     })  # fmt: skip
     gathered = tokens * reads * config.value_width * values.element_size()
     run.add("copy rate, TB/s", 2 * source.numel() / statistics.median(seconds["copy"]) / 1e12)

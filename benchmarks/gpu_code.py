@@ -119,7 +119,7 @@ def compile_all() -> list[Code]:
         backend.product_key_topk(query, sub_keys, KNN)
         selection._best_of_parts(query, sub_keys, KNN)
         backend.weighted_sum(values, slots.flatten(1), scores.flatten(1))
-        backend.weighted_sum_grad_weights(values, slots.flatten(1), grad_output)
+        backend.row_products(values, slots.flatten(1), grad_output)
         backend.product_key_topk_backward(scores, query, sub_keys, slots)
         reads = backend.sort_reads([slots.flatten(1)], [scores.flatten(1)], [grad_output], SUB_KEYS**2)
         backend.row_gradient_norm(reads)

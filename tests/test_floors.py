@@ -11,11 +11,11 @@ import pkmem
 PACKAGE = Path(pkmem.__file__).parent
 ORDER = {  # folders from the ground up, each with its files in order: a file imports from those before it
     "text": "facts files tokenizer documents tokens blocks",
-    "ops": "reading_log reference backends",
+    "ops": "reading_log backends reference",
     "ops.cpu": "threads vectors bag rows selection selection_backward decoding compiling",
     "ops.triton": "arithmetic launch bag rows selection",
     "ops ": "registered",
-    "layer": "config huge_pages query keys values gate memory usage optim",
+    "layer": "config huge_pages query keys values gate decoding memory usage optim",
     "lm": "config evaluation speed huggingface build recall inspection autoload",
     "training": "recipe files checkpoint state saved journal trainer prepare run",
     "experiments": "environment plots document family results costs claims grid report demo",

@@ -1,4 +1,4 @@
-"""RowAdam's options: moments and tables in bf16, and `lazy=False`, which equals a dense Adam."""
+"""RowAdam's options: moments and tables in bf16, and the seed of their rounding."""
 
 from __future__ import annotations
 
@@ -7,14 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import Tensor
 
 from pkmem import MemoryConfig, ProductKeyMemory, RowAdam
 from pkmem.layer.values import ValueTable
-from pkmem.ops import backend_module, reference
-from pkmem.ops.reading_log import sort_reads
+from pkmem.ops import backend_module
+from pkmem.ops.reference import sort_reads
 
 ADAM: dict[str, Any] = {"lr": 1e-2, "betas": (0.9, 0.98), "eps": 1e-8}
 
@@ -40,136 +38,6 @@ def assert_same_bits(one: list[Tensor], other: list[Tensor]) -> None:
     for first, second in zip(one, other, strict=True):
         assert first.dtype == second.dtype
         assert torch.equal(first, second)
-
-
-# --- lazy=False -------------------------------------------------------------------------------------------
-
-
-class Pair:
-    """A table under RowAdam(lazy=False), and the same values under torch.optim.Adam with a dense gradient."""
-
-    def __init__(self, table: ValueTable, **adam: Any) -> None:
-        self.table, self.dense = table, nn.Parameter(table.weight.detach().clone())
-        self.ours, self.theirs = RowAdam(table, lazy=False, **adam), torch.optim.Adam([self.dense], **adam)
-
-    def read(self, slots: Tensor) -> None:
-        """Both read the same and regress to a target that depends on what they read."""
-        weights = torch.rand(slots.shape, dtype=self.dense.dtype)
-        target = torch.randn(len(slots), self.dense.shape[1], dtype=self.dense.dtype)
-        ours = self.table(slots, weights)
-        theirs = (self.dense[slots] * weights[..., None]).sum((1, 2))
-        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)  # up to date when read
-        for output in (ours, theirs):
-            (output - target).square().sum().backward()
-
-    def step(self, lr: float) -> None:
-        if self.dense.grad is None:
-            self.dense.grad = torch.zeros_like(self.dense)
-        for optimizer in (self.ours, self.theirs):
-            optimizer.param_groups[0]["lr"] = lr
-            optimizer.step()
-        self.dense.grad.zero_()
-
-    def assert_equal(self, tolerance: float) -> None:
-        self.ours.catch_up()
-        state = self.theirs.state[self.dense]
-        for ours, theirs in zip(
-            tensors_of(self.ours, self.table.weight), (self.dense, state["exp_avg"], state["exp_avg_sq"]), strict=True
-        ):
-            torch.testing.assert_close(ours, theirs.detach(), rtol=tolerance, atol=tolerance)
-
-
-@settings(max_examples=25, deadline=None)
-@given(
-    reads_of_steps=st.lists(st.lists(st.lists(st.integers(0, 6), min_size=1, max_size=4), max_size=2), max_size=12),
-    lrs=st.lists(st.sampled_from([1e-3, 1e-2, 0.3]), min_size=12, max_size=12),
-    betas=st.sampled_from([(0.9, 0.98), (0.0, 0.9), (0.5, 0.0), (0.9, 0.2)]),
-)
-def test_not_lazy_is_dense_adam_on_any_reads_and_rates(backend, reads_of_steps, lrs, betas) -> None:
-    pair = Pair(table_of(7, 3, torch.float64, backend), **(ADAM | {"betas": betas}))
-    for passes, lr in zip(reads_of_steps, lrs, strict=False):
-        for slots in passes:
-            pair.read(torch.tensor(slots).view(-1, 1, 1))
-        pair.step(lr)
-    if reads_of_steps:
-        pair.assert_equal(1e-9)
-
-
-def test_not_lazy_is_dense_adam_over_many_steps_and_a_schedule(backend) -> None:
-    pair = Pair(table_of(40, 4, backend=backend), **ADAM)
-    for step in range(530):  # most rows miss more steps than are replayed
-        if step % 10 == 0:
-            pair.read(torch.randint(40 if step < 50 or step > 510 else 8, (8, 1, 2)))
-        pair.step(1e-2 * 0.5 ** (step / 200) * (0.5 + step % 3))
-    pair.assert_equal(1e-6)
-
-
-def test_catching_up_in_many_chunks_is_the_same(monkeypatch) -> None:
-    tables = []
-    for chunk_bytes in (1 << 20, 64):
-        monkeypatch.setattr(reference, "_CHUNK_BYTES", chunk_bytes)
-        torch.manual_seed(0)
-        pair = Pair(table_of(40, 4, torch.float64, "reference"), **ADAM)
-        for _ in range(9):
-            pair.read(torch.randint(40, (5, 1, 2)))
-            pair.step(0.1)
-        pair.assert_equal(1e-11)
-        tables.append(tensors_of(pair.ours, pair.table.weight))
-    torch.testing.assert_close(*tables, rtol=0, atol=1e-14)
-
-
-def test_layers_that_share_a_table_may_catch_up_between_forward_and_backward(backend) -> None:
-    pair = Pair(table_of(9, 3, torch.float64, backend), **ADAM)
-    pair.read(torch.arange(9).view(9, 1, 1))
-    for _ in range(3):
-        pair.step(0.1)
-    first = pair.table(torch.tensor([[[1]]]), torch.ones(1, 1, 1).double())
-    second = pair.table(torch.tensor([[[2]]]), torch.ones(1, 1, 1).double())  # moves row 2, not yet row 3
-    (first * second).sum().backward()
-    (pair.dense[1] * pair.dense[2]).sum().backward()
-    pair.step(0.1)
-    pair.assert_equal(1e-11)
-
-
-def test_its_state_is_dense_adams_and_it_goes_on_from_either(backend) -> None:
-    pair = Pair(table_of(9, 3, torch.float64, backend), **ADAM)
-    for seed in range(4):
-        pair.read(torch.randint(9, (3, 1, 2), generator=torch.Generator().manual_seed(seed)))
-        pair.step(0.1)
-    saved = pair.ours.state_dict()  # catches up
-    torch.testing.assert_close(pair.table.weight, pair.dense, rtol=0, atol=1e-12)
-    assert saved["state"][0].keys() == pair.theirs.state_dict()["state"][0].keys()
-    for state in (saved, pair.theirs.state_dict()):
-        resumed = Pair(copy.deepcopy(pair.table), **ADAM)
-        resumed.ours.load_state_dict(copy.deepcopy(state))
-        resumed.theirs.load_state_dict(copy.deepcopy(pair.theirs.state_dict()))
-        for _ in range(3):
-            resumed.step(0.1)
-        resumed.read(torch.tensor([[[4]], [[5]]]))
-        resumed.step(0.1)
-        resumed.assert_equal(1e-11)
-
-
-def test_a_lazy_successor_on_the_same_table_does_not_catch_up() -> None:
-    table = table_of(9, 3)
-    RowAdam(table, lazy=False)
-    assert table.log.before_read is not None
-    RowAdam(table)
-    assert table.log.before_read is None
-    assert copy.deepcopy(table).log.before_read is None
-
-
-def test_not_lazy_compiles_around_the_read_and_refuses_one_graph() -> None:
-    pair = Pair(table_of(9, 3), **ADAM)
-    pair.read(torch.arange(9).view(9, 1, 1))
-    for _ in range(3):
-        pair.step(0.1)
-    slots, weights = torch.tensor([[[4, 5]]]), torch.ones(1, 1, 2)
-    with pytest.raises(Exception, match="_catching_up_as_not_lazy"):
-        torch.compile(pair.table, backend="eager", fullgraph=True)(slots, weights)
-    torch._dynamo.reset()
-    read = torch.compile(pair.table, backend="eager")(slots, weights)
-    torch.testing.assert_close(read, pair.dense[4:6].sum(0, keepdim=True), rtol=0, atol=1e-6)
 
 
 # --- bf16 -------------------------------------------------------------------------------------------------
@@ -201,10 +69,9 @@ def test_a_bf16_table_learns_at_a_rate_that_rounding_to_nearest_would_lose(backe
     assert gained["random"] > 0.6 * gained["fp32"]
 
 
-@pytest.mark.parametrize("lazy", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_bf16_training_resumes_bitwise(backend, dtype, lazy) -> None:
-    options = {"moment_dtype": torch.bfloat16, "seed": 5, "lazy": lazy}
+def test_bf16_training_resumes_bitwise(backend, dtype) -> None:
+    options = {"moment_dtype": torch.bfloat16, "seed": 5}
     table = table_of(30, 8, dtype, backend)
     optimizer = RowAdam(table, **options)
     for seed in range(3):
@@ -261,13 +128,13 @@ def test_the_seed_chooses_the_bits(backend) -> None:
 def one_exact_step(backend: str, rows: Tensor, seed: int, step: int) -> list[Tensor]:
     """A step whose arithmetic every backend rounds alike: only the random bits can differ."""
     grad_output = torch.randn(500, 96, generator=torch.Generator().manual_seed(0))[rows]
-    reads = sort_reads([rows[:, None]], [torch.ones(len(rows), 1)], [grad_output])
+    reads = sort_reads([rows[:, None]], [torch.ones(len(rows), 1)], [grad_output], 500)
     moments = [torch.zeros(500, 96, dtype=torch.bfloat16) for _ in range(2)]
     backend_module(backend).adam_rows(
         torch.zeros(500, 96), *moments, reads, lr=1.0, betas=(0.5, 0.5), eps=1e-8, step=step, scale=1.0, seed=seed
     )
     values = torch.ones(500, 96, dtype=torch.bfloat16)
-    ones = sort_reads([rows[:, None]], [torch.ones(len(rows), 1)], [torch.ones(len(rows), 96)])
+    ones = sort_reads([rows[:, None]], [torch.ones(len(rows), 1)], [torch.ones(len(rows), 96)], 500)
     backend_module(backend).adam_rows(
         values, torch.zeros(500, 96), torch.zeros(500, 96), ones,
         lr=1e-4, betas=(0.0, 0.0), eps=1e-30, step=step, scale=1.0, seed=seed,
@@ -295,7 +162,7 @@ def test_bf16_rounds_at_random_without_bias_and_keeps_what_is_not_finite(backend
     assert abs(error.mean()) < 4 * 2**-7 / error.numel() ** 0.5
     for number in (torch.inf, -torch.inf, torch.nan):
         table = torch.full((1, 3), number, dtype=torch.bfloat16)
-        reads = sort_reads([torch.zeros(1, 1).long()], [torch.ones(1, 1)], [torch.ones(1, 3)])
+        reads = sort_reads([torch.zeros(1, 1).long()], [torch.ones(1, 1)], [torch.ones(1, 3)], 1)
         backend_module(backend).adam_rows(table, torch.zeros(1, 3), torch.zeros(1, 3), reads, **ADAM, step=1, scale=1.0)
         assert torch.equal(
             table.float().nan_to_num(7.0, 8.0, 9.0), torch.full((1, 3), number).nan_to_num(7.0, 8.0, 9.0)

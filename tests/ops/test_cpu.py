@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pkmem.ops import reading_log, reference
+from pkmem.ops import reference
 
 pytest.importorskip("numba")
 
@@ -44,8 +44,8 @@ def training_step(dtype: torch.dtype) -> list[Tensor]:
     )
     scores, slots = cpu.product_key_topk(query, sub_keys, 32)
     weights, flat = scores.softmax(-1).flatten(1), slots.flatten(1)
-    grad_weights = cpu.weighted_sum_grad_weights(values, flat, grad_output)
-    reads = cpu.sort_reads([flat], [weights], [grad_output])
+    grad_weights = cpu.row_products(values, flat, grad_output)
+    reads = cpu.sort_reads([flat], [weights], [grad_output], len(values))
     moments = torch.zeros(2, *values.shape)
     results = [
         scores, slots, cpu.flat_topk(query, sub_keys[:, 0].repeat(1, 30, 2), 32),
@@ -124,7 +124,7 @@ def updated(seed: int, step: int, rows: Tensor, num_rows: int = 40, width: int =
     """A bf16 table of ones after one step of 1e-4: far below the spacing of bf16 at 1, 2 ** -8."""
     values = torch.ones(num_rows, width, dtype=torch.bfloat16)
     grad_output = torch.ones(len(rows), width, dtype=torch.bfloat16)
-    reads = cpu.sort_reads([rows[:, None]], [torch.ones(len(rows), 1)], [grad_output])
+    reads = cpu.sort_reads([rows[:, None]], [torch.ones(len(rows), 1)], [grad_output], num_rows)
     moments = torch.zeros(2, num_rows, width)
     cpu.adam_rows(values, *moments, reads, lr=1e-4, betas=(0.0, 0.0), eps=0.0, step=step, scale=1.0, seed=seed)
     return values
@@ -160,8 +160,8 @@ def test_sort_reads_equals_the_reference(num_rows: int, dtype: torch.dtype) -> N
     slots = [torch.randint(num_rows, shape, generator=random) for shape in shapes]
     weights = [torch.rand(shape, generator=random, dtype=dtype) for shape in shapes]
     grad_outputs = [torch.rand(shape[0], 2, generator=random) for shape in shapes]
-    ours = cpu.sort_reads(slots, weights, grad_outputs)
-    expected = reading_log.sort_reads(slots, weights, grad_outputs)
+    ours = cpu.sort_reads(slots, weights, grad_outputs, num_rows)
+    expected = reference.sort_reads(slots, weights, grad_outputs, num_rows)
     for name in ("rows", "offsets", "tokens", "weights", "grad_output"):
         assert torch.equal(getattr(ours, name), getattr(expected, name)), name
 

@@ -475,13 +475,12 @@ def test_opcheck(backend: str, dtype: torch.dtype, num_tokens: int) -> None:
 def test_opcheck_of_the_backward_operators(backend: str, dtype: torch.dtype, num_tokens: int) -> None:
     query, sub_keys = (tensor.to(dtype) for tensor in topk_inputs(num_tokens, 2, 6, 5))
     scores, chosen = product_key_topk(query, sub_keys, 3, backend=backend)
-    values, slots, weights = bag_inputs(11, 3, num_tokens, 4)
+    _, slots, weights = bag_inputs(11, 3, num_tokens, 4)
     grad_output = torch.randn(num_tokens, 3).to(dtype)
     operators = torch.ops.pkmem
     torch.library.opcheck(
         operators.product_key_topk_backward.default, (torch.randn_like(scores), query, sub_keys, chosen, backend)
     )
-    torch.library.opcheck(operators.weighted_sum_grad_weights.default, (values.to(dtype), slots, grad_output, backend))
     torch.library.opcheck(
         operators.weighted_sum_grad_values.default, (slots, weights.to(dtype), grad_output, 11, backend)
     )

@@ -14,7 +14,8 @@ from torch import Tensor
 
 import oracle
 from pkmem.ops import backend_module, reference, weighted_sum
-from pkmem.ops.reading_log import ReadLog, SortedReads, sort_reads
+from pkmem.ops.reading_log import ReadLog, SortedReads
+from pkmem.ops.reference import sort_reads
 
 Pass = tuple[Tensor, Tensor, Tensor]  # slots (n, b), weights (n, b), grad_output (n, v)
 
@@ -24,7 +25,7 @@ def random_pass(num_rows: int, width: int, n: int, b: int, dtype: torch.dtype = 
 
 
 def sorted_reads(passes: list[Pass]) -> SortedReads:
-    return sort_reads(*(list(part) for part in zip(*passes, strict=True)))
+    return sort_reads(*(list(part) for part in zip(*passes, strict=True)), num_rows=9)
 
 
 def dense(gradients: dict[int, np.ndarray], num_rows: int, width: int) -> np.ndarray:
@@ -68,16 +69,16 @@ def test_reads_of_a_log_are_those_of_all_its_passes() -> None:
     for entry in passes:
         log.append(*entry)
     truth = dense(oracle.row_gradients(passes), 9, 3)
-    computed = reference.weighted_sum_grad_values(log.sorted(), 9)
+    computed = reference.weighted_sum_grad_values(log.sorted(sort_reads, 9), 9)
     assert np.abs(oracle.fp64(computed) - truth).max() <= 1e-12
 
 
 def test_a_log_without_reads_has_nothing_to_sort() -> None:
     log = ReadLog()
-    assert log.sorted() is None
+    assert log.sorted(sort_reads, 9) is None
     log.append(*random_pass(9, 3, 0, 4))
     log.append(*random_pass(9, 3, 4, 0))
-    assert log.sorted() is None
+    assert log.sorted(sort_reads, 9) is None
 
 
 def test_a_cleared_log_has_forgotten_its_reads() -> None:
@@ -87,7 +88,7 @@ def test_a_cleared_log_has_forgotten_its_reads() -> None:
     log.append(*entry)
     del entry
     log.clear()
-    assert log.sorted() is None
+    assert log.sorted(sort_reads, 9) is None
     assert freed() is None
 
 
@@ -104,7 +105,7 @@ def test_the_log_of_accumulated_and_shared_reads_sums_to_the_dense_gradient(back
             ]
             sum(output.square().sum() for output in outputs).backward()
     assert len(log.entries) == 4
-    gradient = backend_module(backend).weighted_sum_grad_values(log.sorted(), 9)
+    gradient = backend_module(backend).weighted_sum_grad_values(log.sorted(sort_reads, 9), 9)
     torch.testing.assert_close(gradient, accumulated.grad, rtol=1e-12, atol=1e-12)
 
 

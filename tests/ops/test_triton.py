@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import hopper
 import oracle
-from pkmem.ops import reading_log, reference
+from pkmem.ops import reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CHECKS: dict[str, Callable[[Any], None]] = {}
@@ -220,9 +220,9 @@ def sums_and_their_gradients_are_as_exact_as_the_reference(backend: Any) -> None
             true_grads = oracle.weighted_sum_gradients(values, slots, weights, grad_output)
             sums = [side.weighted_sum(values, slots, weights) for side in (backend, reference)]
             assert_at_most_twice_as_wrong(*sums, true_sum)
-            grads = [side.weighted_sum_grad_weights(values, slots, grad_output) for side in (backend, reference)]
+            grads = [side.row_products(values, slots, grad_output) for side in (backend, reference)]
             assert_at_most_twice_as_wrong(*grads, true_grads[1])
-            reads = reading_log.sort_reads([slots], [weights], [grad_output])
+            reads = reference.sort_reads([slots], [weights], [grad_output], m)
             dense = [side.weighted_sum_grad_values(reads, m) for side in (backend, reference)]
             assert_at_most_twice_as_wrong(*dense, true_grads[0])
 
@@ -238,9 +238,7 @@ def tables_may_have_gaps_between_rows(backend: Any) -> None:
     for values in (integers(9, 12)[:, :5], integers(5, 9).mT):
         slots, weights, grad_output = torch.randint(9, (4, 3)), integers(4, 3), integers(4, 5)
         assert torch.equal(backend.weighted_sum(values, slots, weights), reference.weighted_sum(values, slots, weights))
-        ours, theirs = (
-            side.weighted_sum_grad_weights(values, slots, grad_output.expand(4, 5)) for side in (backend, reference)
-        )
+        ours, theirs = (side.row_products(values, slots, grad_output.expand(4, 5)) for side in (backend, reference))
         assert torch.equal(ours, theirs)
 
 
@@ -258,12 +256,12 @@ def offsets_past_two_to_the_31_are_right(backend: Any) -> None:
         backend.weighted_sum(tables[0], slots, weights), backend.weighted_sum(near[0], small_slots, weights)
     )
     assert torch.equal(
-        backend.weighted_sum_grad_weights(tables[0], slots, grad_output),
-        backend.weighted_sum_grad_weights(near[0], small_slots, grad_output),
+        backend.row_products(tables[0], slots, grad_output),
+        backend.row_products(near[0], small_slots, grad_output),
     )
     step = {"lr": 0.1, "betas": (0.9, 0.98), "eps": 1e-8, "step": 1, "scale": 1.0}
     for group, rows in ((tables, slots), (near, small_slots)):
-        backend.adam_rows(*group, backend.sort_reads([rows], [weights], [grad_output]), **step)
+        backend.adam_rows(*group, backend.sort_reads([rows], [weights], [grad_output], far + 1), **step)
     for table, small in zip(tables, near, strict=True):
         assert torch.equal(table[0], small[0])
         # The rounding of values is keyed by the row; the nearest two bf16 numbers are 2 ** -8 apart.
@@ -286,7 +284,7 @@ def passes() -> list[tuple[Tensor, Tensor, Tensor]]:
 
 
 def sorted_by(sort: Callable[..., Any], all_passes: list[tuple[Tensor, Tensor, Tensor]]) -> Any:
-    return sort(*(list(part) for part in zip(*all_passes, strict=True)))
+    return sort(*(list(part) for part in zip(*all_passes, strict=True)), 40)
 
 
 def tables() -> list[Tensor]:
@@ -296,10 +294,10 @@ def tables() -> list[Tensor]:
 @check
 def reads_are_sorted_as_by_the_log(backend: Any) -> None:
     for all_passes in (passes(), passes()[1:]):
-        truth = sorted_by(reading_log.sort_reads, all_passes)
+        truth = sorted_by(reference.sort_reads, all_passes)
         num_rows = len(truth.rows)
-        for bound in (None, 40):
-            reads = backend.sort_reads(*(list(part) for part in zip(*all_passes, strict=True)), num_rows=bound)
+        for bound in (40, 1 << 40):
+            reads = backend.sort_reads(*(list(part) for part in zip(*all_passes, strict=True)), bound)
             assert torch.equal(reads.rows[:num_rows], truth.rows)
             assert torch.equal(reads.offsets[: num_rows + 1], truth.offsets)
             assert (reads.offsets[num_rows:] == len(truth.tokens)).all()
@@ -312,9 +310,9 @@ def reads_are_sorted_as_by_the_log(backend: Any) -> None:
 def gradients_norm_and_adam_follow_the_oracle_from_either_log(backend: Any) -> None:
     all_passes = passes()
     gradients = oracle.row_gradients(all_passes)
-    for sort in (backend.sort_reads, reading_log.sort_reads):
+    for sort in (backend.sort_reads, reference.sort_reads):
         reads = sorted_by(sort, all_passes)
-        by_reference = sorted_by(reading_log.sort_reads, all_passes)
+        by_reference = sorted_by(reference.sort_reads, all_passes)
         dense = np.zeros((40, 37))
         dense[list(gradients)] = list(gradients.values())
         both = backend.weighted_sum_grad_values(reads, 40), reference.weighted_sum_grad_values(by_reference, 40)
@@ -373,13 +371,13 @@ def a_gradient_that_is_not_finite_shows_in_the_norm(backend: Any) -> None:
 def finite_gradients_are_told_from_others(backend: Any) -> None:
     """By a bound that sums nothing where it can; where it cannot, by the sums."""
     for factor, is_finite in ((1.0, True), (1e8, True), (1e9, False), (torch.nan, False)):
-        reads = backend.sort_reads([torch.tensor([[1]])], [torch.full((1, 1), 1e30)], [torch.full((1, 3), factor)])
+        reads = backend.sort_reads([torch.tensor([[1]])], [torch.full((1, 1), 1e30)], [torch.full((1, 3), factor)], 2)
         found = backend.gradient_is_finite(reads)
         assert (found.shape, found.dtype, found.item()) == ((), torch.bool, is_finite), factor
     many = [torch.zeros(64, 1, dtype=torch.int64)], [torch.full((64, 1), 1e30)], [torch.full((64, 3), 1e7)]
-    assert not backend.gradient_is_finite(backend.sort_reads(*many))  # each read is finite, their sum is not
+    assert not backend.gradient_is_finite(backend.sort_reads(*many, 1))  # each read is finite, their sum is not
     apart = [torch.arange(64)[:, None]], *many[1:]
-    assert backend.gradient_is_finite(backend.sort_reads(*apart))  # the bound cannot tell, the sums can
+    assert backend.gradient_is_finite(backend.sort_reads(*apart, 64))  # the bound cannot tell, the sums can
 
 
 class NothingWaits(TorchDispatchMode):
@@ -406,7 +404,7 @@ def a_layer_makes_nobody_wait(backend: Any) -> None:
         scores, slots = backend.product_key_topk(query, sub_keys, 3)
         backend.product_key_topk_backward(scores, query, sub_keys, slots)
         backend.weighted_sum(memory.values.weight.detach(), slots.flatten(1), scores.flatten(1))
-        backend.weighted_sum_grad_weights(memory.values.weight.detach(), slots.flatten(1), torch.randn(7, 4))
+        backend.row_products(memory.values.weight.detach(), slots.flatten(1), torch.randn(7, 4))
 
 
 @check
@@ -432,7 +430,7 @@ def a_step_of_row_adam_makes_nobody_wait(backend: Any) -> None:
 @check
 def a_bf16_table_is_rounded_at_random_without_bias_and_by_key(backend: Any) -> None:
     slots, weights = torch.arange(30)[:, None], torch.ones(30, 1)
-    reads = backend.sort_reads([slots], [weights], [torch.ones(30, 300)])
+    reads = backend.sort_reads([slots], [weights], [torch.ones(30, 300)], 30)
     number = 1 + 2**-7 * 0.3  # from 1 it is three tenths of the way to the next bf16 number
 
     def rounded(seed: int, step: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -463,7 +461,7 @@ def rounding_is_keyed_as_on_the_cpu(backend: Any) -> None:
     given = [slots], [torch.ones(20, 1)], [torch.randn(20, 33)]
     results = []
     for side, device in ((backend, slots.device), (cpu, torch.device("cpu"))):
-        reads = reading_log.sort_reads(*([part.to(device) for part in parts] for parts in given))
+        reads = reference.sort_reads(*([part.to(device) for part in parts] for parts in given), (1 << 20) + 20)
         table = torch.ones((1 << 20) + 20, 33, dtype=torch.bfloat16, device=device)
         moments = [torch.zeros(table.shape, device=device) for _ in range(2)]
         side.adam_rows(table, *moments, reads, **{**STEP, "lr": 0.002}, seed=(7 << 32) + 5)
@@ -477,7 +475,7 @@ def bf16_moments_are_rounded_as_by_the_reference(backend: Any) -> None:
     ours = [table.to(torch.bfloat16) if number else table for number, table in enumerate(tables())]
     theirs = [table.clone() for table in ours]
     backend.adam_rows(*ours, sorted_by(backend.sort_reads, all_passes), **STEP, seed=5)
-    reference.adam_rows(*theirs, sorted_by(reading_log.sort_reads, all_passes), **STEP, seed=5)
+    reference.adam_rows(*theirs, sorted_by(reference.sort_reads, all_passes), **STEP, seed=5)
     for mine, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(mine, other, rtol=2**-7, atol=1e-5)
         if mine.dtype == torch.bfloat16:
@@ -487,10 +485,10 @@ def bf16_moments_are_rounded_as_by_the_reference(backend: Any) -> None:
 @check
 def fp64_goes_to_the_reference_from_either_log(backend: Any) -> None:
     all_passes = [tuple(part.double() if part.is_floating_point() else part for part in one) for one in passes()]
-    truth, before = sorted_by(reading_log.sort_reads, all_passes), [table.double() for table in tables()]
+    truth, before = sorted_by(reference.sort_reads, all_passes), [table.double() for table in tables()]
     theirs = [table.clone() for table in before]
     reference.adam_rows(*theirs, truth, **STEP)
-    for sort in (backend.sort_reads, reading_log.sort_reads):
+    for sort in (backend.sort_reads, reference.sort_reads):
         reads, ours = sorted_by(sort, all_passes), [table.clone() for table in before]
         backend.adam_rows(*ours, reads, **STEP)
         assert all(torch.equal(*pair) for pair in zip(ours, theirs, strict=True))
@@ -501,7 +499,7 @@ def fp64_goes_to_the_reference_from_either_log(backend: Any) -> None:
 
 @check
 def no_reads_are_no_work(backend: Any) -> None:
-    reads = backend.sort_reads([torch.zeros(0, 3, dtype=torch.int64)], [torch.zeros(0, 3)], [torch.zeros(0, 5)])
+    reads = backend.sort_reads([torch.zeros(0, 3, dtype=torch.int64)], [torch.zeros(0, 3)], [torch.zeros(0, 5)], 4)
     assert backend.row_gradient_norm(reads) == 0
     assert torch.equal(backend.weighted_sum_grad_values(reads, 4), torch.zeros(4, 5))
     values = torch.ones(4, 5)
@@ -569,8 +567,8 @@ def launch_all(backend: Any) -> None:
         values, moments = torch.zeros(9, width, dtype=dtype), torch.zeros(9, width)
         slots, weights, grad_output = torch.zeros(n, 9).long(), torch.zeros(n, 9), torch.zeros(n, width, dtype=dtype)
         backend.weighted_sum(values, slots, weights)
-        backend.weighted_sum_grad_weights(values, slots, grad_output)
-        reads = backend.sort_reads([slots], [weights], [grad_output])
+        backend.row_products(values, slots, grad_output)
+        reads = backend.sort_reads([slots], [weights], [grad_output], 9)
         backend.weighted_sum_grad_values(reads, 9)
         backend.gradient_is_finite(reads)
         backend.row_gradient_norm(reads)

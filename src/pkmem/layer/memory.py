@@ -5,17 +5,14 @@ x --QueryNetwork--> query --ProductKeys--> slots, weights --ValueTable--> sum of
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pkmem import ops
 from pkmem.layer.config import MemoryConfig
+from pkmem.layer.decoding import in_one_kernel_if_few
 from pkmem.layer.gate import OutputGate
 from pkmem.layer.keys import FlatKeys, ProductKeys
-from pkmem.layer.query import MaskedBatchNorm, QueryNetwork
+from pkmem.layer.query import QueryNetwork
 from pkmem.layer.values import NeuronTable, ValueTable, tables_in
 
 
@@ -56,6 +53,7 @@ class ProductKeyMemory(nn.Module):
         self.gate = OutputGate(config) if config.gate else None
         self.dropout = nn.Dropout(config.dropout)
 
+    @in_one_kernel_if_few
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Reads the memory.
 
@@ -67,9 +65,6 @@ class ProductKeyMemory(nn.Module):
             (..., d') in the dtype of x.
         """
         tokens = x.reshape(-1, x.shape[-1])
-        out = self._decode(tokens)
-        if out is not None:
-            return out.to(x.dtype).view(*x.shape[:-1], out.shape[-1])
         query = self.query(tokens, None if mask is None else mask.flatten())
         slots, weights = self.keys(query)
         if self.neurons is not None:
@@ -78,40 +73,6 @@ class ProductKeyMemory(nn.Module):
         if self.gate is not None:
             out = self.gate(out, tokens)
         return self.dropout(out).reshape(*x.shape[:-1], out.shape[-1]).to(x.dtype)
-
-    def _decode(self, tokens: Tensor) -> Tensor | None:
-        """The output for a few tokens without gradient, by one kernel; None where that cannot stand for the parts."""
-        query: Any = self.query
-        keys: Any = self.keys
-        values = self.values
-        if len(tokens) > ops.MOST_DECODED or self.training or torch.is_grad_enabled():
-            return None
-        parts = (query, query.project, query.norm, query.dropout, keys, values, self.dropout)
-        gate: Any = self.gate
-        gates = () if gate is None else (gate, gate.gate, gate.project)
-        if tuple(map(type, parts)) not in _DECODED or tuple(map(type, gates)) not in _DECODED_GATES:
-            return None
-        if any(p._forward_hooks or p._forward_pre_hooks for p in (*parts, *gates)):
-            return None
-        if any(linear.bias is not None for linear in gates[1:]):
-            return None
-        catches_up = values.log is not None and values.log.before_read is not None
-        if catches_up or self.neurons is not None or query.project.bias is None or values.backend != keys.backend:
-            return None
-        norm = [getattr(query.norm, name) for name in ops.NORM_TENSORS[self.config.query_norm]]
-        return ops.decode(
-            tokens,
-            query.project.weight,
-            query.project.bias,
-            self.config.query_norm,
-            norm,
-            getattr(query.norm, "eps", None),
-            keys.sub_keys,
-            values.weight,
-            None if gate is None else (gate.gate.weight, gate.project.weight),
-            keys.knn,
-            backend=values.backend,
-        )
 
     @property
     def backend(self) -> str | None:
@@ -129,14 +90,6 @@ class ProductKeyMemory(nn.Module):
             reset = getattr(module, "reset_parameters", None)
             if module is not self and callable(reset):
                 reset()
-
-
-_DECODED = {  # what a kernel can stand for, if nobody has replaced a part
-    (QueryNetwork, nn.Linear, norm, nn.Dropout, ProductKeys, ValueTable, nn.Dropout)
-    for norm in (MaskedBatchNorm, nn.LayerNorm, nn.RMSNorm, nn.Identity)
-}
-
-_DECODED_GATES = ((), (OutputGate, nn.Linear, nn.Linear))
 
 
 def memories_in(module: nn.Module) -> dict[str, ProductKeyMemory]:

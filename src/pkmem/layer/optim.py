@@ -12,8 +12,8 @@ from torch.optim import Optimizer
 
 from pkmem.layer.config import require
 from pkmem.layer.huge_pages import prefer_huge_pages
-from pkmem.layer.values import ValueTable, tables_in
-from pkmem.ops import backend_module, choose_backend, reference
+from pkmem.layer.values import Table, tables_in
+from pkmem.ops.backends import Backend, backend_module, choose_backend
 from pkmem.ops.reading_log import ReadLog, SortedReads
 
 
@@ -23,17 +23,11 @@ class RowAdam(Optimizer):
     From its construction on, its tables keep a reading log instead of a dense gradient (`.grad` stays
     None): a step costs the reads, not the table, over any number of micro-batches and layers that share a
     table. A row not read is left bitwise as it was; the bias correction counts all steps. Equals
-    `torch.optim.SparseAdam` on the sparse gradient; with `lazy=False`, `torch.optim.Adam` on the dense one.
-    No weight decay.
+    `torch.optim.SparseAdam` on the sparse gradient. No weight decay.
+    Where a row not read should move on as its moments say, use `torch.optim.Adam` on the dense gradient instead.
 
     A bf16 table is rounded up or down at random with the chances that keep the mean, since a step of lr 1e-4 is
     lost when rounded to nearest; so are bf16 moments. An fp16 table is rounded to nearest: keep its lr high.
-
-    `lazy=False` is for exactness, not for speed: a row that was not read catches up on the steps it missed when it
-    is read again, in a pass over it for each of them until its first moment has vanished (some 440 steps with the
-    default betas and eps). It keeps 4 bytes per row and 8 per step, breaks the graph of `torch.compile` (with
-    `fullgraph=True` that is an error) and takes betas and eps to be constant. Before a model is copied or saved, call
-    `catch_up` or `state_dict`.
 
     Args:
         tables: a module whose tables to train (a memory, a model), a `ValueTable`, or an iterable of these.
@@ -43,7 +37,6 @@ class RowAdam(Optimizer):
         max_norm: clip the norm of all tables' gradients together to this, > 0; None does not clip.
         moment_dtype: torch.float32 or torch.bfloat16, which halves the moments; None is fp32 (fp64 for fp64 tables).
         seed: of the random rounding, >= 0; the same when resuming makes the same bits.
-        lazy: False also moves rows that were not read, as their first moments say: see above.
 
     Raises:
         ValueError: no table found, or a number outside its range.
@@ -59,7 +52,6 @@ class RowAdam(Optimizer):
         *,
         moment_dtype: torch.dtype | None = None,
         seed: int = 0,
-        lazy: bool = True,
     ) -> None:
         require(lr > 0, "lr", lr, "> 0")
         require(all(0 <= beta < 1 for beta in betas), "betas", betas, "in [0, 1)")
@@ -77,10 +69,8 @@ class RowAdam(Optimizer):
         self.moment_dtype = moment_dtype
         self.seed = seed
         self._num_skipped = torch.zeros((), dtype=torch.int64)
-        self._progress = {} if lazy else {table: _Progress(table.weight) for table in self._tables}
         for table in self._tables:
             table.log = table.log or ReadLog()
-            table.log.before_read = None if lazy else self._catching_up_as_not_lazy(table)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -100,11 +90,9 @@ class RowAdam(Optimizer):
                 loss = closure()
         reads = self._sorted_reads()
         scale = self._scale(reads)
-        is_finite = scale.isfinite()
-        self._num_skipped = self._num_skipped.to(scale.device) + ~is_finite
-        if not self._progress or is_finite:  # only rows that catch up make the host wait for the gradient
-            for table in self._tables:
-                self._update(table, reads.get(table), scale)
+        self._num_skipped = self._num_skipped.to(scale.device) + ~scale.isfinite()
+        for table in self._tables:
+            self._update(table, reads.get(table), scale)
         self.zero_grad()
         return loss
 
@@ -124,17 +112,6 @@ class RowAdam(Optimizer):
             assert table.log is not None
             table.log.clear()
 
-    @torch.no_grad()
-    def catch_up(self) -> None:
-        """Brings all rows to where a dense Adam has them, a pass over those that are not; nothing to do if lazy."""
-        for table, progress in self._progress.items():
-            self._replay(table, (progress.last_steps < progress.step).nonzero().squeeze(1))
-
-    def state_dict(self) -> dict[str, Any]:
-        """The state as `torch.optim.Adam` has it, once all rows have caught up; its tensors are not copies."""
-        self.catch_up()
-        return super().state_dict()
-
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores what `state_dict` gave, the moments in `moment_dtype` where torch would take the table's dtype."""
         super().load_state_dict(state_dict)
@@ -146,23 +123,23 @@ class RowAdam(Optimizer):
                     self.state[weight][name] = moment.to(weight.device, self._dtype_of_moments(weight))
             if index in state_dict["state"]:
                 self.state[weight]["step"] = self.state[weight]["step"].to(weight.device)
-        for table in self._progress:
-            self._progress[table] = _Progress(table.weight, int(self.state[table.weight].get("step", 0)))
 
     def _weights(self) -> list[Tensor]:
         return [weight for group in self.param_groups for weight in group["params"]]
 
-    def _sorted_reads(self) -> dict[ValueTable, SortedReads]:
+    def _sorted_reads(self) -> dict[Table, SortedReads]:
         sorted_reads = {
-            table: table.log.sorted(_backend_of(table).sort_reads) for table in self._tables if table.log is not None
+            table: table.log.sorted(_backend_of(table).sort_reads, table.weight.shape[0])
+            for table in self._tables
+            if table.log is not None
         }
         return {table: reads for table, reads in sorted_reads.items() if reads is not None}
 
-    def _norm(self, reads: dict[ValueTable, SortedReads]) -> Tensor:
+    def _norm(self, reads: dict[Table, SortedReads]) -> Tensor:
         norms = [_backend_of(table).row_gradient_norm(some) for table, some in reads.items()]
         return torch.stack(norms).norm() if norms else torch.zeros((), dtype=torch.float64)
 
-    def _scale(self, reads: dict[ValueTable, SortedReads]) -> Tensor:
+    def _scale(self, reads: dict[Table, SortedReads]) -> Tensor:
         """Factor on the gradients, an fp64 scalar that stays on the device: NaN where they are not finite."""
         if self.max_norm is not None:
             norm = self._norm(reads)
@@ -173,12 +150,8 @@ class RowAdam(Optimizer):
             scale = torch.ones_like(is_finite, dtype=torch.float64)
         return torch.where(is_finite, scale, math.nan)
 
-    def _update(self, table: ValueTable, reads: SortedReads | None, scale: Tensor) -> None:
+    def _update(self, table: Table, reads: SortedReads | None, scale: Tensor) -> None:
         state, group = self._state_of(table.weight), self._group_of(table)
-        progress, rows = self._progress.get(table), None
-        if progress is not None and reads is not None:
-            rows = reads.rows[reads.offsets.diff() > 0]
-            self._before_read(table, rows)
         state["step"] += scale.isfinite()
         if reads is not None:
             _backend_of(table).adam_rows(
@@ -193,41 +166,8 @@ class RowAdam(Optimizer):
                 scale=scale,
                 seed=self.seed,
             )
-        if progress is not None:
-            progress.add_step(float(group["lr"]), rows)
 
-    def _catching_up_as_not_lazy(self, table: ValueTable) -> Callable[[Tensor], None]:
-        # A compiler that does not break its graph here names this method in its error.
-        @torch.compiler.disable
-        def before_read(slots: Tensor) -> None:
-            self._before_read(table, slots)
-
-        return before_read
-
-    @torch.no_grad()
-    def _before_read(self, table: ValueTable, slots: Tensor) -> None:
-        progress = self._progress[table]
-        self._replay(table, slots[progress.last_steps[slots] < progress.step].unique())
-
-    def _replay(self, table: ValueTable, rows: Tensor) -> None:
-        if not len(rows):
-            return
-        progress, state, group = self._progress[table], self.state[table.weight], self._group_of(table)
-        reference.replay_rows(
-            table.weight.data,  # .data: rows a backward pass still waits for have caught up, so what it saved holds
-            state["exp_avg"],
-            state["exp_avg_sq"],
-            rows,
-            progress.last_steps[rows],
-            progress.lrs,
-            betas=group["betas"],
-            eps=group["eps"],
-            step=progress.step,
-            seed=self.seed,
-        )
-        progress.last_steps[rows] = progress.step
-
-    def _group_of(self, table: ValueTable) -> dict[str, Any]:
+    def _group_of(self, table: Table) -> dict[str, Any]:
         return next(group for group in self.param_groups if any(p is table.weight for p in group["params"]))
 
     def _dtype_of_moments(self, weight: Tensor) -> torch.dtype:
@@ -243,34 +183,7 @@ class RowAdam(Optimizer):
         return state
 
 
-class _Progress:
-    """How far the rows of a table are, and what they need to catch up on the steps they missed.
-
-    Args:
-        weight: (m, v) the table.
-        step: steps all rows have had.
-
-    Attributes:
-        last_steps: (m,) int32 the last step each row has had.
-        lrs: learning rate of every step from 0 to `step`, fp64, and room for more.
-    """
-
-    def __init__(self, weight: Tensor, step: int = 0) -> None:
-        self.step = step
-        self.last_steps = torch.full(weight.shape[:1], step, dtype=torch.int32, device=weight.device)
-        self.lrs = torch.zeros(256 + step, dtype=torch.float64, device=weight.device)
-
-    def add_step(self, lr: float, rows: Tensor | None) -> None:
-        """Counts a step, which these rows have had."""
-        self.step += 1
-        if self.step == len(self.lrs):
-            self.lrs = torch.cat([self.lrs, torch.zeros_like(self.lrs)])
-        self.lrs[self.step] = lr
-        if rows is not None:
-            self.last_steps[rows] = self.step
-
-
-def _backend_of(table: ValueTable) -> Any:
+def _backend_of(table: Table) -> Backend:
     return backend_module(choose_backend(table.weight.device, table.backend))
 
 

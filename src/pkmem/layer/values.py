@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import final
+
 import torch
 from torch import Tensor, nn
 
@@ -10,12 +12,13 @@ from pkmem.layer.huge_pages import prefer_huge_pages
 from pkmem.ops.reading_log import ReadLog
 
 
-class ValueTable(nn.Module):
-    """The values (m, v): one row per slot, read by all heads, possibly by several memories.
+class Table(nn.Module):
+    """A row per slot, found by the slot's number; abstract.
 
     Attributes:
-        weight: (m, v) the table.
+        weight: (m, v) the rows.
         log: None while `weight.grad` is a dense tensor; `pkmem.RowAdam` puts a reading log here.
+        backend: None for the fastest on the device, or one of `pkmem.ops.BACKENDS`.
     """
 
     def __init__(self, num_slots: int, width: int) -> None:
@@ -29,34 +32,36 @@ class ValueTable(nn.Module):
         """Normal with standard deviation 1 / sqrt(v), as in the paper's public code."""
         nn.init.normal_(self.weight, std=self.weight.shape[1] ** -0.5)
 
-    def forward(self, slots: Tensor, weights: Tensor) -> Tensor:
-        """Slots and weights (n, h, knn) -> sums over heads and neighbours (n, v) (eq. 3)."""
-        if self.log is not None and self.log.before_read is not None:
-            self.log.before_read(slots)
-        return ops.weighted_sum(self.weight, slots.flatten(1), weights.flatten(1), log=self.log, backend=self.backend)
-
     def extra_repr(self) -> str:
         return f"num_slots={self.weight.shape[0]}, width={self.weight.shape[1]}"
 
 
-class NeuronTable(ValueTable):
+@final
+class ValueTable(Table):
+    """The values (m, v), read by all heads, possibly by several memories."""
+
+    def forward(self, slots: Tensor, weights: Tensor) -> Tensor:
+        """Slots and weights (n, h, knn) -> sums over heads and neighbours (n, v) (eq. 3)."""
+        return ops.weighted_sum(self.weight, slots.flatten(1), weights.flatten(1), log=self.log, backend=self.backend)
+
+
+@final
+class NeuronTable(Table):
     """Input weights (m, d) of experts of one neuron, one per slot: v * gelu(u x) (He 2024, PEER, eq. 2)."""
 
     def forward(self, slots: Tensor, x: Tensor) -> Tensor:
         """Slots (n, h, knn) and hidden states (n, d) -> their inner products (n, h, knn)."""
-        if self.log is not None and self.log.before_read is not None:
-            self.log.before_read(slots)
         products = ops.row_products(self.weight, slots.flatten(1), x, log=self.log, backend=self.backend)
         return products.view_as(slots)
 
 
-def tables_in(module: nn.Module) -> list[ValueTable]:
-    """The value tables of a module, a shared one once."""
-    return [part for part in module.modules() if isinstance(part, ValueTable)]
+def tables_in(module: nn.Module) -> list[Table]:
+    """The tables of a module, values and neurons, a shared one once."""
+    return [part for part in module.modules() if isinstance(part, Table)]
 
 
 def count_parameters(model: nn.Module) -> dict[str, int]:
-    """Parameters in the value tables (memory_params) and everywhere else (dense_params)."""
+    """Parameters in the tables (memory_params) and everywhere else (dense_params)."""
     memory = sum(table.weight.numel() for table in tables_in(model))
     total = sum(parameter.numel() for parameter in model.parameters())
     return {"dense_params": total - memory, "memory_params": memory}

@@ -6,12 +6,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from pkmem.ops.backends import BACKENDS as BACKENDS
+from pkmem.ops.backends import Backend, choose_backend
 from pkmem.ops.backends import backend_module as backend_module
-from pkmem.ops.backends import choose_backend as choose_backend
 from pkmem.ops.backends import prepare as prepare
 from pkmem.ops.reading_log import ReadLog
 from pkmem.ops.registered import (
@@ -196,61 +198,7 @@ def _check_dtypes(table: Tensor, slots: Tensor) -> None:
         raise ValueError(f"slots are {slots.dtype} but must be torch.int64: use slots.long()")
 
 
-MOST_DECODED = 8  # tokens; for more, matrix products pay
-NORM_TENSORS = {  # of a query norm, in the order in which `decode` takes them
-    "batch": ("weight", "bias", "running_mean", "running_var"),
-    "layer": ("weight", "bias"),
-    "rms": ("weight",),
-    "none": (),
-}
+if TYPE_CHECKING:  # a type checker compares every backend with the protocol
+    from pkmem.ops import cpu, reference, triton
 
-
-def decode(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    norm: str,
-    norm_tensors: list[Tensor],
-    eps: float | None,
-    sub_keys: Tensor,
-    values: Tensor,
-    gate: tuple[Tensor, Tensor] | None,
-    knn: int,
-    *,
-    backend: str | None = None,
-) -> Tensor | None:
-    """The whole layer (Lample et al. 2019, section 3) for a few tokens in one call: inference only, fp32 queries.
-
-    Equivalent to `weighted_sum` of the softmax of `product_key_topk` of the normalised linear query, behind the gate.
-
-    Args:
-        x: (n, d), n <= `MOST_DECODED`.
-        weight, bias: (h * q, d) and (h * q,) the linear query.
-        norm: key of `NORM_TENSORS`: the query's norm, in evaluation mode.
-        norm_tensors: as `NORM_TENSORS` names them: (h * q,) each for "batch", else (q,).
-        eps: added to the variance by the norm; None is fp32's.
-        sub_keys: (h, 2, s, q / 2). values: (s ** 2, v). knn: slots per head.
-        gate: None, or W1 (v, d) and W2 (d', v) of Memory+'s output `W2(m(x) * silu(W1 x))`.
-        backend: one of `BACKENDS`; None takes the fastest for the device.
-
-    Returns:
-        (n, v) in the dtype of values, or (n, d') in that of x behind a gate; None where no backend can, or the shapes
-        disagree: call the operators then, which say what is wrong.
-    """
-    if choose_backend(x.device, backend) != "cpu" or torch.is_autocast_enabled("cpu") or values.dtype == torch.float64:
-        return None
-    queried = (x, weight, bias, *norm_tensors, sub_keys, *(gate or ()))
-    if {tensor.dtype for tensor in queried} != {torch.float32} or not nobody_watches(*queried, values):
-        return None
-    heads, _, num_sub_keys, half = sub_keys.shape
-    width = 2 * half if norm in ("layer", "rms") else 2 * half * heads
-    agree = weight.shape == (2 * half * heads, x.shape[1]) and len(bias) == len(weight)
-    if gate is not None:
-        agree = agree and gate[0].shape == (values.shape[1], x.shape[1]) and gate[1].shape[1] == values.shape[1]
-    if not agree or num_sub_keys**2 > min(len(values), 1 << 32) or any(len(t) != width for t in norm_tensors):
-        return None
-    eps = torch.finfo(torch.float32).eps if eps is None else eps
-    decoded: Tensor = backend_module("cpu").decode(
-        x, weight, bias, norm, norm_tensors, eps, sub_keys, values, gate, knn
-    )
-    return decoded
+    _implementations: tuple[Backend, ...] = (reference, cpu, triton)

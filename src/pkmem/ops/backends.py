@@ -1,4 +1,4 @@
-"""The only place a backend is chosen, and imported."""
+"""What a backend is, and the only place where one is chosen and imported."""
 
 from __future__ import annotations
 
@@ -7,16 +7,158 @@ import importlib
 import importlib.util
 import logging
 import warnings
-from types import ModuleType
+from typing import NamedTuple, Protocol, cast
 
 import torch
+from torch import Tensor
+
+from pkmem.ops.reading_log import SortedReads
 
 _logger = logging.getLogger(__name__)
 
 BACKENDS = ("reference", "cpu", "triton")
 _HAS_NUMBA = importlib.util.find_spec("numba") is not None
-if not _HAS_NUMBA:
-    warnings.warn("numba is not installed, so the slow reference runs: pip install 'pkmem[cpu]'", stacklevel=2)
+NORM_TENSORS = {  # of each query norm, in the order in which `Backend.decode` takes them
+    "batch": ("weight", "bias", "running_mean", "running_var"),
+    "layer": ("weight", "bias"),
+    "rms": ("weight",),
+    "none": (),
+}
+
+
+class LayerWeights(NamedTuple):
+    """A whole memory layer (Lample et al. 2019, section 3), as `Backend.decode` reads it; fp32 but for the values.
+
+    Args:
+        project, bias: (h * q, d) and (h * q,) the linear query network.
+        norm: a key of `NORM_TENSORS`, the query's norm in evaluation mode.
+        norm_tensors: as `NORM_TENSORS` names them, (h * q,) each for "batch", else (q,).
+        eps: what the norm adds to the variance.
+        sub_keys: (h, 2, s, q / 2).
+        values: (s ** 2, v) fp32, bf16 or fp16.
+        gate: None, or W1 (v, d) and W2 (d', v) of Memory+'s output `W2(m(x) * silu(W1 x))`.
+        knn: slots per head, in [1, s].
+    """
+
+    project: Tensor
+    bias: Tensor
+    norm: str
+    norm_tensors: tuple[Tensor, ...]
+    eps: float
+    sub_keys: Tensor
+    values: Tensor
+    gate: tuple[Tensor, Tensor] | None
+    knn: int
+
+
+class Backend(Protocol):
+    """A module with these functions: what the operators of `pkmem.ops` and `pkmem.RowAdam` run on one kind of device.
+
+    All tensors of a call are on one device; shapes, ranges and dtypes were checked by the caller. Floating inputs are
+    fp64, fp32, bf16 or fp16, of any strides, with n, b, r >= 0. Sums are accumulated in fp32, in fp64 where an input is
+    fp64, in the same order in every run on the same device and shapes. A NaN or an infinity stays with its token and
+    its row; only in the gradients of query and sub_keys it may reach all of its head.
+    """
+
+    def product_key_topk(self, query: Tensor, sub_keys: Tensor, knn: int) -> tuple[Tensor, Tensor]:
+        """The `knn` slots of the best pairs of sub-keys, by brute force's own rule (section 3.1, eq. 4).
+
+        Args:
+            query: (n, h, q). sub_keys: (h, 2, s, q / 2). knn: in [1, s].
+
+        Returns:
+            scores: (n, h, knn) fp32 (fp64 for fp64 queries), best first. A NaN counts as a number above infinity, or
+                below minus infinity if its sign is set.
+            slots: (n, h, knn) int64, always in [0, s ** 2) and different; equal scores by lower slot.
+        """
+
+    def product_key_topk_backward(
+        self, grad_scores: Tensor, query: Tensor, sub_keys: Tensor, slots: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Gradients of the scores of `slots` in query and sub_keys, in their shapes and dtypes.
+
+        Args:
+            grad_scores: (n, h, knn) in the dtype of the scores. query, sub_keys: as in `product_key_topk`.
+            slots: (n, h, knn) as it returned them.
+        """
+
+    def flat_topk(self, query: Tensor, keys: Tensor, knn: int) -> Tensor:
+        """The slots (n, h, knn) int64 of the best of the keys (h, m, q), in the order of `product_key_topk`."""
+
+    def weighted_sum(self, values: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
+        """Sums of weighted rows (section 3.1, eq. 3).
+
+        Args:
+            values: (m, v). slots: (n, b) int64 in [0, m). weights: (n, b).
+
+        Returns:
+            (n, v) in the dtype of values.
+        """
+
+    def row_products(self, table: Tensor, slots: Tensor, x: Tensor) -> Tensor:
+        """The inner product of each row read with its token; also the gradient of `weighted_sum` in its weights.
+
+        Args:
+            table: (m, d). slots: (n, b) int64 in [0, m). x: (n, d).
+
+        Returns:
+            (n, b) fp32 (fp64 for an fp64 table).
+        """
+
+    def sort_reads(
+        self, slots: list[Tensor], weights: list[Tensor], grad_outputs: list[Tensor], num_rows: int
+    ) -> SortedReads:
+        """Groups the reads of several backward passes by row, stably; at least one pass.
+
+        Args:
+            slots, weights: per pass (n, b). grad_outputs: per pass (n, v), of one dtype.
+            num_rows: rows of the table, above every slot.
+        """
+
+    def weighted_sum_grad_values(self, reads: SortedReads, num_rows: int) -> Tensor:
+        """The dense gradient (m, v) of a table of `num_rows` rows, in the dtype of grad_output."""
+
+    def row_gradient_norm(self, reads: SortedReads) -> Tensor:
+        """The Euclidean norm of the table's gradient, an fp64 scalar; not finite if any entry is not."""
+
+    def gradient_is_finite(self, reads: SortedReads) -> Tensor:
+        """Whether every entry of the table's gradient is finite, a bool scalar."""
+
+    def adam_rows(
+        self,
+        values: Tensor,
+        first_moment: Tensor,
+        second_moment: Tensor,
+        reads: SortedReads,
+        *,
+        lr: float | Tensor,
+        betas: tuple[float, float],
+        eps: float,
+        step: int | Tensor,
+        scale: float | Tensor,
+        seed: int = 0,
+    ) -> None:
+        """Adam (Kingma & Ba 2015) in place on the rows that were read, and on no other.
+
+        Args:
+            values, first_moment, second_moment: (m, v) the table and its two moments.
+            reads: the sorted reading log of the table.
+            lr, betas, eps: Adam's.
+            step: updates made so far, this one included, >= 1; corrects the bias of every row alike.
+            scale: factor on the gradients (clipping), > 0; one that is not finite leaves everything as it is.
+            seed: bf16 is rounded up or down at random, by seed, step, row and column alone; fp16 to nearest.
+        """
+
+    def decode(self, x: Tensor, layer: LayerWeights) -> Tensor | None:
+        """The whole layer for a few tokens without gradient, in one call.
+
+        Args:
+            x: (n, d) fp32.
+            layer: its weights, of shapes that agree.
+
+        Returns:
+            (n, v) in the dtype of values, or (n, d') fp32 behind a gate; None where the backend has no such kernel.
+        """
 
 
 def choose_backend(device: torch.device, backend: str | None = None) -> str:
@@ -36,19 +178,31 @@ def choose_backend(device: torch.device, backend: str | None = None) -> str:
 
 
 def _fastest(device_type: str) -> str:
-    return "cpu" if device_type == "cpu" and _HAS_NUMBA else "reference"
+    if device_type != "cpu":
+        return "reference"
+    if _HAS_NUMBA:
+        return "cpu"
+    if not torch.compiler.is_compiling():
+        _warn_of_missing_numba()
+    return "reference"
+
+
+@functools.cache  # once
+def _warn_of_missing_numba() -> None:
+    warnings.warn("numba is not installed, so the slow reference runs: pip install 'pkmem[cpu]'", stacklevel=4)
 
 
 @functools.cache
-def backend_module(backend: str) -> ModuleType:
+def backend_module(backend: str) -> Backend:
     """The module that implements `backend`; the first use on a machine says that it compiles."""
     module = importlib.import_module(f"pkmem.ops.{backend}")
     if backend == "cpu" and module.is_cold():
         _logger.warning("pkmem compiles its CPU kernels, once (about 15 s); `pkmem warmup` does it ahead")
-    return module
+    return cast("Backend", module)
 
 
 def prepare(device: torch.device, dtype: torch.dtype) -> None:
     """Compiles what the first calls on `device` with a table of `dtype` would, so that nobody times a compiler."""
     if choose_backend(device) == "cpu" and dtype != torch.float64:
-        backend_module("cpu").warmup((dtype,))
+        backend_module("cpu")
+        importlib.import_module("pkmem.ops.cpu").warmup((dtype,))

@@ -10,7 +10,7 @@ import itertools
 import math
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,11 +22,14 @@ _logs: weakref.WeakValueDictionary[int, ReadLog] = weakref.WeakValueDictionary()
 
 @dataclass(frozen=True)
 class SortedReads:
-    """The reads of one table, grouped by row.
+    """The reads of one table, grouped by row: a segment for each row that was read, ascending.
+
+    A backend that does not wait for its device leaves room for as many rows as there can be: then further segments
+    follow that are empty, whose `rows` hold no meaning.
 
     Args:
-        rows: (u,) int64 rows that were read, ascending, each once.
-        offsets: (u + 1,) int64; the reads of rows[i] are offsets[i] up to offsets[i + 1].
+        rows: (u,) int64 row of each segment.
+        offsets: (u + 1,) int64; the reads of segment i are offsets[i] up to offsets[i + 1].
         tokens: (r,) int64 row of `grad_output` each read belongs to; in order of reading within a row.
         weights: (r,) weight of each read.
         grad_output: (n, v) what came back to each token.
@@ -38,6 +41,12 @@ class SortedReads:
     weights: Tensor
     grad_output: Tensor
 
+    def without_empty(self) -> SortedReads:
+        """The same reads, a segment for each row that was read and no other; waits for the device."""
+        is_read = self.offsets.diff() > 0
+        offsets = torch.cat((self.offsets[:-1][is_read], self.offsets[-1:]))
+        return replace(self, rows=self.rows[is_read], offsets=offsets)
+
 
 def surely_finite(reads: SortedReads) -> Tensor:
     """Whether a bound shows, without summing anything, that a table's gradient is finite; a bool scalar."""
@@ -45,47 +54,16 @@ def surely_finite(reads: SortedReads) -> Tensor:
     return len(reads.tokens) * largest[0] * largest[1] < torch.finfo(torch.float32).max / 2
 
 
-def sort_reads(slots: list[Tensor], weights: list[Tensor], grad_outputs: list[Tensor]) -> SortedReads:
-    """Groups the reads of several backward passes by row.
-
-    Args:
-        slots, weights: per pass (n, b).
-        grad_outputs: per pass (n, v).
-    """
-    first_token = 0
-    tokens = []
-    for pass_slots in slots:
-        last_token = first_token + pass_slots.shape[0]
-        reading = torch.arange(first_token, last_token, device=pass_slots.device)
-        tokens.append(reading.repeat_interleave(pass_slots.shape[1]))
-        first_token = last_token
-    ordered, order = torch.cat([part.flatten() for part in slots]).sort(stable=True)
-    rows, counts = ordered.unique_consecutive(return_counts=True)
-    offsets = torch.zeros(len(rows) + 1, dtype=torch.int64, device=rows.device)
-    torch.cumsum(counts, 0, out=offsets[1:])
-    return SortedReads(
-        rows=rows,
-        offsets=offsets,
-        tokens=torch.cat(tokens)[order],
-        weights=torch.cat([part.flatten() for part in weights])[order],
-        grad_output=torch.cat(grad_outputs),
-    )
-
-
 class ReadLog:
     """The reads of one table since its last update, over all micro-batches and sharing layers.
 
     Custom operators take tensors and numbers only, so they find the log through `handle`; they count in
     `counter`, a tensor they declare to change, so that a compiler keeps them.
-
-    Attributes:
-        before_read: None, or what the table calls with the slots (n, h, knn) it is about to read.
     """
 
     def __init__(self) -> None:
         self.counter = torch.zeros((), dtype=torch.int64)
         self.entries: list[tuple[Tensor, Tensor, Tensor]] = []
-        self.before_read: Callable[[Tensor], None] | None = None
         self.handle = next(_handles)
         _logs[self.handle] = self
 
@@ -108,9 +86,9 @@ class ReadLog:
         """Forgets all reads."""
         self.entries.clear()
 
-    def sorted(self, sort: Callable[..., SortedReads] = sort_reads) -> SortedReads | None:
+    def sorted(self, sort: Callable[..., SortedReads], num_rows: int) -> SortedReads | None:
         """All reads since the last update grouped by row, by a backend's `sort_reads`; None if there were none."""
         entries = [entry for entry in self.entries if entry[0].numel()]
         if not entries:
             return None
-        return sort(*(list(part) for part in zip(*entries, strict=True)))
+        return sort(*(list(part) for part in zip(*entries, strict=True)), num_rows)

@@ -20,27 +20,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pkmem.ops.reading_log import SortedReads, sort_reads
-
-__all__ = [
-    "adam_rows",
-    "flat_topk",
-    "product_key_topk",
-    "product_key_topk_backward",
-    "replay_rows",
-    "row_gradient_norm",
-    "sort_reads",
-    "weighted_sum",
-    "weighted_sum_grad_values",
-    "weighted_sum_grad_weights",
-]
+from pkmem.ops.backends import LayerWeights
+from pkmem.ops.reading_log import SortedReads
 
 _WORD = 0xFFFFFFFF
 _CHUNK_BYTES = 1 << 20  # what a pass over rows keeps in cache; 5x faster than all rows at once
 
 
 def product_key_topk(query: Tensor, sub_keys: Tensor, knn: int) -> tuple[Tensor, Tensor]:
-    """The `knn` best pairs of sub-keys, see `pkmem.ops.product_key_topk`."""
+    """See `Backend.product_key_topk`."""
     num_sub_keys = sub_keys.shape[2]
     half_scores, half_ranks = [], []
     for half, keys in zip(query.chunk(2, dim=-1), sub_keys.unbind(1), strict=True):
@@ -58,7 +46,7 @@ def product_key_topk(query: Tensor, sub_keys: Tensor, knn: int) -> tuple[Tensor,
 def product_key_topk_backward(
     grad_scores: Tensor, query: Tensor, sub_keys: Tensor, slots: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of the scores of chosen slots in query and sub_keys, in their shapes and dtypes."""
+    """See `Backend.product_key_topk_backward`."""
     num_sub_keys = sub_keys.shape[2]
     grad_query, grad_sub_keys = [], []
     for half, keys, chosen in zip(
@@ -77,7 +65,7 @@ def product_key_topk_backward(
 
 
 def flat_topk(query: Tensor, keys: Tensor, knn: int) -> Tensor:
-    """The slots of the `knn` best keys, see `pkmem.ops.flat_topk`."""
+    """See `Backend.flat_topk`; makes all scores at once."""
     num_slots = keys.shape[1]
     scores = inner_products(query, keys)  # (n, h, m)
     slots = torch.arange(num_slots, device=query.device).expand_as(scores)
@@ -124,7 +112,7 @@ def _pairs_that_can_win(knn: int, device: torch.device) -> tuple[Tensor, Tensor]
 
 
 def weighted_sum(values: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
-    """Sums of weighted rows (eq. 3), see `pkmem.ops.weighted_sum`."""
+    """See `Backend.weighted_sum`."""
     if slots.numel() == 0:  # embedding_bag refuses bags of nothing
         return values.new_zeros(slots.shape[0], values.shape[1])
     if values.dtype in (torch.float32, torch.float64):
@@ -136,20 +124,42 @@ def weighted_sum(values: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
     return summed
 
 
-def weighted_sum_grad_weights(values: Tensor, slots: Tensor, grad_output: Tensor) -> Tensor:
-    """d(weights) (n, b): inner product of each row read with what came back, fp32 (fp64 for fp64)."""
-    dtype = torch.float64 if values.dtype == torch.float64 else torch.float32
-    grad_weights = torch.empty(slots.shape, dtype=dtype, device=slots.device)
-    for part in _chunks_of_tokens(slots, values):
-        rows = values[slots[part]].to(dtype)
-        grad_weights[part] = (rows @ grad_output[part].to(dtype).unsqueeze(-1)).squeeze(-1)
-    return grad_weights
+def row_products(table: Tensor, slots: Tensor, x: Tensor) -> Tensor:
+    """See `Backend.row_products`."""
+    dtype = torch.float64 if table.dtype == torch.float64 else torch.float32
+    products = torch.empty(slots.shape, dtype=dtype, device=slots.device)
+    for part in _chunks_of_tokens(slots, table):
+        rows = table[slots[part]].to(dtype)
+        products[part] = (rows @ x[part].to(dtype).unsqueeze(-1)).squeeze(-1)
+    return products
 
 
 def _chunks_of_tokens(slots: Tensor, values: Tensor) -> Iterator[slice]:
     row_bytes = max(1, slots.shape[1] * values.shape[1] * 4)
     size = max(1, 4 * _CHUNK_BYTES // row_bytes)
     return (slice(start, start + size) for start in range(0, slots.shape[0], size))
+
+
+def sort_reads(slots: list[Tensor], weights: list[Tensor], grad_outputs: list[Tensor], num_rows: int) -> SortedReads:
+    """See `Backend.sort_reads`; no segment is empty."""
+    first_token = 0
+    tokens = []
+    for pass_slots in slots:
+        last_token = first_token + pass_slots.shape[0]
+        reading = torch.arange(first_token, last_token, device=pass_slots.device)
+        tokens.append(reading.repeat_interleave(pass_slots.shape[1]))
+        first_token = last_token
+    ordered, order = torch.cat([part.flatten() for part in slots]).sort(stable=True)
+    rows, counts = ordered.unique_consecutive(return_counts=True)
+    offsets = torch.zeros(len(rows) + 1, dtype=torch.int64, device=rows.device)
+    torch.cumsum(counts, 0, out=offsets[1:])
+    return SortedReads(
+        rows=rows,
+        offsets=offsets,
+        tokens=torch.cat(tokens)[order],
+        weights=torch.cat([part.flatten() for part in weights])[order],
+        grad_output=torch.cat(grad_outputs),
+    )
 
 
 def row_gradients(reads: SortedReads) -> Iterator[tuple[Tensor, Tensor]]:
@@ -162,6 +172,7 @@ def row_gradients(reads: SortedReads) -> Iterator[tuple[Tensor, Tensor]]:
         rows: (c,) rows of the table, ascending.
         gradients: (c, v) fp32 (fp64 for an fp64 table), summed in the order of the reads.
     """
+    reads = reads.without_empty()
     num_tokens, width = reads.grad_output.shape
     dtype = torch.promote_types(reads.grad_output.dtype, torch.float32)
     grad_output = reads.grad_output.to(dtype)
@@ -182,7 +193,7 @@ def row_gradients(reads: SortedReads) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def weighted_sum_grad_values(reads: SortedReads, num_rows: int) -> Tensor:
-    """The dense gradient (m, v) of a table of `num_rows` rows, in the dtype of grad_output."""
+    """See `Backend.weighted_sum_grad_values`."""
     dense = reads.grad_output.new_zeros(num_rows, reads.grad_output.shape[1])
     for rows, gradients in row_gradients(reads):
         dense[rows] = gradients.to(dense.dtype)
@@ -190,7 +201,7 @@ def weighted_sum_grad_values(reads: SortedReads, num_rows: int) -> Tensor:
 
 
 def row_gradient_norm(reads: SortedReads) -> Tensor:
-    """The Euclidean norm of the table's gradient, an fp64 scalar; not finite if any entry is not."""
+    """See `Backend.row_gradient_norm`."""
     norm = torch.zeros((), dtype=torch.float64, device=reads.grad_output.device)
     for _, gradients in row_gradients(reads):
         norm = torch.hypot(norm, torch.linalg.vector_norm(gradients, dtype=torch.float64))  # squares would overflow
@@ -198,7 +209,7 @@ def row_gradient_norm(reads: SortedReads) -> Tensor:
 
 
 def gradient_is_finite(reads: SortedReads) -> Tensor:
-    """Whether all of the table's gradient is finite, a bool scalar."""
+    """See `Backend.gradient_is_finite`."""
     return row_gradient_norm(reads).isfinite()
 
 
@@ -215,16 +226,7 @@ def adam_rows(
     scale: float | Tensor,
     seed: int = 0,
 ) -> None:
-    """Adam (Kingma & Ba 2015) in place on the rows that were read, and on no other.
-
-    Args:
-        values, first_moment, second_moment: (m, v) the table and its two moments.
-        reads: the sorted reading log of the table.
-        lr, betas, eps: Adam's.
-        step: updates made so far, this one included, >= 1; corrects the bias of every row alike.
-        scale: factor on the gradients (clipping), > 0; one that is not finite leaves everything as it is.
-        seed: bf16 is rounded up or down at random, by seed, step, row and column alone; fp16 to nearest.
-    """
+    """See `Backend.adam_rows`."""
     lr, step, scale = float(lr), int(step), float(scale)
     if not math.isfinite(scale):
         return
@@ -239,57 +241,6 @@ def adam_rows(
         change = first / (second / second_correction).sqrt_().add_(eps)
         value = values[rows].to(gradients.dtype).sub_(change, alpha=step_size)
         _write_rows((values, first_moment, second_moment), rows, (value, first, second), seed, step)
-
-
-def replay_rows(
-    values: Tensor,
-    first_moment: Tensor,
-    second_moment: Tensor,
-    rows: Tensor,
-    last_steps: Tensor,
-    lrs: Tensor,
-    *,
-    betas: tuple[float, float],
-    eps: float,
-    step: int,
-    seed: int = 0,
-) -> None:
-    """Adam in place on rows that missed steps, with a gradient of zero: what a dense Adam would have done to them.
-
-    Costs a pass over a chunk of rows for every step that one of them missed, up to the one after which their first
-    moment has shrunk to nothing; rows that never had a gradient cost no such pass.
-
-    Args:
-        values, first_moment, second_moment: (m, v) the table and its two moments.
-        rows: (u,) different rows.
-        last_steps: (u,) the last step that each of them had.
-        lrs: learning rate of each step from 0 to `step`, at least of those that were missed; fp64.
-        betas, eps: Adam's, in all of these steps.
-        step: the step to bring them to.
-        seed: bf16 is rounded at random as by `adam_rows`, once.
-    """
-    tables = (values, first_moment, second_moment)
-    dtype = torch.promote_types(values.dtype, torch.float32)
-    beta1, beta2 = betas
-    most = math.ceil(math.log(1e-12 * eps) / math.log(beta1)) if beta1 else 0  # then a move is < 1e-12 lr * moment
-    last_steps, order = last_steps.to(torch.int64).sort()  # so that rows of a chunk missed about as many
-    size = max(1, _CHUNK_BYTES // (4 * max(values.shape[1], 1)))
-    for chunk, last in zip(rows[order].split(size), last_steps.split(size), strict=True):
-        value, first, second = (table[chunk].to(dtype) for table in tables)
-        missed = (step - last).to(torch.float64)
-        after = [first * _column(beta1**missed, dtype), second * _column(beta2**missed, dtype)]
-        moving = missed[first.any(1)]
-        for ahead in range(1, 1 + min(most, int(moving.max()) if len(moving) else 0)):
-            now = (last + ahead).clamp(max=step)
-            age = now.to(torch.float64)
-            step_size = torch.where(last + ahead <= step, lrs[now] / (1 - beta1**age), 0.0)
-            root = second.mul_(beta2).div(_column(1 - beta2**age, dtype)).sqrt_().add_(eps)
-            value -= first.mul_(beta1).div(root).mul_(_column(step_size, dtype))
-        _write_rows(tables, chunk, (value, *after), seed, step)
-
-
-def _column(numbers: Tensor, dtype: torch.dtype) -> Tensor:
-    return numbers.to(dtype).unsqueeze(1)
 
 
 def _write_rows(tables: tuple[Tensor, ...], rows: Tensor, numbers: tuple[Tensor, ...], seed: int, step: int) -> None:
@@ -322,3 +273,7 @@ def _mixed(bits: Any) -> Any:
     bits = ((bits ^ (bits >> 16)) * 0x7FEB352D) & _WORD
     bits = ((bits ^ (bits >> 15)) * 0x846CA68B) & _WORD
     return bits ^ (bits >> 16)
+
+
+def decode(x: Tensor, layer: LayerWeights) -> None:
+    """None, see `Backend.decode`: the parts of the layer are its meaning."""

@@ -82,8 +82,7 @@ topk.register_autograd(_topk_gradients, setup_context=_topk_context)
 
 @custom_op("pkmem::flat_topk", mutates_args=())
 def flat(query: Tensor, keys: Tensor, knn: int, backend: str) -> Tensor:
-    found: Tensor = backend_module(backend).flat_topk(query, keys, knn)
-    return found.contiguous()
+    return backend_module(backend).flat_topk(query, keys, knn).contiguous()
 
 
 @flat.register_fake
@@ -128,24 +127,13 @@ def _(values: Tensor, slots: Tensor, *_: Any) -> Tensor:
     return values.new_empty(slots.shape[0], values.shape[1])
 
 
-@custom_op("pkmem::weighted_sum_grad_weights", mutates_args=())
-def _bag_grad_weights(values: Tensor, slots: Tensor, grad_output: Tensor, backend: str) -> Tensor:
-    return backend_module(backend).weighted_sum_grad_weights(values, slots, grad_output)
-
-
-@_bag_grad_weights.register_fake
-def _(values: Tensor, slots: Tensor, grad_output: Tensor, backend: str) -> Tensor:
-    dtype = torch.float64 if values.dtype == torch.float64 else torch.float32
-    return slots.new_empty(slots.shape, dtype=dtype)
-
-
 @custom_op("pkmem::weighted_sum_grad_values", mutates_args=())
-def _bag_grad_values(slots: Tensor, weights: Tensor, grad_output: Tensor, num_rows: int, backend: str) -> Tensor:
+def _table_gradient(slots: Tensor, weights: Tensor, grad_output: Tensor, num_rows: int, backend: str) -> Tensor:
     module = backend_module(backend)
-    return module.weighted_sum_grad_values(module.sort_reads([slots], [weights], [grad_output]), num_rows)
+    return module.weighted_sum_grad_values(module.sort_reads([slots], [weights], [grad_output], num_rows), num_rows)
 
 
-@_bag_grad_values.register_fake
+@_table_gradient.register_fake
 def _(
     slots: Tensor,
     weights: Tensor,
@@ -168,36 +156,13 @@ def _(counter: Tensor, slots: Tensor, weights: Tensor, grad_output: Tensor, hand
     return None
 
 
-def _bag_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    values, slots, weights, *ctx.log, ctx.backend = inputs
-    ctx.save_for_backward(values, slots, weights)
-
-
-def _bag_gradients(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
-    values, slots, weights = ctx.saved_tensors
-    grad_values = grad_weights = None
-    if ctx.needs_input_grad[2]:
-        grad_weights = _bag_grad_weights(values, slots, grad_output, ctx.backend).to(weights.dtype)
-    if ctx.needs_input_grad[0] and ctx.log:
-        counter, handle = ctx.log
-        _log_reads(counter, slots, weights, grad_output, handle)
-    elif ctx.needs_input_grad[0]:
-        grad_values = _bag_grad_values(slots, weights, grad_output, values.shape[0], ctx.backend)
-    return (grad_values, None, grad_weights, *(None for _ in ctx.log), None)
-
-
-bag.register_autograd(_bag_gradients, setup_context=_bag_context)
-logged_bag.register_autograd(_bag_gradients, setup_context=_bag_context)
-
-
 # --- row_products -------------------------------------------------------------------------------------------
 
 
 def checked_products(table: Tensor, slots: Tensor, x: Tensor, backend: str) -> Tensor:
     """The backend's row products, unregistered, of slots that are in the table."""
     _check_bounds(slots, table)
-    found: Tensor = backend_module(backend).weighted_sum_grad_weights(table, slots, x)
-    return found.contiguous()
+    return backend_module(backend).row_products(table, slots, x).contiguous()
 
 
 products = custom_op("pkmem::row_products", mutates_args=())(checked_products)
@@ -221,19 +186,40 @@ def _(table: Tensor, slots: Tensor, *_: Any) -> Tensor:
     return table.new_empty(slots.shape, dtype=torch.float64 if table.dtype == torch.float64 else torch.float32)
 
 
-def _products_gradients(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
+# --- gradients of both: a sum weights rows, a product weighs them, and each is the other's gradient ------------
+
+
+def _read_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    table, slots, given, *ctx.log, ctx.backend = inputs
+    ctx.save_for_backward(table, slots, given)
+
+
+def _sum_gradients(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
+    return _read_gradients(ctx, grad_output, products, lambda weights: (weights, grad_output))
+
+
+def _product_gradients(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
     """A row is read with its product's gradient as weight, and x is what comes back to it."""
-    table, slots, x = ctx.saved_tensors
-    grad_table = grad_x = None
+    return _read_gradients(ctx, grad_output, bag, lambda x: (grad_output, x))
+
+
+def _read_gradients(ctx: Any, grad_output: Tensor, adjoint: Any, as_read: Any) -> tuple[Any, ...]:
+    """Gradients in the table, dense or as reads in its log, and in what was `given`: the weights or x."""
+    table, slots, given = ctx.saved_tensors
+    grad_table = grad_given = None
     if ctx.needs_input_grad[2]:
-        grad_x = bag(table, slots, grad_output, ctx.backend).to(x.dtype)
-    if ctx.needs_input_grad[0] and ctx.log:
-        counter, handle = ctx.log
-        _log_reads(counter, slots, grad_output, x, handle)
-    elif ctx.needs_input_grad[0]:
-        grad_table = _bag_grad_values(slots, grad_output, x.to(table.dtype), table.shape[0], ctx.backend)
-    return (grad_table, None, grad_x, *(None for _ in ctx.log), None)
+        grad_given = adjoint(table, slots, grad_output, ctx.backend).to(given.dtype)
+    if ctx.needs_input_grad[0]:
+        weights, back = as_read(given)
+        if ctx.log:
+            counter, handle = ctx.log
+            _log_reads(counter, slots, weights, back, handle)
+        else:
+            grad_table = _table_gradient(slots, weights, back.to(table.dtype), table.shape[0], ctx.backend)
+    return (grad_table, None, grad_given, *(None for _ in ctx.log), None)
 
 
-products.register_autograd(_products_gradients, setup_context=_bag_context)
-logged_products.register_autograd(_products_gradients, setup_context=_bag_context)
+for summing in (bag, logged_bag):
+    summing.register_autograd(_sum_gradients, setup_context=_read_context)
+for multiplying in (products, logged_products):
+    multiplying.register_autograd(_product_gradients, setup_context=_read_context)

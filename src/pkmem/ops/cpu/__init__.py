@@ -3,7 +3,7 @@
 See `pkmem.ops` for what each computes; fp64 goes to the reference.
 """
 
-from pkmem.ops.cpu.bag import weighted_sum, weighted_sum_grad_weights
+from pkmem.ops.cpu.bag import row_products, weighted_sum
 from pkmem.ops.cpu.compiling import is_cold, warmup
 from pkmem.ops.cpu.decoding import decode
 from pkmem.ops.cpu.rows import adam_rows, gradient_is_finite, row_gradient_norm, sort_reads, weighted_sum_grad_values
@@ -19,9 +19,9 @@ __all__ = [
     "product_key_topk",
     "product_key_topk_backward",
     "row_gradient_norm",
+    "row_products",
     "sort_reads",
     "warmup",
     "weighted_sum",
     "weighted_sum_grad_values",
-    "weighted_sum_grad_weights",
 ]

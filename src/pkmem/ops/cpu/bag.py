@@ -1,4 +1,4 @@
-"""The weighted sum of rows and its gradient in the weights.
+"""The weighted sum of rows, and the inner products with rows that are its gradient in the weights.
 
 Rows of a large table come from memory at random: what bounds the speed is how many are on their way at once,
 so both kernels walk along eight rows together.
@@ -18,7 +18,7 @@ _GRAIN_ELEMENTS = 1 << 18  # read in about 50 us
 
 
 def weighted_sum(values: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
-    """Sums of weighted rows (eq. 3), see `pkmem.ops.weighted_sum`."""
+    """See `Backend.weighted_sum`; fp64 goes to the reference."""
     if values.dtype == torch.float64:
         return reference.weighted_sum(values, slots, weights)
     summed = values.new_empty(slots.shape[0], values.shape[1])
@@ -27,14 +27,14 @@ def weighted_sum(values: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
     return summed
 
 
-def weighted_sum_grad_weights(values: Tensor, slots: Tensor, grad_output: Tensor) -> Tensor:
-    """d(weights) (n, b): inner product of each row read with what came back, fp32 (fp64 for fp64)."""
-    if values.dtype == torch.float64:
-        return reference.weighted_sum_grad_weights(values, slots, grad_output)
-    grad_weights = values.new_empty(slots.shape, dtype=torch.float32)
-    arguments = (array(values), array(slots), array(grad_output.to(torch.float32)), array(grad_weights))
-    run_over(dot_rows, arguments, slots.shape[0], _tokens_per_grain(values, slots))
-    return grad_weights
+def row_products(table: Tensor, slots: Tensor, x: Tensor) -> Tensor:
+    """See `Backend.row_products`; fp64 goes to the reference."""
+    if table.dtype == torch.float64:
+        return reference.row_products(table, slots, x)
+    products = table.new_empty(slots.shape, dtype=torch.float32)
+    arguments = (array(table), array(slots), array(x.to(torch.float32)), array(products))
+    run_over(dot_rows, arguments, slots.shape[0], _tokens_per_grain(table, slots))
+    return products
 
 
 def _tokens_per_grain(values: Tensor, slots: Tensor) -> int:
@@ -79,39 +79,39 @@ def sum_rows(values, slots, weights, summed, first, last):  # type: ignore[no-un
 
 
 @kernel
-def dot_rows(values, slots, grad_output, grad_weights, first, last):  # type: ignore[no-untyped-def]
-    """Writes grad_weights[first:last]."""
-    reads, width = slots.shape[1], values.shape[1]
+def dot_rows(table, slots, x, products, first, last):  # type: ignore[no-untyped-def]
+    """Writes products[first:last]."""
+    reads, width = slots.shape[1], table.shape[1]
     zero = np.float32(0)
     for token in range(first, last):
-        row, back = slots[token], grad_output[token]
+        row, wanted = slots[token], x[token]
         together = reads - reads % 8
         for read in range(0, together, 8):
-            row0, row1 = values[row[read]], values[row[read + 1]]
-            row2, row3 = values[row[read + 2]], values[row[read + 3]]
-            row4, row5 = values[row[read + 4]], values[row[read + 5]]
-            row6, row7 = values[row[read + 6]], values[row[read + 7]]
+            row0, row1 = table[row[read]], table[row[read + 1]]
+            row2, row3 = table[row[read + 2]], table[row[read + 3]]
+            row4, row5 = table[row[read + 4]], table[row[read + 5]]
+            row6, row7 = table[row[read + 6]], table[row[read + 7]]
             dot0 = dot1 = dot2 = dot3 = dot4 = dot5 = dot6 = dot7 = zero
             for column in range(width):
-                dot0 += widen(row0[column]) * back[column]
-                dot1 += widen(row1[column]) * back[column]
-                dot2 += widen(row2[column]) * back[column]
-                dot3 += widen(row3[column]) * back[column]
-                dot4 += widen(row4[column]) * back[column]
-                dot5 += widen(row5[column]) * back[column]
-                dot6 += widen(row6[column]) * back[column]
-                dot7 += widen(row7[column]) * back[column]
-            grad_weights[token, read] = dot0
-            grad_weights[token, read + 1] = dot1
-            grad_weights[token, read + 2] = dot2
-            grad_weights[token, read + 3] = dot3
-            grad_weights[token, read + 4] = dot4
-            grad_weights[token, read + 5] = dot5
-            grad_weights[token, read + 6] = dot6
-            grad_weights[token, read + 7] = dot7
+                dot0 += widen(row0[column]) * wanted[column]
+                dot1 += widen(row1[column]) * wanted[column]
+                dot2 += widen(row2[column]) * wanted[column]
+                dot3 += widen(row3[column]) * wanted[column]
+                dot4 += widen(row4[column]) * wanted[column]
+                dot5 += widen(row5[column]) * wanted[column]
+                dot6 += widen(row6[column]) * wanted[column]
+                dot7 += widen(row7[column]) * wanted[column]
+            products[token, read] = dot0
+            products[token, read + 1] = dot1
+            products[token, read + 2] = dot2
+            products[token, read + 3] = dot3
+            products[token, read + 4] = dot4
+            products[token, read + 5] = dot5
+            products[token, read + 6] = dot6
+            products[token, read + 7] = dot7
         for read in range(together, reads):
-            row0 = values[row[read]]
+            row0 = table[row[read]]
             dot0 = zero
             for column in range(width):
-                dot0 += widen(row0[column]) * back[column]
-            grad_weights[token, read] = dot0
+                dot0 += widen(row0[column]) * wanted[column]
+            products[token, read] = dot0

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from pkmem.ops.backends import LayerWeights
 from pkmem.ops.cpu import bag, decoding, rows, selection, selection_backward
 
 KERNELS = (
@@ -45,10 +46,10 @@ def warmup(dtypes: tuple[torch.dtype, ...] = _DTYPES) -> int:
     for dtype in dtypes:
         values = weights.to(dtype)
         bag.weighted_sum(values, slots[0], weights)
-        gate = weights, weights
-        decoding.decode(weights, weights.expand(2, 1), weights[0].expand(2), "none", [], 1.0, sub_keys, values, gate, 1)
-        bag.weighted_sum_grad_weights(values, slots[0], values)
-        reads = rows.sort_reads([slots[0]], [weights], [values])
+        query_network, gate = (weights.expand(2, 1), weights[0].expand(2)), (weights, weights)
+        decoding.decode(weights, LayerWeights(*query_network, "none", (), 1.0, sub_keys, values, gate, 1))
+        bag.row_products(values, slots[0], values)
+        reads = rows.sort_reads([slots[0]], [weights], [values], 1)
         rows.weighted_sum_grad_values(reads, 1)
         rows.row_gradient_norm(reads)
         for moments in (torch.float32, torch.bfloat16):

@@ -9,36 +9,29 @@ from __future__ import annotations
 import numpy as np
 from torch import Tensor
 
+from pkmem.ops.backends import NORM_TENSORS, LayerWeights
 from pkmem.ops.cpu.bag import sum_rows
 from pkmem.ops.cpu.selection import multiply, products, select
 from pkmem.ops.cpu.vectors import array, kernel, part_of_kernel, widen
 
-_NORMS = ("batch", "layer", "rms", "none")
+_NORMS = tuple(NORM_TENSORS)
 
 
-def decode(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    norm: str,
-    norm_tensors: list[Tensor],
-    eps: float,
-    sub_keys: Tensor,
-    values: Tensor,
-    gate: tuple[Tensor, Tensor] | None,
-    knn: int,
-) -> Tensor:
-    """The memory's output (n, v), or (n, d') behind a gate, for a few tokens, see `pkmem.ops.decode`."""
-    norms = [array(tensor) for tensor in norm_tensors]
+def decode(x: Tensor, layer: LayerWeights) -> Tensor:
+    """See `Backend.decode`; values of any dtype but fp64."""
+    norms = [array(tensor) for tensor in layer.norm_tensors]
     norms += [np.empty(0, np.float32)] * (4 - len(norms))
-    summed = values.new_empty(len(x), values.shape[1])
-    number = _NORMS.index(norm)
+    summed = layer.values.new_empty(len(x), layer.values.shape[1])
     tokens = array(x)
-    read(tokens, array(weight), array(bias), number, *norms, eps, array(sub_keys), array(values), knn, array(summed))
-    if gate is None:
+    read(
+        tokens, array(layer.project), array(layer.bias), _NORMS.index(layer.norm), *norms, layer.eps,
+        array(layer.sub_keys), array(layer.values), layer.knn, array(summed),
+    )  # fmt: skip
+    if layer.gate is None:
         return summed
-    out = x.new_empty(len(x), len(gate[1]))
-    apply_gate(array(summed), tokens, array(gate[0]), array(gate[1]), array(out))
+    gate, project = layer.gate
+    out = x.new_empty(len(x), len(project))
+    apply_gate(array(summed), tokens, array(gate), array(project), array(out))
     return out
 
 

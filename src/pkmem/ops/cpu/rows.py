@@ -22,28 +22,25 @@ _LARGEST_INDEX = 1 << 31
 _READS_PER_SUM = 256  # a hot row is summed in pieces, which keeps the rounding error of long sums low
 
 
-def sort_reads(slots: list[Tensor], weights: list[Tensor], grad_outputs: list[Tensor]) -> SortedReads:
-    """Groups the reads of several backward passes by row, as `pkmem.ops.reading_log.sort_reads` does."""
-    if any(part.dtype == torch.float64 for part in (*weights, *grad_outputs)):
-        return reading_log.sort_reads(slots, weights, grad_outputs)
+def sort_reads(slots: list[Tensor], weights: list[Tensor], grad_outputs: list[Tensor], num_rows: int) -> SortedReads:
+    """See `Backend.sort_reads`; no segment is empty."""
     flat_slots = torch.cat([part.reshape(-1) for part in slots])
     num_reads = len(flat_slots)
-    highest = int(flat_slots.max()) if num_reads else 0
     in_fp64 = torch.float64 in {part.dtype for part in (*weights, *grad_outputs)}
-    if in_fp64 or max(highest, num_reads) >= _LARGEST_INDEX:
-        return reading_log.sort_reads(slots, weights, grad_outputs)
+    if in_fp64 or max(num_rows, num_reads) > _LARGEST_INDEX:
+        return reference.sort_reads(slots, weights, grad_outputs, num_rows)
     flat_weights = torch.cat([part.reshape(-1) for part in weights]).to(torch.float32)
     passes = np.array([part.shape for part in slots], dtype=np.int64).reshape(-1, 2)
     packed = np.empty((2, num_reads), np.int64)
     rows, offsets, tokens = (flat_slots.new_empty(size) for size in (num_reads, num_reads + 1, num_reads))
     sorted_weights = torch.empty_like(flat_weights)
-    num_rows = sort(
-        array(flat_slots), array(flat_weights), passes, highest.bit_length(), packed,
+    touched = sort(
+        array(flat_slots), array(flat_weights), passes, (num_rows - 1).bit_length(), packed,
         array(rows), array(offsets), array(tokens), array(sorted_weights),
     )  # fmt: skip
     return SortedReads(
-        rows=rows[:num_rows],
-        offsets=offsets[: num_rows + 1],
+        rows=rows[:touched],
+        offsets=offsets[: touched + 1],
         tokens=tokens,
         weights=sorted_weights,
         grad_output=torch.cat(grad_outputs),
@@ -51,7 +48,7 @@ def sort_reads(slots: list[Tensor], weights: list[Tensor], grad_outputs: list[Te
 
 
 def weighted_sum_grad_values(reads: SortedReads, num_rows: int) -> Tensor:
-    """The dense gradient (m, v) of a table of `num_rows` rows, in the dtype of grad_output."""
+    """See `Backend.weighted_sum_grad_values`."""
     if reads.grad_output.dtype == torch.float64:
         return reference.weighted_sum_grad_values(reads, num_rows)
     dense = reads.grad_output.new_zeros(num_rows, reads.grad_output.shape[1])
@@ -60,7 +57,7 @@ def weighted_sum_grad_values(reads: SortedReads, num_rows: int) -> Tensor:
 
 
 def row_gradient_norm(reads: SortedReads) -> Tensor:
-    """The Euclidean norm of the table's gradient, an fp64 scalar; not finite if any entry is not."""
+    """See `Backend.row_gradient_norm`."""
     if reads.grad_output.dtype == torch.float64:
         return reference.row_gradient_norm(reads)
     squares = reads.grad_output.new_empty(len(reads.rows), dtype=torch.float64)
@@ -69,7 +66,7 @@ def row_gradient_norm(reads: SortedReads) -> Tensor:
 
 
 def gradient_is_finite(reads: SortedReads) -> Tensor:
-    """Whether all of the table's gradient is finite, a bool scalar; seldom more than a look at its factors."""
+    """See `Backend.gradient_is_finite`; seldom more than a look at the factors."""
     found = reading_log.surely_finite(reads)
     return found if found else row_gradient_norm(reads).isfinite()
 
@@ -87,16 +84,7 @@ def adam_rows(
     scale: float | Tensor,
     seed: int = 0,
 ) -> None:
-    """Adam (Kingma & Ba 2015) in place on the rows that were read, and on no other.
-
-    Args:
-        values, first_moment, second_moment: (m, v) the table and its two moments.
-        reads: the sorted reading log of the table.
-        lr, betas, eps: Adam's.
-        step: updates made so far, this one included, >= 1; corrects the bias of every row alike.
-        scale: factor on the gradients (clipping), > 0; one that is not finite leaves everything as it is.
-        seed: bf16 is rounded up or down at random, by seed, step, row and column alone; fp16 to nearest.
-    """
+    """See `Backend.adam_rows`; fp64 goes to the reference."""
     tables = (values, first_moment, second_moment)
     if torch.float64 in (reads.grad_output.dtype, *(table.dtype for table in tables)):
         reference.adam_rows(*tables, reads, lr=lr, betas=betas, eps=eps, step=step, scale=scale, seed=seed)

@@ -34,7 +34,7 @@ _LOWEST = np.int32(-(1 << 31))
 
 
 def product_key_topk(query: Tensor, sub_keys: Tensor, knn: int) -> tuple[Tensor, Tensor]:
-    """The `knn` best pairs of sub-keys, see `pkmem.ops.product_key_topk`."""
+    """See `Backend.product_key_topk`; fp64, and more than 2 ** 16 sub-keys, go to the reference."""
     num_tokens, heads, _ = query.shape
     num_sub_keys = sub_keys.shape[2]
     if query.dtype == torch.float64 or num_sub_keys**2 > 1 << 32:
@@ -63,7 +63,7 @@ def product_key_topk(query: Tensor, sub_keys: Tensor, knn: int) -> tuple[Tensor,
 
 
 def flat_topk(query: Tensor, keys: Tensor, knn: int) -> Tensor:
-    """The slots of the `knn` best keys, see `pkmem.ops.flat_topk`."""
+    """See `Backend.flat_topk`; some scores at a time."""
     num_tokens, heads, _ = query.shape
     num_slots = keys.shape[1]
     if query.dtype == torch.float64 or num_slots > 1 << 32:

@@ -21,7 +21,7 @@ _TOKENS_PER_SUM = 512  # a sub-key is summed in pieces, which keeps the rounding
 def product_key_topk_backward(
     grad_scores: Tensor, query: Tensor, sub_keys: Tensor, slots: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of the scores of chosen slots in query and sub_keys, in their shapes and dtypes."""
+    """See `Backend.product_key_topk_backward`; fp64 goes to the reference."""
     if query.dtype == torch.float64:
         return reference.product_key_topk_backward(grad_scores, query, sub_keys, slots)
     num_tokens, heads, knn = slots.shape

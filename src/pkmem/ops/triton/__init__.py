@@ -5,20 +5,21 @@ here waits for the GPU. `PKMEM_AUTOTUNE=1` tries a few launch shapes per width a
 With `TRITON_INTERPRET=1` set before the import the same kernels run on CPU tensors, slowly: for tests.
 """
 
-from pkmem.ops.reference import flat_topk
-from pkmem.ops.triton.bag import weighted_sum, weighted_sum_grad_weights
+from pkmem.ops.reference import decode, flat_topk
+from pkmem.ops.triton.bag import row_products, weighted_sum
 from pkmem.ops.triton.rows import adam_rows, gradient_is_finite, row_gradient_norm, sort_reads, weighted_sum_grad_values
 from pkmem.ops.triton.selection import product_key_topk, product_key_topk_backward
 
 __all__ = [
     "adam_rows",
+    "decode",
     "flat_topk",
     "gradient_is_finite",
     "product_key_topk",
     "product_key_topk_backward",
     "row_gradient_norm",
+    "row_products",
     "sort_reads",
     "weighted_sum",
     "weighted_sum_grad_values",
-    "weighted_sum_grad_weights",
 ]

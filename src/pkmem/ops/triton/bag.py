@@ -1,4 +1,4 @@
-"""The weighted sum of rows and its gradient in the weights.
+"""The weighted sum of rows, and the inner products with rows that are its gradient in the weights.
 
 Rows of a large table come from memory at random: what bounds the speed is how many are on their way at once, so
 a program loads several rows together and many programs share a processor. Row numbers are int64 throughout: the
@@ -23,7 +23,7 @@ _READS = 16  # inner products per program
 
 
 def weighted_sum(values: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
-    """Sums of weighted rows (eq. 3), see `pkmem.ops.weighted_sum`."""
+    """See `Backend.weighted_sum`; fp64 goes to the reference."""
     if values.dtype == torch.float64:
         return reference.weighted_sum(values, slots, weights)
     return sum_rows(values, slots, weights, values.dtype)
@@ -56,26 +56,26 @@ def _shape_of_sum(num_tokens: int, num_reads: int, width: int) -> tuple[int, int
     return min(block, 128), power_of_two(num_reads, 1, _ROWS_ALONE), 4
 
 
-def weighted_sum_grad_weights(values: Tensor, slots: Tensor, grad_output: Tensor) -> Tensor:
-    """d(weights) (n, b): inner product of each row read with what came back, fp32 (fp64 for fp64)."""
-    if values.dtype == torch.float64:
-        return reference.weighted_sum_grad_weights(values, slots, grad_output)
+def row_products(table: Tensor, slots: Tensor, x: Tensor) -> Tensor:
+    """See `Backend.row_products`; fp64 goes to the reference."""
+    if table.dtype == torch.float64:
+        return reference.row_products(table, slots, x)
     num_tokens, num_reads = slots.shape
-    grad_weights = torch.empty(slots.shape, dtype=torch.float32, device=slots.device)
-    if grad_weights.numel() == 0:
-        return grad_weights
-    values = _with_dense_rows(values)
-    width = values.shape[1]
+    products = torch.empty(slots.shape, dtype=torch.float32, device=slots.device)
+    if products.numel() == 0:
+        return products
+    table = _with_dense_rows(table)
+    width = table.shape[1]
     reads = power_of_two(num_reads, 1, _READS)
     grid = (num_tokens, triton.cdiv(num_reads, reads))
-    arguments = (values, slots.contiguous(), grad_output.contiguous(), grad_weights, values.stride(0), width, num_reads)
-    with on(values):
+    arguments = (table, slots.contiguous(), x.contiguous(), products, table.stride(0), width, num_reads)
+    with on(table):
         if AUTOTUNE:
             _dot_rows_tuned[grid](*arguments, READS=reads)
         else:
             block = min(column_block(width), 512)
             _dot_rows[grid](*arguments, READS=reads, BLOCK_V=block, num_warps=4)
-    return grad_weights
+    return products
 
 
 def _with_dense_rows(values: Tensor) -> Tensor:
@@ -122,9 +122,9 @@ def _sum_rows(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _dot_rows(  # type: ignore[no-untyped-def]
-    values, slots, grad_output, grad_weights, stride, width, num_reads, READS: tl.constexpr, BLOCK_V: tl.constexpr
+    table, slots, x, products, stride, width, num_reads, READS: tl.constexpr, BLOCK_V: tl.constexpr
 ):
-    """Program (token, block of reads) writes that block of grad_weights[token]."""
+    """Program (token, block of reads) writes that block of products[token]."""
     token = tl.program_id(0).to(tl.int64)
     reads = tl.program_id(1) * READS + tl.arange(0, READS)
     real = reads < num_reads
@@ -133,11 +133,11 @@ def _dot_rows(  # type: ignore[no-untyped-def]
     for first in range(0, width, BLOCK_V):
         columns = first + tl.arange(0, BLOCK_V)
         inside = columns < width
-        back = tl.load(grad_output + token * width + columns, mask=inside, other=0).to(tl.float32)
+        wanted = tl.load(x + token * width + columns, mask=inside, other=0).to(tl.float32)
         offsets = row[:, None] * stride + columns[None, :]
-        part = tl.load(values + offsets, mask=real[:, None] & inside[None, :], other=0)
-        total += part.to(tl.float32) * back[None, :]
-    tl.store(grad_weights + token * num_reads + reads, tl.sum(total, 1), mask=real)
+        part = tl.load(table + offsets, mask=real[:, None] & inside[None, :], other=0)
+        total += part.to(tl.float32) * wanted[None, :]
+    tl.store(products + token * num_reads + reads, tl.sum(total, 1), mask=real)
 
 
 _sum_rows_tuned = triton.autotune(

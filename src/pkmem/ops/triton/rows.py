@@ -8,8 +8,6 @@ bits.
 
 from __future__ import annotations
 
-import math
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -29,23 +27,12 @@ _ROWS = 4  # rows in flight per program; most rows have few reads
 _INT32_ROWS = 1 << 31
 
 
-def sort_reads(
-    slots: list[Tensor], weights: list[Tensor], grad_outputs: list[Tensor], num_rows: int | None = None
-) -> SortedReads:
-    """Groups the reads of several backward passes by row, as `pkmem.ops.reading_log.sort_reads` does.
-
-    Without waiting for the GPU, so `rows` and `offsets` are as long as they can get: past the rows that were
-    read, segments are empty and `rows` holds no meaning.
-
-    Args:
-        slots, weights: per pass (n, b).
-        grad_outputs: per pass (n, v).
-        num_rows: rows of the table, if known: bounds the result, and halves the sorting below 2 ** 31.
-    """
+def sort_reads(slots: list[Tensor], weights: list[Tensor], grad_outputs: list[Tensor], num_rows: int) -> SortedReads:
+    """See `Backend.sort_reads`; does not wait for the GPU, so empty segments follow those of the rows read."""
     flat = torch.cat([part.reshape(-1) for part in slots])
     num_reads, device = len(flat), flat.device
-    if num_rows is not None and num_rows <= _INT32_ROWS:
-        flat = flat.to(torch.int32)
+    if num_rows <= _INT32_ROWS:
+        flat = flat.to(torch.int32)  # halves the sorting
     ordered, order = flat.sort(stable=True)
     is_first = torch.ones(num_reads, dtype=torch.bool, device=device)
     torch.ne(ordered[1:], ordered[:-1], out=is_first[1:])
@@ -53,8 +40,7 @@ def sort_reads(
     place = torch.where(is_first, is_first.cumsum(0) - 1, num_reads + 1)
     offsets = torch.full((num_reads + 2,), num_reads, dtype=torch.int64, device=device)
     offsets.scatter_(0, place, torch.arange(num_reads, device=device))
-    most = num_reads if num_rows is None else min(num_reads, num_rows)
-    offsets = offsets[: most + 1]
+    offsets = offsets[: min(num_reads, num_rows) + 1]
     return SortedReads(
         rows=ordered[offsets[:-1].clamp(max=max(num_reads - 1, 0))].to(torch.int64),
         offsets=offsets,
@@ -62,13 +48,6 @@ def sort_reads(
         weights=torch.cat([part.reshape(-1) for part in weights])[order],
         grad_output=grad_outputs[0] if len(grad_outputs) == 1 else torch.cat(grad_outputs),
     )
-
-
-def _touched(reads: SortedReads) -> SortedReads:
-    """The reads without empty segments, for the reference; waits for the GPU."""
-    is_touched = reads.offsets.diff() > 0
-    offsets = torch.cat((reads.offsets[:-1][is_touched], reads.offsets[-1:]))
-    return replace(reads, rows=reads.rows[is_touched], offsets=offsets)
 
 
 def _tokens(slots: list[Tensor]) -> Tensor:
@@ -82,25 +61,25 @@ def _tokens(slots: list[Tensor]) -> Tensor:
 
 
 def weighted_sum_grad_values(reads: SortedReads, num_rows: int) -> Tensor:
-    """The dense gradient (m, v) of a table of `num_rows` rows, in the dtype of grad_output."""
+    """See `Backend.weighted_sum_grad_values`; fp64 goes to the reference."""
     if reads.grad_output.dtype == torch.float64:
-        return reference.weighted_sum_grad_values(_touched(reads), num_rows)
+        return reference.weighted_sum_grad_values(reads, num_rows)
     dense = torch.zeros(num_rows, reads.grad_output.shape[1], dtype=reads.grad_output.dtype, device=reads.rows.device)
     _over_rows(_write_gradients, reads, dense)
     return dense
 
 
 def row_gradient_norm(reads: SortedReads) -> Tensor:
-    """The Euclidean norm of the table's gradient, an fp64 scalar; not finite if any entry is not."""
+    """See `Backend.row_gradient_norm`; fp64 goes to the reference."""
     if reads.grad_output.dtype == torch.float64:
-        return reference.row_gradient_norm(_touched(reads))
+        return reference.row_gradient_norm(reads)
     return _norm_if(torch.ones((), dtype=torch.bool, device=reads.rows.device), reads)
 
 
 def gradient_is_finite(reads: SortedReads) -> Tensor:
-    """Whether all of the table's gradient is finite, a bool scalar; seldom more than a look at its factors."""
+    """See `Backend.gradient_is_finite`; seldom more than a look at the factors."""
     if reads.grad_output.dtype == torch.float64:
-        return reference.gradient_is_finite(_touched(reads))
+        return reference.gradient_is_finite(reads)
     return _norm_if(~surely_finite(reads), reads).isfinite()
 
 
@@ -124,30 +103,13 @@ def adam_rows(
     scale: float | Tensor,
     seed: int = 0,
 ) -> None:
-    """Adam (Kingma & Ba 2015) in place on the rows that were read, and on no other.
+    """See `Backend.adam_rows`; waits for nothing where lr, step and scale are 0-d tensors on the GPU.
 
-    lr, step and scale may be 0-d tensors on the GPU: then nothing waits for them.
-
-    Args:
-        values, first_moment, second_moment: (m, v) the table and its two moments.
-        reads: the sorted reading log of the table.
-        lr, betas, eps: Adam's.
-        step: updates made so far, this one included, >= 1; corrects the bias of every row alike.
-        scale: factor on the gradients (clipping), > 0; one that is not finite leaves everything as it is.
-        seed: bf16 is rounded up or down at random, by seed, step, row and column alone; fp16 to nearest.
+    fp64 goes to the reference, which does wait.
     """
     tables = (values, first_moment, second_moment)
     if torch.float64 in (reads.grad_output.dtype, *(table.dtype for table in tables)):
-        numbers: dict[str, Any] = {
-            "lr": float(lr),
-            "betas": betas,
-            "eps": eps,
-            "step": int(step),
-            "scale": float(scale),
-            "seed": seed,
-        }
-        if math.isfinite(float(scale)):
-            reference.adam_rows(*tables, _touched(reads), **numbers)
+        reference.adam_rows(*tables, reads, lr=lr, betas=betas, eps=eps, step=step, scale=scale, seed=seed)
         return
     contiguous = tuple(table.contiguous() for table in tables)
     factors = _adam_factors(lr, betas, step, scale, values.device)

@@ -40,7 +40,7 @@ _INDEX = tl.constexpr(0xFFFFFFFF)
 
 
 def product_key_topk(query: Tensor, sub_keys: Tensor, knn: int) -> tuple[Tensor, Tensor]:
-    """The `knn` best pairs of sub-keys, see `pkmem.ops.product_key_topk`."""
+    """See `Backend.product_key_topk`; fp64 and large sets go to the reference."""
     num_tokens, heads, _ = query.shape
     num_sub_keys = sub_keys.shape[2]
     if knn > _LARGEST_KNN or num_sub_keys > _LARGEST_SET or query.dtype == torch.float64:
@@ -136,7 +136,7 @@ def _sorted(found: Tensor, kept: int) -> Tensor:
 def product_key_topk_backward(
     grad_scores: Tensor, query: Tensor, sub_keys: Tensor, slots: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of the scores of chosen slots in query and sub_keys, in their shapes and dtypes."""
+    """See `Backend.product_key_topk_backward`; fp64 goes to the reference."""
     if grad_scores.dtype == torch.float64:
         return reference.product_key_topk_backward(grad_scores, query, sub_keys, slots)
     num_sub_keys, half = sub_keys.shape[2:]
