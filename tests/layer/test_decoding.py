@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.nn.utils import parametrize
 
 from pkmem import MemoryConfig, MemoryUsage, ProductKeyMemory
@@ -149,6 +152,25 @@ def _use_reference_for_keys(memory: ProductKeyMemory) -> None:
     memory.keys.backend = "reference"
 
 
+def _replace_forward(memory: ProductKeyMemory) -> None:
+    """As accelerate and others do that bring weights from elsewhere before a part runs."""
+    forward = memory.query.project.forward
+    memory.query.project.forward = lambda x: forward(x) + 1
+
+
+def _replace_forward_of_the_query(memory: ProductKeyMemory) -> None:
+    forward = memory.query.forward
+    memory.query.forward = lambda *given: 2 * forward(*given)
+
+
+def _hook_backward(memory: ProductKeyMemory) -> None:
+    memory.keys.register_full_backward_hook(lambda *_: None)
+
+
+def _hook_before_backward(memory: ProductKeyMemory) -> None:
+    memory.dropout.register_full_backward_pre_hook(lambda *_: None)
+
+
 def _hook_gate(memory: ProductKeyMemory) -> None:
     memory.gate.gate.register_forward_hook(lambda *arguments: 2 * arguments[2])
 
@@ -173,6 +195,7 @@ def _replace_all_of_the_gate(memory: ProductKeyMemory) -> None:
     "change",
     [
         _replace_query, _halve_query, _no_bias, _hook_output, _hook_input, _replace_dropout, _use_reference, _use_reference_for_keys,
+        _replace_forward, _replace_forward_of_the_query, _hook_backward, _hook_before_backward,
         nn.Module.double, nn.Module.bfloat16, nn.Module.train,
     ],
 )  # fmt: skip
@@ -192,6 +215,52 @@ def test_parts_run_where_the_gate_is_changed_or_watched(change, calls: list[int]
     change(memory)
     torch.testing.assert_close(memory(x), by_parts(memory, x))
     assert calls == []
+
+
+@pytest.mark.parametrize("register", [register_module_forward_hook, register_module_forward_pre_hook])
+@torch.no_grad()
+def test_parts_run_where_a_global_hook_watches_all_modules(register, calls: list[int]) -> None:
+    memory, seen = build(), set()
+    handle = register(lambda module, *_: seen.add(type(module).__name__))
+    try:
+        memory(torch.randn(2, 20))
+    finally:
+        handle.remove()
+    assert {"QueryNetwork", "Linear", "ProductKeys", "ValueTable"} <= seen
+    assert calls == []
+    memory(torch.randn(2, 20))
+    assert calls == [2]
+
+
+@torch.no_grad()
+def test_parts_run_where_weights_are_elsewhere(calls: list[int]) -> None:
+    """As with accelerate's offloading: weights are on `meta` until a part's own forward brings them."""
+    accelerate = pytest.importorskip("accelerate")
+    memory, x = build(), torch.randn(2, 20)
+    expected = by_parts(memory, x)
+    accelerate.cpu_offload(memory, execution_device="cpu")
+    assert memory.query.project.weight.is_meta
+    torch.testing.assert_close(memory(x), expected)
+    for part in (
+        "query.project",
+        "keys",
+        "values",
+    ):  # without hooks: an error, and no kernel on memory that is not there
+        memory = build()
+        memory.get_submodule(part).to("meta")
+        with pytest.raises((RuntimeError, ValueError), match="meta"):
+            memory(x)
+    assert calls == []
+
+
+@torch.no_grad()
+def test_a_traced_memory_computes_anew(calls: list[int]) -> None:
+    memory, x = build(), torch.randn(2, 20)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that tracing is deprecated, and takes shapes for constants
+        traced = torch.jit.trace(memory, (x,), check_trace=False)
+    torch.testing.assert_close(traced(-x), memory(-x))
+    assert calls == [2]
 
 
 @pytest.mark.parametrize("options", [{"query_hidden_dim": 8}, {"keys": "flat"}, {"experts": True}])

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-from pkmem.ops.backends import BACKENDS, Backend, backend_module, choose_backend
+from pkmem.ops.backends import BACKENDS, Backend, backend_module
 
 CONTRACT = {
     name: function for name, function in vars(Backend).items() if inspect.isfunction(function) and name[0] != "_"
@@ -79,11 +79,6 @@ def test_segments_without_reads_change_nothing(backend: str) -> None:
     for function in (reference.row_gradient_norm, reference.gradient_is_finite):
         assert torch.equal(function(longer), function(reads))
     assert torch.equal(reference.weighted_sum_grad_values(longer, 9), reference.weighted_sum_grad_values(reads, 9))
-
-
-def test_an_unknown_backend_is_named() -> None:
-    with pytest.raises(ValueError, match="backend is 'cuda' but must be one of reference, cpu, triton"):
-        choose_backend(torch.device("cpu"), "cuda")
 
 
 def test_without_numba_the_first_cpu_tensor_warns_and_the_import_does_not() -> None:

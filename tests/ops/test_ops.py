@@ -686,6 +686,20 @@ def test_weighted_sum_refuses_slots_that_are_not_int64(
         )
 
 
+@torch.no_grad()
+def test_tensors_on_several_devices_are_named() -> None:
+    query, sub_keys = topk_inputs(3, 2, 6, 5)
+    values, slots, weights = bag_inputs(7, 3, 4, 2)
+    for call, message in (
+        (lambda: product_key_topk(query, sub_keys.to("meta"), 1), "query on cpu, sub_keys on meta"),
+        (lambda: flat_topk(query, torch.zeros(2, 5, 6, device="meta"), 1), "query on cpu, keys on meta"),
+        (lambda: weighted_sum(values, slots.to("meta"), weights), "values on cpu, slots on meta, weights on cpu"),
+        (lambda: row_products(values.to("meta"), slots, torch.zeros(4, 3)), "table on meta, slots on cpu, x on cpu"),
+    ):
+        with pytest.raises(ValueError, match=f"all tensors must be on one device, not {message}: move them"):
+            call()
+
+
 def test_an_unknown_backend_is_named_with_those_there_are(backend: str) -> None:
     message = rf"'abacus' but must be one of .*\b{backend}\b"
     with pytest.raises(ValueError, match=message):

@@ -53,7 +53,7 @@ def product_key_topk(query: Tensor, sub_keys: Tensor, knn: int, *, backend: str 
         slots: (n, h, knn) int64 in [0, s ** 2).
 
     Raises:
-        ValueError: the shapes disagree, `knn` is outside [1, s], or the backend is unknown.
+        ValueError: shapes or devices disagree, `knn` is outside [1, s], or the backend is unknown.
     """
     if query.dim() != 3 or sub_keys.dim() != 4 or sub_keys.shape[1] != 2 or sub_keys.shape[0] == 0:
         raise ValueError(
@@ -66,6 +66,7 @@ def product_key_topk(query: Tensor, sub_keys: Tensor, knn: int, *, backend: str 
             f"({query.shape[1]} and {sub_keys.shape[0]}) or width "
             f"({query.shape[2]} and twice {sub_keys.shape[3]})"
         )
+    _check_devices(query=query, sub_keys=sub_keys)
     if not 1 <= knn <= sub_keys.shape[2]:
         raise ValueError(f"knn is {knn} but must be in [1, s = {sub_keys.shape[2]}]")
     chosen = choose_backend(query.device, backend)
@@ -93,12 +94,13 @@ def flat_topk(query: Tensor, keys: Tensor, knn: int, *, backend: str | None = No
         ones by lower slot.
 
     Raises:
-        ValueError: the shapes disagree, `knn` is outside [1, m], or the backend is unknown.
+        ValueError: shapes or devices disagree, `knn` is outside [1, m], or the backend is unknown.
     """
     if (query.dim(), keys.dim()) != (3, 3) or query.shape[1:] != (keys.shape[0], keys.shape[2]) or keys.shape[0] == 0:
         raise ValueError(
             f"query must be (n, h, q) and keys (h, m, q) with h >= 1, not {tuple(query.shape)} and {tuple(keys.shape)}"
         )
+    _check_devices(query=query, keys=keys)
     if not 1 <= knn <= keys.shape[1]:
         raise ValueError(f"knn is {knn} but must be in [1, m = {keys.shape[1]}]")
     return flat(query.detach(), keys.detach(), knn, choose_backend(query.device, backend))
@@ -132,7 +134,7 @@ def weighted_sum(
         (n, v) in the dtype of values, accumulated in fp32 (fp64 for fp64 values).
 
     Raises:
-        ValueError: the shapes disagree, slots are not int64, a slot is outside [0, m) (checked on the CPU), or
+        ValueError: shapes or devices disagree, slots are not int64, a slot is outside [0, m) (checked on the CPU), or
             the backend is unknown.
     """
     if values.dim() != 2 or slots.dim() != 2 or slots.shape != weights.shape:
@@ -141,6 +143,7 @@ def weighted_sum(
             f"{tuple(values.shape)}, {tuple(slots.shape)} and {tuple(weights.shape)}"
         )
     _check_dtypes(values, slots)
+    _check_devices(values=values, slots=slots, weights=weights)
     chosen = choose_backend(values.device, backend)
     if nobody_watches(values, slots, weights):
         return checked_bag(values, slots, weights, chosen)
@@ -174,7 +177,7 @@ def row_products(
         (n, b) fp32 (fp64 for an fp64 table).
 
     Raises:
-        ValueError: the shapes disagree, slots are not int64, a slot is outside [0, m) (checked on the CPU), or
+        ValueError: shapes or devices disagree, slots are not int64, a slot is outside [0, m) (checked on the CPU), or
             the backend is unknown.
     """
     if (table.dim(), slots.dim(), x.dim()) != (2, 2, 2) or x.shape != (slots.shape[0], table.shape[1]):
@@ -183,6 +186,7 @@ def row_products(
             f"{tuple(table.shape)}, {tuple(slots.shape)} and {tuple(x.shape)}"
         )
     _check_dtypes(table, slots)
+    _check_devices(table=table, slots=slots, x=x)
     chosen = choose_backend(table.device, backend)
     if nobody_watches(table, slots, x):
         return checked_products(table, slots, x, chosen)
@@ -196,6 +200,12 @@ def _check_dtypes(table: Tensor, slots: Tensor) -> None:
         raise ValueError(f"the table is {table.dtype} but must be of a floating dtype")
     if slots.dtype != torch.int64:
         raise ValueError(f"slots are {slots.dtype} but must be torch.int64: use slots.long()")
+
+
+def _check_devices(**tensors: Tensor) -> None:
+    if len({tensor.device for tensor in tensors.values()}) > 1:
+        places = ", ".join(f"{name} on {tensor.device}" for name, tensor in tensors.items())
+        raise ValueError(f"all tensors must be on one device, not {places}: move them with .to()")
 
 
 if TYPE_CHECKING:  # a type checker compares every backend with the protocol

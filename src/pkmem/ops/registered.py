@@ -16,11 +16,11 @@ from pkmem.ops.reading_log import ReadLog
 
 
 def nobody_watches(*tensors: Tensor) -> bool:
-    """Whether neither a gradient nor a compiler nor a tensor subclass has to see an operator.
+    """Whether neither a gradient nor a compiler nor a tracer nor a tensor subclass has to see an operator.
 
     A registered operator costs some 35 us a call before it does anything, half of a decoded token's whole memory.
     """
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
     return all(type(tensor) in (Tensor, nn.Parameter) for tensor in tensors)
 
