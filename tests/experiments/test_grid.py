@@ -367,7 +367,7 @@ def all_families() -> Iterator[tuple[str, str]]:
     return ((name, scale) for name in family_names() for scale in SCALES)
 
 
-@pytest.mark.parametrize(("name", "scale"), all_families())
+@pytest.mark.parametrize(("name", "scale"), list(all_families()))
 def test_the_dry_run_of_every_family_tells_costs_and_commands(name: str, scale: str) -> None:
     family = load_family(name, scale)
     lines = describe(family, seeds=2).splitlines()

@@ -259,7 +259,8 @@ def test_a_forked_child_does_not_wait_for_its_parents_threads() -> None:
 
 
 def _sum_again(values: Tensor, slots: Tensor, weights: Tensor, expected: Tensor) -> None:
-    # Compared by numpy: torch's own parallel operators do wait after a fork.
+    # Compared by numpy, and fresh memory not filled: torch's own parallel operators do wait after a fork.
+    torch.use_deterministic_algorithms(False)
     assert np.array_equal(cpu.weighted_sum(values, slots, weights).numpy(), expected.numpy())
 
 

@@ -1,8 +1,7 @@
 """The operators for NVIDIA GPUs, in Triton.
 
 See `pkmem.ops` for what each computes; fp64, and what the kernels do not cover, goes to the reference. Nothing
-here waits for the GPU. `PKMEM_AUTOTUNE=1` tries a few launch shapes per width and dtype instead of the defaults.
-With `TRITON_INTERPRET=1` set before the import the same kernels run on CPU tensors, slowly: for tests.
+here waits for the GPU. With `TRITON_INTERPRET=1` set before the import the same kernels run on CPU tensors, slowly: for tests.
 """
 
 from pkmem.ops.reference import decode, flat_topk

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pkmem.ops import reference
 from pkmem.ops.triton.arithmetic import narrow
-from pkmem.ops.triton.launch import AUTOTUNE, column_block, on, power_of_two, warps_for
+from pkmem.ops.triton.launch import column_block, on, power_of_two, warps_for
 
 _ROWS = 8  # rows in flight per program
 _ROWS_ALONE = 32  # where few programs run, as in decoding
@@ -41,10 +41,7 @@ def sum_rows(values: Tensor, slots: Tensor, weights: Tensor, dtype: torch.dtype)
     grid = (num_tokens, triton.cdiv(width, block))
     arguments = (values, slots.contiguous(), weights.contiguous(), summed, values.stride(0), width, num_reads)
     with on(values):
-        if AUTOTUNE and rows == _ROWS:
-            _sum_rows_tuned[grid](*arguments, BLOCK_V=block)
-        else:
-            _sum_rows[grid](*arguments, BLOCK_V=block, ROWS=rows, num_warps=warps)
+        _sum_rows[grid](*arguments, BLOCK_V=block, ROWS=rows, num_warps=warps)
     return summed
 
 
@@ -70,11 +67,7 @@ def row_products(table: Tensor, slots: Tensor, x: Tensor) -> Tensor:
     grid = (num_tokens, triton.cdiv(num_reads, reads))
     arguments = (table, slots.contiguous(), x.contiguous(), products, table.stride(0), width, num_reads)
     with on(table):
-        if AUTOTUNE:
-            _dot_rows_tuned[grid](*arguments, READS=reads)
-        else:
-            block = min(column_block(width), 512)
-            _dot_rows[grid](*arguments, READS=reads, BLOCK_V=block, num_warps=4)
+        _dot_rows[grid](*arguments, READS=reads, BLOCK_V=min(column_block(width), 512), num_warps=4)
     return products
 
 
@@ -138,13 +131,3 @@ def _dot_rows(  # type: ignore[no-untyped-def]
         part = tl.load(table + offsets, mask=real[:, None] & inside[None, :], other=0)
         total += part.to(tl.float32) * wanted[None, :]
     tl.store(products + token * num_reads + reads, tl.sum(total, 1), mask=real)
-
-
-_sum_rows_tuned = triton.autotune(
-    [triton.Config({"ROWS": rows}, num_warps=warps) for rows in (4, 8, 16) for warps in (2, 4)],
-    key=["width", "num_reads"],
-)(_sum_rows)
-_dot_rows_tuned = triton.autotune(
-    [triton.Config({"BLOCK_V": block}, num_warps=warps) for block in (256, 512, 1024) for warps in (4, 8)],
-    key=["width", "num_reads"],
-)(_dot_rows)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from functools import lru_cache
 
 import torch
 import triton
 from torch import Tensor
 
-AUTOTUNE = os.environ.get("PKMEM_AUTOTUNE", "0") == "1"
 _WIDEST_BLOCK = 1024
 _PROGRAMS_PER_PROCESSOR = 16
 
