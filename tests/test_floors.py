@@ -12,8 +12,8 @@ PACKAGE = Path(pkmem.__file__).parent
 ORDER = {  # folders from the ground up, each with its files in order: a file imports from those before it
     "text": "facts files tokenizer documents tokens blocks",
     "ops": "reading_log backends reference",
-    "ops.cpu": "threads vectors bag rows selection selection_backward decoding compiling",
-    "ops.triton": "arithmetic launch bag rows selection",
+    "ops.cpu": "threads kernels halves vectors bag rows selection selection_backward decoding compiling",
+    "ops.triton": "arithmetic launch bag rows selection selection_backward",
     "ops ": "registered",
     "layer": "config huge_pages query keys values gate decoding memory usage optim",
     "lm": "config evaluation speed huggingface build recall inspection autoload",

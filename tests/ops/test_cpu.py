@@ -21,8 +21,9 @@ pytest.importorskip("numba")
 
 from pkmem.ops import cpu
 from pkmem.ops.cpu import selection, threads
+from pkmem.ops.cpu.halves import narrow, widen
+from pkmem.ops.cpu.kernels import array, kernel
 from pkmem.ops.cpu.threads import run_over
-from pkmem.ops.cpu.vectors import array, kernel, narrow, widen
 
 HALVES = (torch.bfloat16, torch.float16)
 DTYPES = (torch.float32, *HALVES)

@@ -76,12 +76,12 @@ def slots_equal_the_reference_on_integers_with_ties(backend: Any) -> None:
 
 @check
 def parts_of_the_sub_keys_agree_with_the_whole(backend: Any) -> None:
-    from pkmem.ops.triton import selection
+    from pkmem.ops.triton import launch
 
     query, sub_keys = integers(2, 1, 4), integers(1, 2, 200, 2)
-    enough, selection._ENOUGH_PROGRAMS = selection._ENOUGH_PROGRAMS, 1
+    enough, launch._ENOUGH_PROGRAMS = launch._ENOUGH_PROGRAMS, 1
     whole = backend.product_key_topk(query, sub_keys, 3)
-    selection._ENOUGH_PROGRAMS = enough
+    launch._ENOUGH_PROGRAMS = enough
     parted = backend.product_key_topk(query, sub_keys, 3)
     assert all(torch.equal(*pair) for pair in zip(whole, parted, strict=True))
 

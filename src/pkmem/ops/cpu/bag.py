@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from pkmem.ops import reference
+from pkmem.ops.cpu.halves import narrow, widen
+from pkmem.ops.cpu.kernels import array, kernel
 from pkmem.ops.cpu.threads import run_over
-from pkmem.ops.cpu.vectors import array, kernel, narrow, widen
 
 _GRAIN_ELEMENTS = 1 << 18  # read in about 50 us
 

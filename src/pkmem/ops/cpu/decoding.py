@@ -11,8 +11,9 @@ from torch import Tensor
 
 from pkmem.ops.backends import NORM_TENSORS, LayerWeights
 from pkmem.ops.cpu.bag import sum_rows
+from pkmem.ops.cpu.halves import widen
+from pkmem.ops.cpu.kernels import array, kernel, part_of_kernel
 from pkmem.ops.cpu.selection import multiply, products, select
-from pkmem.ops.cpu.vectors import array, kernel, part_of_kernel, widen
 
 _NORMS = tuple(NORM_TENSORS)
 

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from pkmem.ops import reading_log, reference
+from pkmem.ops.cpu.halves import mixed, narrow, narrow_at_random, widen
+from pkmem.ops.cpu.kernels import array, kernel, part_of_kernel
 from pkmem.ops.cpu.threads import run_over
-from pkmem.ops.cpu.vectors import array, kernel, mixed, narrow, narrow_at_random, part_of_kernel, widen
 from pkmem.ops.reading_log import SortedReads
 
 _GRAIN_ELEMENTS = 1 << 17  # of a gradient, summed in about 50 us

@@ -13,18 +13,9 @@ import torch
 from torch import Tensor
 
 from pkmem.ops import reference
+from pkmem.ops.cpu.kernels import array, inlined, kernel, part_of_kernel
 from pkmem.ops.cpu.threads import run_over
-from pkmem.ops.cpu.vectors import (
-    append_at_least,
-    append_sums_at_least,
-    array,
-    inlined,
-    kernel,
-    order_with_maxima,
-    part_of_kernel,
-    rank_all,
-    reached_by,
-)
+from pkmem.ops.cpu.vectors import append_at_least, append_sums_at_least, order_with_maxima, rank_all, reached_by
 
 _FEW_TOKENS = 2  # for which reading the keys once, in their own layout, is all that counts
 _SCORES_AT_ONCE = 2 << 20  # few enough for the cache, enough for the matrix product

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from pkmem.ops import reference
+from pkmem.ops.cpu.kernels import array, kernel
 from pkmem.ops.cpu.selection import query_halves
 from pkmem.ops.cpu.threads import run_over
-from pkmem.ops.cpu.vectors import array, kernel
 
 _TOKENS_PER_SUM = 512  # a sub-key is summed in pieces, which keeps the rounding error of long sums low
 

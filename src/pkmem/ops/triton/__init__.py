@@ -7,7 +7,8 @@ here waits for the GPU. With `TRITON_INTERPRET=1` set before the import the same
 from pkmem.ops.reference import decode, flat_topk
 from pkmem.ops.triton.bag import row_products, weighted_sum
 from pkmem.ops.triton.rows import adam_rows, gradient_is_finite, row_gradient_norm, sort_reads, weighted_sum_grad_values
-from pkmem.ops.triton.selection import product_key_topk, product_key_topk_backward
+from pkmem.ops.triton.selection import product_key_topk
+from pkmem.ops.triton.selection_backward import product_key_topk_backward
 
 __all__ = [
     "adam_rows",

@@ -10,6 +10,7 @@ from torch import Tensor
 
 _WIDEST_BLOCK = 1024
 _PROGRAMS_PER_PROCESSOR = 16
+_ENOUGH_PROGRAMS = 512
 
 
 def power_of_two(size: int, least: int, most: int) -> int:
@@ -33,6 +34,11 @@ def warps_for(block: int) -> int:
 def num_programs(work: int, device: torch.device) -> int:
     """Programs that share `work` items, each taking every so-many-th; enough to fill the device."""
     return max(1, min(work, _most_programs(device)))
+
+
+def num_parts(programs: int, most: int) -> int:
+    """Into how many parts to split a loop of `most` rounds so that there are enough programs."""
+    return max(1, min(most, _ENOUGH_PROGRAMS // programs, 16))
 
 
 @lru_cache(maxsize=16)

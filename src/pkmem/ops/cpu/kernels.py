@@ -1,0 +1,34 @@
+"""How a kernel is compiled, and how it sees a tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from numba import njit
+from torch import Tensor
+
+_HALF_VIEWS = {torch.bfloat16: torch.uint16, torch.float16: torch.int16}  # numba knows neither half float
+
+# Sums may be reordered into vectors, the same way in every run; NaN and infinities keep their meaning.
+_OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": {"contract", "reassoc"}}
+part_of_kernel = njit(**_OPTIONS)
+inlined = njit(forceinline=True, **_OPTIONS)  # where a call would pass many arrays, each seven numbers, by memory
+
+
+def kernel(function: Callable[..., Any]) -> Any:
+    """Compiles a function on its first call and keeps the code on disk."""
+    try:
+        return njit(cache=True, **_OPTIONS)(function)
+    except RuntimeError:  # no folder to write to
+        return njit(**_OPTIONS)(function)
+
+
+def array(tensor: Tensor) -> np.ndarray:
+    """The tensor's memory as numpy sees it: bf16 as uint16 and fp16 as int16, which kernels tell apart by type."""
+    tensor = tensor.detach().contiguous()
+    if tensor.dtype in _HALF_VIEWS:
+        tensor = tensor.view(_HALF_VIEWS[tensor.dtype])
+    return tensor.numpy()
