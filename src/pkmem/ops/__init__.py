@@ -6,14 +6,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
 from pkmem.ops.backends import BACKENDS as BACKENDS
-from pkmem.ops.backends import Backend, choose_backend
 from pkmem.ops.backends import backend_module as backend_module
+from pkmem.ops.backends import choose_backend as choose_backend
 from pkmem.ops.backends import prepare as prepare
 from pkmem.ops.reading_log import ReadLog
 from pkmem.ops.registered import (
@@ -206,9 +204,3 @@ def _check_devices(**tensors: Tensor) -> None:
     if len({tensor.device for tensor in tensors.values()}) > 1:
         places = ", ".join(f"{name} on {tensor.device}" for name, tensor in tensors.items())
         raise ValueError(f"all tensors must be on one device, not {places}: move them with .to()")
-
-
-if TYPE_CHECKING:  # a type checker compares every backend with the protocol
-    from pkmem.ops import cpu, reference, triton
-
-    _implementations: tuple[Backend, ...] = (reference, cpu, triton)

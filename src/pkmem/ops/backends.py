@@ -3,52 +3,21 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import importlib.util
 import logging
 import warnings
-from typing import NamedTuple, Protocol, cast
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from pkmem.ops.layer_weights import LayerWeights
 from pkmem.ops.reading_log import SortedReads
 
 _logger = logging.getLogger(__name__)
 
 BACKENDS = ("reference", "cpu", "triton")
 _HAS_NUMBA = importlib.util.find_spec("numba") is not None
-NORM_TENSORS = {  # of each query norm, in the order in which `Backend.decode` takes them
-    "batch": ("weight", "bias", "running_mean", "running_var"),
-    "layer": ("weight", "bias"),
-    "rms": ("weight",),
-    "none": (),
-}
-
-
-class LayerWeights(NamedTuple):
-    """A whole memory layer (Lample et al. 2019, section 3), as `Backend.decode` reads it; fp32 but for the values.
-
-    Args:
-        project, bias: (h * q, d) and (h * q,) the linear query network.
-        norm: a key of `NORM_TENSORS`, the query's norm in evaluation mode.
-        norm_tensors: as `NORM_TENSORS` names them, (h * q,) each for "batch", else (q,).
-        eps: what the norm adds to the variance.
-        sub_keys: (h, 2, s, q / 2).
-        values: (s ** 2, v) fp32, bf16 or fp16.
-        gate: None, or W1 (v, d) and W2 (d', v) of Memory+'s output `W2(m(x) * silu(W1 x))`.
-        knn: slots per head, in [1, s].
-    """
-
-    project: Tensor
-    bias: Tensor
-    norm: str
-    norm_tensors: tuple[Tensor, ...]
-    eps: float
-    sub_keys: Tensor
-    values: Tensor
-    gate: tuple[Tensor, Tensor] | None
-    knn: int
 
 
 class Backend(Protocol):
@@ -194,15 +163,26 @@ def _warn_of_missing_numba() -> None:
 
 @functools.cache
 def backend_module(backend: str) -> Backend:
-    """The module that implements `backend`; the first use on a machine says that it compiles."""
-    module = importlib.import_module(f"pkmem.ops.{backend}")
-    if backend == "cpu" and module.is_cold():
-        _logger.warning("pkmem compiles its CPU kernels, once (about 15 s); `pkmem warmup` does it ahead")
-    return cast("Backend", module)
+    """The module that implements `backend`, imported now; the first use on a machine says that it compiles."""
+    if backend == "cpu":
+        from pkmem.ops import cpu
+
+        if cpu.is_cold():
+            _logger.warning("pkmem compiles its CPU kernels, once (about 15 s); `pkmem warmup` does it ahead")
+        return cpu
+    if backend == "triton":
+        from pkmem.ops import triton
+
+        return triton
+    from pkmem.ops import reference
+
+    return reference
 
 
 def prepare(device: torch.device, dtype: torch.dtype) -> None:
     """Compiles what the first calls on `device` with a table of `dtype` would, so that nobody times a compiler."""
     if choose_backend(device) == "cpu" and dtype != torch.float64:
+        from pkmem.ops import cpu
+
         backend_module("cpu")
-        importlib.import_module("pkmem.ops.cpu").warmup((dtype,))
+        cpu.warmup((dtype,))

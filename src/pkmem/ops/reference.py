@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pkmem.ops.backends import LayerWeights
+from pkmem.ops.layer_weights import LayerWeights
 from pkmem.ops.reading_log import SortedReads
 
 _WORD = 0xFFFFFFFF

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
-from pkmem.ops.backends import LayerWeights
 from pkmem.ops.cpu import bag, decoding, rows, selection, selection_backward
+from pkmem.ops.layer_weights import LayerWeights
 
 KERNELS = (
     selection.multiply,
