@@ -2,10 +2,18 @@
 
 from pathlib import Path
 
-from pkmem.experiments.family import Family
+import yaml
+
+from pkmem.experiments.family import Family, config_folder
 from pkmem.experiments.results import Result, find_results, runs_of, save_result, save_speeds
 
 HERE = {"gpu": None, "cores": 2, "processor": "P", "torch_threads": 2, "versions": {"torch": "2"}, "commit": "abc"}
+
+
+def all_families() -> list[tuple[str, str]]:
+    """Every family at every scale it has."""
+    files = sorted((config_folder() / "experiments").glob("*.yaml"))
+    return [(file.stem, scale) for file in files for scale in yaml.safe_load(file.read_text())["scales"]]
 
 
 def rates_of(family: Family, cell: str) -> list[str]:

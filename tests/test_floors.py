@@ -18,7 +18,7 @@ ORDER = {  # folders from the ground up, each with its files in order: a file im
     "layer": "config huge_pages query keys values gate decoding memory usage optim",
     "lm": "config evaluation speed huggingface build recall inspection autoload",
     "training": "recipe files checkpoint state saved journal trainer prepare run",
-    "experiments": "environment plots document family results costs claims grid report demo",
+    "experiments": "environment plots page family results costs claims grid report demo",
     "": "cli",
 }
 GATES = {  # the only files that may import a library, anywhere in them

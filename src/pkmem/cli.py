@@ -242,7 +242,7 @@ def _experiment_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "name",
         type=str,
-        help="table1, speed, size, position, keys or heads of the paper; layers or scaling beyond it; "
+        help="table1, speed, size, position, keys or heads of the paper; layers, scaling or facts beyond it; "
         "a file of configs/experiments each",
     )
     parser.add_argument("--scale", type=str, default="laptop", help="laptop, gpu or paper")

@@ -8,10 +8,11 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 
 from pkmem.experiments import demo as module
-from pkmem.experiments.demo import FIGURES, LABELS, demo, recipes, table
-from pkmem.experiments.family import load_family
+from pkmem.experiments.demo import FIGURES, demo, labels, recipes, table
+from pkmem.experiments.family import config_folder, load_family
 from pkmem.experiments.results import best_of_sweep, difference, find_results
 from pkmem.training.checkpoint import latest_checkpoint
 from pkmem.training.recipe import Recipe
@@ -50,9 +51,10 @@ def finished(text: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
 
 def test_the_three_recipes_differ_only_where_they_should() -> None:
     dense, memory, deep = (recipe.to_dict() for recipe in recipes(Path("o"), "d", 3).values())
+    assert labels() == {"dense": "4 layers", "memory": "4 layers + memory", "deep": "8 layers"}
     assert list(recipes(Path("o"))) == ["dense", "memory", "deep"]
     for other, changed in (
-        (memory, {"memory_layers": [module.MEMORY_LAYER]}),
+        (memory, {"memory_layers": [0]}),
         (deep, {"num_layers": 2 * dense["model"]["num_layers"]}),
     ):
         assert other["model"] == dense["model"] | changed
@@ -68,12 +70,12 @@ def test_the_three_recipes_differ_only_where_they_should() -> None:
     assert dense["data"] == "d"
 
 
-def test_each_model_is_the_best_of_table_1() -> None:
-    family = load_family("table1", "laptop")
-    results = find_results(Path(__file__).parents[2] / "experiments" / "results" / "table1" / "laptop")[0]
-    cells = {"dense": "4_layers", "memory": "4_layers_1_memory", "deep": "8_layers"}
+def test_each_model_has_the_rate_that_its_experiment_found_best() -> None:
+    document = yaml.safe_load((config_folder() / "demo.yaml").read_text())
+    family = load_family(document["experiment"], document["scale"])
+    results = find_results(Path(__file__).parents[2] / "experiments" / "results" / family.name / family.scale)[0]
     for name, recipe in recipes(Path("o")).items():
-        best = best_of_sweep(family, family.cells[cells[name]], results).recipe
+        best = best_of_sweep(family, family.cells[document["models"][name]["cell"]], results).recipe
         assert difference(dataclasses.replace(recipe, tokenizer=best.tokenizer), best) is None
 
 
@@ -105,7 +107,7 @@ def test_table_and_ratios_are_printed(finished: tuple[Path, dict, str]) -> None:
     _, summary, printed = finished
     assert table(summary["models"]) in printed
     lines = table(summary["models"]).splitlines()
-    assert re.split(r"\s{2,}", lines[0].strip()) == list(LABELS.values())
+    assert re.split(r"\s{2,}", lines[0].strip()) == list(labels().values())
     for line, (key, title, form) in zip(lines[2:], FIGURES, strict=True):
         cells = ["-" if m[key] is None else form.format(m[key]) for m in summary["models"].values()]
         assert re.split(r"\s{2,}", line) == [title, *cells]

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pkmem.experiments.family import SCALES, config_folder, family_names, load_family, read_family
+from made_results import all_families
+from pkmem.experiments.family import Metric, config_folder, family_names, load_family, read_family
 from pkmem.layer.config import MemoryConfig
 from pkmem.lm.config import ModelConfig
 from pkmem.training.recipe import Recipe, TrainingConfig, recipe_of
@@ -33,13 +34,12 @@ def write(folder: Path, top: dict | None = None, **changed: object) -> Path:
 
 
 def test_the_families_of_the_paper_are_there() -> None:
-    assert set(family_names()) >= {*PAPERS, "heads", "layers", "scaling"}
+    assert set(family_names()) >= {*PAPERS, "heads", "layers", "scaling", "facts"}
     for name, paper in PAPERS.items():
         assert load_family(name, "laptop").paper == paper
 
 
-@pytest.mark.parametrize("scale", SCALES)
-@pytest.mark.parametrize("name", family_names())
+@pytest.mark.parametrize(("name", "scale"), all_families())
 def test_every_cell_of_every_family_makes_a_recipe(name: str, scale: str) -> None:
     family = load_family(name, scale)
     runs = [family.run(cell, rate, seed=3, data="d") for cell in family.cells.values() for rate in cell.rates]
@@ -119,6 +119,28 @@ def test_an_unknown_family_or_scale_lists_the_right_ones(tmp_path: Path) -> None
         read_family(write(tmp_path), "gpu")
 
 
+def test_pairs_and_metric_are_the_files(tmp_path: Path) -> None:
+    plain = read_family(write(tmp_path), "laptop")
+    assert (plain.pairs, plain.metric, plain.cells_of) == ((), Metric("bits_per_byte"), None)
+    top = {"metric": {"name": "recall", "greater_is_better": True}}
+    family = read_family(write(tmp_path, top, pairs=[["deep", "shallow"], ["timed", "deep"]]), "laptop")
+    assert family.pairs == (("deep", "shallow"), ("timed", "deep"))
+    assert family.metric.loss({"recall": 0.75}) < family.metric.loss({"recall": 0.5})
+    assert plain.metric.loss({"bits_per_byte": 0.75}) > plain.metric.loss({"bits_per_byte": 0.5})
+    assert load_family("speed", "laptop").cells_of == "table1"
+
+
+def test_the_facts_are_one_text_that_no_family_else_learns() -> None:
+    family = load_family("facts", "laptop")
+    runs = [family.run(cell, cell.rates[0]) for cell in family.cells.values()]
+    assert {(run.recipe.data, run.recipe.tokenizer, run.recipe.model.vocab_size) for run in runs} == {
+        ("synthetic:facts:2000", None, 1024)  # so that all have one vocabulary
+    }
+    assert {run.recipe.training.num_tokens for run in runs} == {6_000_000}
+    other = family.run(family.cells["dense"], family.cells["dense"].rates[0], data="synthetic:facts:1000")
+    assert other.recipe.data == "synthetic:facts:1000"
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
@@ -141,6 +163,8 @@ def test_an_unknown_family_or_scale_lists_the_right_ones(tmp_path: Path) -> None
             {"rates": [{"training.lr": 0.5}, {"training.lr": 0.5}]},
             "cell shallow tries the same rates twice: lr0.5, lr0.5",
         ),
+        ({"pairs": [["deep", "shalow"]]}, "no cell 'shalow': did you mean 'shallow'?"),
+        ({"pairs": [["deep"]]}, "not enough values to unpack"),
         ({"cells": {"a": {"label": "a", "like": "b"}}}, "cell a must have both like and match_seconds_of, or neither"),
         (
             {"cells": {"a": {"label": "a", "like": "b", "match_seconds_of": "a"}}},

@@ -9,16 +9,16 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import yaml
 
+from made_results import all_families
 from pkmem import cli
 from pkmem.experiments import grid as module
 from pkmem.experiments.costs import costs
-from pkmem.experiments.family import SCALES, Family, Run, family_names, load_family, read_family
+from pkmem.experiments.family import Family, Run, load_family, read_family
 from pkmem.experiments.grid import describe, experiment, num_runs, train_command
 from pkmem.experiments.results import best_of_sweep, find_results, load_result, standing
 from tiny import tiny
@@ -103,7 +103,9 @@ def test_a_result_has_all_that_a_report_needs(finished: Path, file: Path) -> Non
         ]
     )
     assert num_runs(family, 2) == len(results)
-    assert best.bits_per_byte == min(r.bits_per_byte for r in results if r.cell == "dense" and r.seed == 0)
+    assert best.summary["bits_per_byte"] == min(
+        r.summary["bits_per_byte"] for r in results if r.cell == "dense" and r.seed == 0
+    )
     memory = next(r for r in results if r.cell == "memory" and r.seed == 1)
     assert memory.recipe.model.memory_layers == [1]
     assert memory.recipe.training.seed == 1
@@ -122,7 +124,7 @@ def test_the_command_of_a_result_gives_the_same_model(
     monkeypatch.chdir(tmp_path)
     cli.main(shlex.split(result.environment["command"])[1:])
     (summary,) = tmp_path.rglob("summary.json")
-    assert json.loads(summary.read_text())["bits_per_byte"] == result.bits_per_byte
+    assert json.loads(summary.read_text())["bits_per_byte"] == result.summary["bits_per_byte"]
 
 
 def test_done_runs_are_skipped_and_copied_ones_count(
@@ -363,11 +365,7 @@ def test_speed_is_measured_without_training(text: Path, tmp_path: Path, monkeypa
     assert speeds.recipes["memory"].model.memory_layers == [1]
 
 
-def all_families() -> Iterator[tuple[str, str]]:
-    return ((name, scale) for name in family_names() for scale in SCALES)
-
-
-@pytest.mark.parametrize(("name", "scale"), list(all_families()))
+@pytest.mark.parametrize(("name", "scale"), all_families())
 def test_the_dry_run_of_every_family_tells_costs_and_commands(name: str, scale: str) -> None:
     family = load_family(name, scale)
     lines = describe(family, seeds=2).splitlines()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pkmem.experiments.family import Cell, Family, Machine
+from pkmem.experiments.family import Cell, Family, Machine, Metric
 from pkmem.experiments.results import (
     NotYetError,
     Result,
@@ -17,6 +17,7 @@ from pkmem.experiments.results import (
     difference,
     find_results,
     load_result,
+    of_best_rate,
     runs_of,
     save_result,
     save_speeds,
@@ -37,7 +38,7 @@ def family_of(*cells: Cell) -> Family:
         paper="none",
         about="seconds",
         base=Path("base.yaml"),
-        document={"training": {"batch_tokens": 256}},
+        base_recipe={"training": {"batch_tokens": 256}},
         overrides={},
         cells={cell.name: cell for cell in cells},
         machine=Machine("core", 0.1, 0.5),
@@ -65,7 +66,7 @@ def test_a_result_is_read_as_it_was_written(tmp_path: Path) -> None:
     assert (result.family, result.scale, result.cell, result.seed) == ("little", "laptop", "single", 3)
     assert result.rate == "lr0.002_value_lr0.002"
     assert difference(result.recipe, FAMILY.run(SINGLE, {}, 3).recipe) is None
-    assert result.bits_per_byte == 1.5
+    assert result.summary["bits_per_byte"] == 1.5
     assert result.held_out[0]["seconds"] == 1.5
     assert "out" not in json.loads(result.file.read_text())["recipe"]
 
@@ -139,6 +140,19 @@ def test_the_best_of_a_sweep_is_for_the_other_seeds(tmp_path: Path) -> None:
     results += [save(tmp_path, SWEPT, 2, bits=1.95), save(tmp_path, SWEPT, 2, seed=1, bits=1.0)]
     assert best_of_sweep(FAMILY, SWEPT, results).rate == "lr0.2"
     assert [run.name for run in runs_of(FAMILY, SWEPT, 4, results)] == ["swept__lr0.2__seed4"]
+
+
+def test_the_best_is_by_the_familys_metric(tmp_path: Path) -> None:
+    by_recall = replace(FAMILY, metric=Metric("recall", greater_is_better=True))
+    recalls = (0.5, 0.75, 0.25)
+    results = [save(tmp_path, SWEPT, n, bits=2.0 - recall, recall=recall) for n, recall in enumerate(recalls)]
+    assert best_of_sweep(by_recall, SWEPT, results).rate == "lr0.2"
+    assert [result.rate for result in of_best_rate(by_recall, SWEPT, results)] == ["lr0.2"]
+    assert [run.rate for run in runs_of(by_recall, SWEPT, 1, results)] == ["lr0.2"]
+    without = save(tmp_path, SINGLE)
+    now = standing(by_recall, [*results, without], 1)
+    assert now.unused == {without.file: "has no recall"}
+    assert without not in now.valid
 
 
 @pytest.mark.parametrize(("bits", "expected"), [([1, 2, 3], True), ([2, 1, 3], False), ([3, 2, 1], True)])

@@ -23,6 +23,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import AutoTokenizer
 
 from pkmem.layer.values import count_parameters
+from pkmem.lm.recall import measure_recall
+from pkmem.text.facts import Facts
 from pkmem.training import prepare
 from pkmem.training.checkpoint import CheckpointError, latest_checkpoint, verify_checkpoint
 from pkmem.training.files import load_json
@@ -70,6 +72,30 @@ def test_summary_is_that_of_the_saved_model(run: Path) -> None:
     assert summary["train_tokens"] == 1280
     assert summary["train_tokens_per_s"] == pytest.approx(1280 / summary["train_seconds"])
     assert summary.keys() > USAGE
+
+
+def test_of_facts_the_summary_has_what_the_model_recalls(text: Path, tmp_path: Path) -> None:
+    facts = Facts(50)
+    recipe = tiny(
+        Path("synthetic:facts:50"), tmp_path / "run", model={"context_tokens": 64}, training={"num_tokens": 128}
+    )
+    summary = train(recipe, progress=False)
+    recalled = measure_recall(*load_saved(recipe.out), facts)
+    assert {"recall", "bits_per_fact", "bits_per_param"} <= recalled.keys()
+    assert {name: summary[name] for name in recalled} == recalled
+    assert load_json(recipe.out / "summary.json") == summary
+
+
+def test_a_context_too_short_for_a_fact_costs_the_recall_alone(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = tiny(
+        Path("synthetic:facts:50"), tmp_path / "run", model={"context_tokens": 8}, training={"num_tokens": 128}
+    )
+    summary = train(recipe, progress=False)
+    assert "recall" not in summary
+    assert load_json(recipe.out / "summary.json") == summary
+    assert "what it recalls was not measured: a prompt and its value take" in capsys.readouterr().err
 
 
 def test_training_lowers_the_loss(text: Path, tmp_path: Path) -> None:

@@ -1,11 +1,10 @@
-"""What a family's results say of the paper's claims: bits per byte saved, and the ratio of speeds, pair by pair."""
+"""What a family's results say of the paper's claims, pair by pair: what a model has over its rival, and their speeds."""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from operator import attrgetter
 
 from pkmem.experiments.family import Cell, Family
 from pkmem.experiments.results import Result, Speeds
@@ -44,10 +43,7 @@ def speeds_of(speeds: Sequence[Speeds], cell: Cell, name: str) -> tuple[float, .
 
 
 def claims(family: Family, best: Mapping[str, list[Result]], speeds: Sequence[Speeds]) -> list[str]:
-    """A sentence for each pair of models that a claim of the paper is about.
-
-    The pairs: L layers with a memory and 2 L without (figure 4, table 1), a model and its rival at equal training
-    seconds, and the points that both series of a family have, such as product and flat keys of one size (table 4).
+    """A sentence for each pair of a family: what a model has over its rival, and how much faster it is.
 
     Args:
         family: at one scale.
@@ -57,40 +53,12 @@ def claims(family: Family, best: Mapping[str, list[Result]], speeds: Sequence[Sp
     if not family.trains:
         return []  # they are those of the family that trains these models
     found = _Evidence(family, best, speeds)
-    texts: list[str] = []
-    for memory in family.cells.values():
-        texts += [
-            found.claim(memory, deep) for deep in family.cells.values() if _is_twice_as_deep(family, deep, memory)
-        ]
-        rivals = (rival for rival in family.cells.values() if rival.match_seconds_of == memory.name)
-        texts += [found.bits_saved(memory, rival) + "." for rival in rivals]
-    return texts + [found.bits_saved(ours, theirs) + "." for ours, theirs in _twins(family)]
-
-
-def _model(family: Family, cell: Cell) -> ModelConfig:
-    return family.run(cell, cell.rates[0]).recipe.model
-
-
-def _is_twice_as_deep(family: Family, deep: Cell, memory: Cell) -> bool:
-    a, b = _model(family, deep), _model(family, memory)
-    same_width = a.width == b.width and deep.like is None and memory.like is None
-    return same_width and bool(b.memory_layers) and not a.memory_layers and a.num_layers == 2 * b.num_layers
-
-
-def _twins(family: Family) -> list[tuple[Cell, Cell]]:
-    """Where a family has two series: the cells of one point of both."""
-    if not family.plot:
-        return []
-    series: dict[str, dict[str, Cell]] = {}
-    for cell in family.cells.values():
-        recipe = family.run(cell, cell.rates[0]).recipe
-        if cell.like is None and recipe.model.memory_layers:
-            x, kind = (str(attrgetter(family.plot[axis])(recipe)) for axis in ("x", "series"))
-            series.setdefault(kind, {})[x] = cell
-    if len(series) != 2:
-        return []
-    ours, theirs = series.values()
-    return [(cell, theirs[x]) for x, cell in ours.items() if x in theirs]
+    texts = []
+    for model, rival in ((family.cells[name], family.cells[other]) for name, other in family.pairs):
+        # a model trained for another time is inferred from as fast as its like: a pair with it is about training
+        with_speed = family.measures_speed and model.like is None and rival.like is None
+        texts.append(found.claim(model, rival) if with_speed else found.gain(model, rival) + ".")
+    return texts
 
 
 @dataclass(frozen=True)
@@ -101,54 +69,59 @@ class _Evidence:
     best: Mapping[str, list[Result]]
     speeds: Sequence[Speeds]
 
-    def claim(self, memory: Cell, deep: Cell) -> str:
-        """The paper's claim for a pair, and plainly whether it holds."""
-        saved, ratios = self._saved(memory, deep), self._speed_ratios(memory, deep)
+    def claim(self, model: Cell, rival: Cell) -> str:
+        """The paper's claim for a pair, at least as good and faster, and plainly whether it holds."""
+        gained, ratios = self._gained(model, rival), self._speed_ratios(model, rival)
         fast = (
             f"{ratios[0]:.2f}x as fast in prefill, {ratios[1]:.2f}x in decode" if ratios else "speeds not measured yet"
         )
-        text = f"{self.bits_saved(memory, deep)}; {fast}."
-        if not saved or not ratios:
+        text = f"{self.gain(model, rival)}; {fast}."
+        if not gained or not ratios:
             return f"{text} Whether the claim holds cannot be said yet."
-        if statistics.mean(saved) >= 0 and min(ratios) > 1:
-            won = sum(bits >= 0 for bits in saved)
+        if statistics.mean(gained) >= 0 and min(ratios) > 1:
+            won = sum(figure >= 0 for figure in gained)
             text += " The claim holds" + (
-                f" in the mean, but at {won} of {len(saved)} seeds." if won < len(saved) else "."
+                f" in the mean, but at {won} of {len(gained)} seeds." if won < len(gained) else "."
             )
         else:
             text += " The claim does not hold."
-        return text + self._weakness(memory, deep)
+        return text + self._weakness(model, rival)
 
-    def _weakness(self, memory: Cell, deep: Cell) -> str:
-        """A warning where twice the layers are no better than the layers alone: then the claim is easy."""
-        depth = _model(self.family, memory)
+    def _weakness(self, model: Cell, rival: Cell) -> str:
+        """A warning where a rival with more layers is no better than without them: then the claim is easy."""
+        depth = self._decoder(model)
         for cell in self.family.cells.values():
-            model = _model(self.family, cell)
-            is_shallow = (model.num_layers, model.width, model.memory_layers) == (depth.num_layers, depth.width, [])
-            if is_shallow and cell.like is None:
-                gained = self._saved(deep, cell)
+            shape = self._decoder(cell)
+            is_shallow = (shape.num_layers, shape.width, shape.memory_layers) == (depth.num_layers, depth.width, [])
+            if is_shallow and cell.like is None and cell != rival:
+                gained = self._gained(rival, cell)
                 if gained and statistics.mean(gained) <= 0:
-                    return f" But {deep.label} are no better than {cell.label} here, so that it says little."
+                    return f" But {rival.label} are no better than {cell.label} here, so that it says little."
         return ""
 
-    def bits_saved(self, model: Cell, rival: Cell) -> str:
-        """What a model saves over another, and at how many seeds."""
-        pair, saved = f"{model.label} against {rival.label}", self._saved(model, rival)
-        if not saved:
+    def _decoder(self, cell: Cell) -> ModelConfig:
+        return self.family.run(cell, cell.rates[0]).recipe.model
+
+    def gain(self, model: Cell, rival: Cell) -> str:
+        """What a model has over another by the family's metric, and at how many seeds."""
+        pair, gained, metric = f"{model.label} against {rival.label}", self._gained(model, rival), self.family.metric
+        if not gained:
             return f"{pair}: not both trained yet"
-        won = f"better at {sum(bits > 0 for bits in saved)} of {len(saved)} seeds"
-        return f"{pair}: {Spread(tuple(saved)).text('+.4f')} bits per byte saved, {won}"
+        won = f"better at {sum(figure > 0 for figure in gained)} of {len(gained)} seeds"
+        verb = "gained" if metric.greater_is_better else "saved"
+        return f"{pair}: {Spread(tuple(gained)).text('+.4f')} {metric.title} {verb}, {won}"
 
-    def _saved(self, model: Cell, rival: Cell) -> list[float]:
-        """Bits per byte a model saves over another, at each seed that both have."""
-        theirs = {result.seed: result.bits_per_byte for result in self.best[rival.name]}
-        return [theirs[r.seed] - r.bits_per_byte for r in self.best[model.name] if r.seed in theirs]
+    def _gained(self, model: Cell, rival: Cell) -> list[float]:
+        """What a model has over another, at each seed that both have."""
+        loss = self.family.metric.loss
+        theirs = {result.seed: loss(result.summary) for result in self.best[rival.name]}
+        return [theirs[r.seed] - loss(r.summary) for r in self.best[model.name] if r.seed in theirs]
 
-    def _speed_ratios(self, memory: Cell, deep: Cell) -> list[float]:
+    def _speed_ratios(self, model: Cell, rival: Cell) -> list[float]:
         """Prefill and decode, each the mean over measurements of the ratio within one."""
         ratios = []
         for name in ("prefill_tokens_per_s", "decode_tokens_per_s"):
-            pairs = zip(speeds_of(self.speeds, memory, name), speeds_of(self.speeds, deep, name), strict=True)
+            pairs = zip(speeds_of(self.speeds, model, name), speeds_of(self.speeds, rival, name), strict=True)
             within = [ours / theirs for ours, theirs in pairs]
             ratios += [statistics.mean(within)] if within else []
         return ratios

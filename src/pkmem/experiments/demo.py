@@ -11,23 +11,16 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 from pkmem.experiments.environment import environment
-from pkmem.experiments.family import config_folder
+from pkmem.experiments.family import Family, config_folder, load_family
 from pkmem.experiments.plots import plot_learning_curves
 from pkmem.lm.huggingface import context_tokens
 from pkmem.lm.speed import measure_speed
 from pkmem.text import read_documents, train_tokenizer
 from pkmem.training.files import save_json
 from pkmem.training.journal import read_metrics
-from pkmem.training.recipe import Recipe, recipe_of
+from pkmem.training.recipe import Recipe
 from pkmem.training.run import train
 
-NUM_LAYERS = 4
-MEMORY_LAYER = 0
-LABELS = {
-    "dense": f"{NUM_LAYERS} layers",
-    "memory": f"{NUM_LAYERS} layers + memory",
-    "deep": f"{2 * NUM_LAYERS} layers",
-}
 FIGURES = (  # of a model, in the order of the table: key, title, format
     ("dense_params", "dense parameters", "{:,.0f}"),
     ("memory_params", "memory parameters", "{:,.0f}"),
@@ -44,27 +37,22 @@ PROMPT = "def read_lines(path):\n"
 
 
 def recipes(out: Path, data: str = "python", seed: int = 0) -> dict[str, Recipe]:
-    """The three runs of configs/laptop.yaml: same data, tokens, order and seed; each model at its own best rate.
+    """The three runs of configs/demo.yaml: same data, tokens, order and seed; each model at its own best rate."""
+    family, chosen = _models()
+    runs = {name: family.run(family.cells[model["cell"]], model["rate"], seed, data) for name, model in chosen.items()}
+    return {name: replace(run.recipe, out=out / name, tokenizer=str(out / "tokenizer")) for name, run in runs.items()}
 
-    The rates are those that `pkmem experiment table1` found best; docs/results.md has its table.
-    """
-    base = recipe_of(yaml.safe_load((config_folder() / "laptop.yaml").read_text()))
-    models: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-        "dense": ({"num_layers": NUM_LAYERS}, {"lr": 5e-3}),
-        "memory": ({"num_layers": NUM_LAYERS, "memory_layers": [MEMORY_LAYER]}, {"lr": 8e-3, "value_lr": 0.1}),
-        "deep": ({"num_layers": 2 * NUM_LAYERS}, {"lr": 5e-3}),
-    }
-    return {
-        name: replace(
-            base,
-            data=data,
-            out=out / name,
-            tokenizer=str(out / "tokenizer"),
-            model=replace(base.model, **shape),
-            training=replace(base.training, seed=seed, **rates),
-        )
-        for name, (shape, rates) in models.items()
-    }
+
+def labels() -> dict[str, str]:
+    """What the three models are called: dense, memory, deep."""
+    family, chosen = _models()
+    return {name: family.cells[model["cell"]].label for name, model in chosen.items()}
+
+
+def _models() -> tuple[Family, dict[str, dict[str, Any]]]:
+    """The experiment that the three models are from, and the cell and rate of each."""
+    document = yaml.safe_load((config_folder() / "demo.yaml").read_text())
+    return load_family(document["experiment"], document["scale"]), document["models"]
 
 
 def demo(out: Path, overwrite: bool = False, data: str = "python", seed: int = 0) -> dict[str, Any]:
@@ -97,7 +85,7 @@ def demo(out: Path, overwrite: bool = False, data: str = "python", seed: int = 0
     }
     save_json(out / "summary.json", summary)
     plot_learning_curves(
-        {LABELS[name]: read_metrics(recipe.out) for name, recipe in runs.items()}, out / "learning_curves.png"
+        {label: read_metrics(runs[name].out) for name, label in labels().items()}, out / "learning_curves.png"
     )
     print(table(summary["models"]))
     print(_ratios(summary["models"]))
@@ -122,7 +110,7 @@ def _figures(summary: dict[str, Any]) -> dict[str, Any]:
 
 def table(models: dict[str, dict[str, Any]]) -> str:
     """The figures of the three models as text, a figure a line."""
-    rows = [["", *(LABELS[name] for name in models)]]
+    rows = [["", *(labels()[name] for name in models)]]
     for key, title, form in FIGURES:
         rows.append([title, *("-" if model[key] is None else form.format(model[key]) for model in models.values())])
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
@@ -141,9 +129,10 @@ def _ratios(models: dict[str, dict[str, Any]]) -> str:
     prefill, decode = (
         models["memory"][key] / models["deep"][key] for key in ("prefill_tokens_per_s", "decode_tokens_per_s")
     )
+    called = labels()
     return (
-        f"\nmemory against {LABELS['dense']}: {gain:+.4f} bits per byte saved"
-        f"\nmemory against {LABELS['deep']}: {models['deep']['bits_per_byte'] - models['memory']['bits_per_byte']:+.4f} "
+        f"\nmemory against {called['dense']}: {gain:+.4f} bits per byte saved"
+        f"\nmemory against {called['deep']}: {models['deep']['bits_per_byte'] - models['memory']['bits_per_byte']:+.4f} "
         f"bits per byte saved, prefill {prefill:.2f}x, decode {decode:.2f}x as fast"
     )
 

@@ -3,6 +3,8 @@
 title: one line
 paper: table or figure it answers, or where the idea is from
 plot: {x: memory.num_sub_keys, series: memory.query_norm}   # optional: fields of a recipe
+metric: {name: bits_per_fact, greater_is_better: true}      # optional: what models are compared by, if not bits per byte
+cells_of: table1                  # optional: another family, whose models these are
 scales:
   laptop:
     about: what it takes, and whether it was ever run
@@ -16,10 +18,12 @@ scales:
     cells:
       4_layers: {label: 4 layers, rates: [...], model.num_layers: 4}
       8_layers_equal_seconds: {label: ..., like: 8_layers, match_seconds_of: 4_layers}
+    pairs: [[4_layers, 8_layers]]   # what the report compares: a model, and its rival
 """
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
@@ -30,7 +34,6 @@ import yaml
 
 from pkmem.training.recipe import _PARTS, Recipe, _known, recipe_of
 
-SCALES = ("laptop", "gpu", "paper")
 _RATES = ("training.lr", "training.value_lr")
 
 
@@ -54,6 +57,29 @@ class Machine:
                 f"machine has peak_tflops {self.peak_tflops} and utilisation {self.utilisation} "
                 "but they must be > 0 and in (0, 1]"
             )
+
+
+@dataclass(frozen=True)
+class Metric:
+    """What the models of a family are compared by, and their learning rates chosen.
+
+    Args:
+        name: of a figure in the summary of a trained model.
+        greater_is_better: False for one that is best when low.
+    """
+
+    name: str = "bits_per_byte"
+    greater_is_better: bool = False
+
+    @property
+    def title(self) -> str:
+        """In words."""
+        return self.name.replace("_", " ")
+
+    def loss(self, summary: dict[str, Any]) -> float:
+        """The figure of a trained model, with its sign turned if greater is better: the best model has the lowest."""
+        figure: float = summary[self.name]
+        return -figure if self.greater_is_better else figure
 
 
 @dataclass(frozen=True)
@@ -109,7 +135,7 @@ class Family:
         paper: the table or figure it answers.
         about: what the scale takes, and whether it was ever run.
         base: the file of the recipe that the cells override.
-        document: the content of that file, overridden by the scale.
+        base_recipe: the content of that file, overridden by the scale.
         overrides: those overrides by dotted name.
         cells: by name, in order.
         machine: for the hours of a dry run.
@@ -117,6 +143,9 @@ class Family:
         measures_speed: measure prefill and decode of all cells, interleaved.
         processes: of a training run, >= 1.
         plot: fields of the recipe for the x axis and the series of a plot; may be empty.
+        pairs: names of cells that the report compares, a model and its rival each.
+        metric: what they are compared by.
+        cells_of: the family that trains these models, where this one does not.
     """
 
     name: str
@@ -125,7 +154,7 @@ class Family:
     paper: str
     about: str
     base: Path
-    document: dict[str, Any]
+    base_recipe: dict[str, Any]
     overrides: dict[str, Any]
     cells: dict[str, Cell]
     machine: Machine
@@ -133,6 +162,9 @@ class Family:
     measures_speed: bool = False
     processes: int = 1
     plot: dict[str, str] = field(default_factory=dict)
+    pairs: tuple[tuple[str, str], ...] = ()
+    metric: Metric = Metric()
+    cells_of: str | None = None
 
     def only(self, names: Iterable[str]) -> Family:
         """The family of some of its cells, and of those they need for equal seconds; their speed is not measured.
@@ -162,7 +194,7 @@ class Family:
         settings = self.overrides | cell.overrides | rate | {"training.seed": seed}
         settings |= {f"training.{name}": setting for name, setting in more.items()}
         settings |= {} if data is None else {"data": data}
-        recipe = recipe_of(_overridden(self.document, settings))
+        recipe = recipe_of(_overridden(self.base_recipe, settings))
         rate_name = _rate_name(recipe)
         return Run(f"{cell.name}__{rate_name}__seed{seed}", cell.name, rate_name, seed, settings, recipe)
 
@@ -201,7 +233,7 @@ def read_family(file: Path, scale: str) -> Family:
     """
     document = yaml.safe_load(file.read_text())
     try:
-        _check_keys(document, ("title", "paper", "scales"), ("plot", "cells_of"))
+        _check_keys(document, ("title", "paper", "scales"), ("plot", "metric", "cells_of"))
         _known(scale, list(document["scales"]), "scale")
         chosen = document["scales"][scale]
         if "cells_of" in document:  # another family's models, measured otherwise
@@ -215,7 +247,7 @@ def read_family(file: Path, scale: str) -> Family:
 
 def _family(file: Path, scale: str, document: dict[str, Any], chosen: dict[str, Any]) -> Family:
     flags = ("trains", "measures_speed", "processes")
-    _check_keys(chosen, ("about", "base", "machine", "cells"), (*flags, "overrides", "rates"))
+    _check_keys(chosen, ("about", "base", "machine", "cells"), (*flags, "overrides", "rates", "pairs"))
     base = (file.parent / chosen["base"]).resolve()
     overrides = chosen.get("overrides", {})
     family = Family(
@@ -225,13 +257,18 @@ def _family(file: Path, scale: str, document: dict[str, Any], chosen: dict[str, 
         paper=document["paper"],
         about=chosen["about"],
         base=base,
-        document=_overridden(yaml.safe_load(base.read_text()), overrides),
+        base_recipe=_overridden(yaml.safe_load(base.read_text()), overrides),
         overrides=overrides,
         cells=_cells(chosen["cells"], tuple(chosen.get("rates", [{}]))),
         machine=Machine(**chosen["machine"]),
         plot=document.get("plot", {}),
+        pairs=tuple((model, rival) for model, rival in chosen.get("pairs", [])),
+        metric=Metric(**document.get("metric", {})),
+        cells_of=document.get("cells_of"),
         **{name: chosen[name] for name in flags if name in chosen},
     )
+    for name in itertools.chain(*family.pairs):
+        _known(name, list(family.cells), "cell")
     for cell in family.cells.values():
         rates = [family.run(cell, rate).rate for rate in cell.rates]
         if len(set(rates)) < len(rates):

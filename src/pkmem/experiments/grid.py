@@ -235,11 +235,10 @@ def _measure_unless_there(file: Path, family: Family, data: str | None) -> None:
         models = pool.submit(measure_family, family, data).result()
     save_speeds(file, family, models, environment())
     for name, speeds in models.items():
-        print(", ".join([f"{name}: {speeds['prefill_tokens_per_s']:,.0f} tokens/s in prefill", *_decode(speeds)]))
-
-
-def _decode(speeds: dict[str, float]) -> list[str]:
-    return [f"{speeds['decode_tokens_per_s']:,.0f} in decode", f"{speeds['prefill_words_per_s']:,.0f} words/s"]
+        prefill, decode, words = (
+            speeds[f"{what}_per_s"] for what in ("prefill_tokens", "decode_tokens", "prefill_words")
+        )
+        print(f"{name}: {prefill:,.0f} tokens/s in prefill, {decode:,.0f} in decode, {words:,.0f} words/s")
 
 
 def measure_family(family: Family, data: str | None = None) -> dict[str, dict[str, float]]:

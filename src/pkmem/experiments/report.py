@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import statistics
 from collections.abc import Iterable, Sequence
 from operator import attrgetter
@@ -11,8 +12,8 @@ from typing import Any
 import yaml
 
 from pkmem.experiments.claims import Spread, claims, speeds_of
-from pkmem.experiments.document import Block, Heading, Items, Paragraph, Picture, Table, is_page, write_page
 from pkmem.experiments.family import Cell, Family, config_folder, load_family
+from pkmem.experiments.page import Block, Heading, Items, Paragraph, Picture, Table, is_page, write_page
 from pkmem.experiments.plots import plot_learning_curves, plot_lines, plot_speeds, plot_usage
 from pkmem.experiments.results import (
     NotYetError,
@@ -27,6 +28,25 @@ from pkmem.experiments.results import (
 from pkmem.training.recipe import Recipe
 
 _NONE = "-"
+_FIGURES = (  # of a trained model, in the order of the table: key, title, format
+    ("dense_params", "dense", ","),
+    ("memory_params", "in memory", ","),
+    ("perplexity", "perplexity", ".2f"),
+    ("bits_per_byte", "bits per byte", ".4f"),
+    ("recall", "recall", ".1%"),
+    ("bits_per_fact", "bits per fact", ".2f"),
+    ("bits_per_param", "stored bits per parameter", ".3f"),
+    ("bits_per_dense_param", "per dense parameter", ".3f"),
+    ("bits_per_active_param", "per active parameter", ".3f"),
+    ("memory_*/usage", "usage", ".1%"),
+    ("memory_*/kl", "KL", ".3f"),
+    ("train_tokens_per_s", "training tokens/s", ",.0f"),
+)
+_SPEEDS = (
+    ("prefill_tokens_per_s", "prefill tokens/s"),
+    ("decode_tokens_per_s", "decode tokens/s"),
+    ("prefill_words_per_s", "words/s"),
+)
 
 
 def write_report(folders: Iterable[Path], out: Path) -> Path:
@@ -47,36 +67,40 @@ def write_report(folders: Iterable[Path], out: Path) -> Path:
     if not results and not speeds:
         where = ", ".join(str(folder) for folder in folders)
         raise ValueError(
-            f"no result in {where}: make one with `pkmem experiment table1 --out {folders[0]}`"
+            f"no result in {where}: make one with `pkmem experiment NAME --out {folders[0]}`"
             + "".join(f"; {message}" for message in damaged)
         )
     if out.exists() and any(out.iterdir()) and not is_page(out):
         raise ValueError(f"{out} is there and holds no page of `pkmem report`: choose another --out")
     out.mkdir(parents=True, exist_ok=True)
     blocks: list[Block] = [Heading("Files that could not be read"), Items(damaged)] if damaged else []
+    papers = yaml.safe_load((config_folder() / "paper_results.yaml").read_text())
+    order = list(papers["families"])  # the paper's, then what is beyond it
     found = {(r.family, r.scale) for r in results} | {(s.family, s.scale) for s in speeds}
-    for name, scale in sorted(found, key=lambda pair: (pair[1], pair[0] != "table1", pair[0])):
+    for name, scale in sorted(found, key=lambda pair: (pair[1], [*order, pair[0]].index(pair[0]), pair[0])):
         try:
             family = load_family(name, scale)
         except ValueError as error:
             blocks += [Heading(f"{name}, {scale}"), Items([f"unused: there is no such family any more ({error})"])]
             continue
-        blocks += _Section(family, results, speeds).blocks(out)
+        blocks += _Section(family, results, speeds).blocks(out, papers)
     return write_page(out, "Product-key memories: the experiments", blocks)
 
 
 def _collected(folders: list[Path]) -> tuple[list[Result], list[Speeds], list[str]]:
-    results: list[Result] = []
+    """All results, of several of one run the first; the speeds; and what is wrong with files."""
+    first: dict[tuple[str, str, str, str, int], Result] = {}
     speeds: list[Speeds] = []
     damaged: list[str] = []
     for folder in folders:
         if not folder.is_dir():
             raise ValueError(f"{folder} is not a directory: give the --out of an experiment")
         some_results, some_speeds, some_damaged = find_results(folder)
-        results += some_results
+        for r in some_results:
+            first.setdefault((r.family, r.scale, r.cell, r.rate, r.seed), r)
         speeds += some_speeds
         damaged += some_damaged
-    return results, speeds, damaged
+    return list(first.values()), speeds, damaged
 
 
 class _Section:
@@ -84,22 +108,21 @@ class _Section:
 
     def __init__(self, family: Family, results: list[Result], speeds: list[Speeds]) -> None:
         self.family = family
-        own = _first_of_each(r for r in results if (r.family, r.scale) == (family.name, family.scale))
-        self.own = own
-        self.seeds = 1 + max((result.seed for result in own), default=0)
-        self.data = next((result.recipe.data for result in own), None)
-        self.standing = standing(family, own, self.seeds, self.data)
+        self.own = own = [r for r in results if (r.family, r.scale) == (family.name, family.scale)]
+        seeds = 1 + max((result.seed for result in own), default=0)
+        data = next((result.recipe.data for result in own), None)
+        self.standing = standing(family, own, seeds, data)
         self.results = self.standing.valid
-        self.best = {cell.name: of_best_rate(cell, self.results) for cell in family.cells.values()}
-        at_scale = [s for s in speeds if s.scale == family.scale]
-        self.speeds = [s for s in at_scale if s.family == family.name and self._is_current(s)]
-        self.stale_speeds = [s for s in at_scale if s.family == family.name and not self._is_current(s)]
-        # table1 is the family whose models `speed` measures: either serves the other
-        twin = {"speed": "table1", "table1": "speed"}.get(family.name)
-        self.speeds = self.speeds or [s for s in at_scale if s.family == twin and self._is_current(s)]
+        self.best = {cell.name: of_best_rate(family, cell, self.results) for cell in family.cells.values()}
+        current = [s for s in speeds if s.scale == family.scale and self._is_current(s)]
+        # those that another family measured of the same models serve where there are none of its own
+        self.speeds = [s for s in current if s.family == family.name] or current
+        measured = [s for s in speeds if (s.family, s.scale) == (family.name, family.scale)]
+        self.stale_speeds = [s for s in measured if s not in current]
         self.environments = [r.environment for r in self.results] + [s.environment for s in self.speeds]
-        if family.name == "speed":
-            self.trained = _Section(load_family("table1", family.scale), results, []).best
+        self.trained = self.best
+        if family.cells_of:
+            self.trained = _Section(load_family(family.cells_of, family.scale), results, []).best
 
     def _is_current(self, speeds: Speeds) -> bool:
         """Whether some of the models measured are the family's, and those as they are now."""
@@ -107,8 +130,8 @@ class _Section:
         wanted = {cell.name: self.family.run(cell, cell.rates[0]).recipe for cell in known}
         return bool(wanted) and all(_model_of(speeds.recipes[name]) == _model_of(wanted[name]) for name in wanted)
 
-    def blocks(self, out: Path) -> list[Block]:
-        """The section, its pictures written to `out`."""
+    def blocks(self, out: Path, papers: dict[str, Any]) -> list[Block]:
+        """The section, its pictures written to `out`, beside what the paper reports."""
         family = self.family
         blocks: list[Block] = [
             Heading(f"{family.title} ({family.paper}), {family.scale}"),
@@ -116,7 +139,7 @@ class _Section:
         ]
         for texts in (claims(family, self.best, self.speeds), self._problems()):
             blocks += [Items(texts)] if texts else []
-        blocks += [self._table(), *_papers_table(family.name), *self._pictures(out)]
+        blocks += [self._table(), *_papers_table(family.name, papers), *self._pictures(out)]
         blocks += [self._sweeps(), self._commands()] if self.results else []
         return blocks
 
@@ -150,30 +173,19 @@ class _Section:
     # The family's table
 
     def _table(self) -> Table:
-        columns = ["model", "dense", "in memory", "perplexity", "bits per byte", "usage", "KL", "training tokens/s"]
-        columns += ["prefill tokens/s", "decode tokens/s", "words/s", "learning rate", "seeds"]
+        rows = [self._row(cell) for cell in self.family.cells.values()]
+        columns = [title for title in rows[0] if any(row[title] != _NONE for row in rows)]
         caption = "Ours: mean, and over several seeds ± standard deviation (lowest to highest)"
-        return Table(caption, columns, [self._row(cell) for cell in self.family.cells.values()])
+        return Table(caption, columns, [[row[title] for title in columns] for row in rows])
 
-    def _row(self, cell: Cell) -> list[str]:
-        results = self._trained(cell)
-        row = [cell.label]
-        for name, form in (
-            ("dense_params", ","),
-            ("memory_params", ","),
-            ("perplexity", ".2f"),
-            ("bits_per_byte", ".4f"),
-        ):
-            row.append(_over_seeds(results, name, form))
-        row += [_of_memories(results, "usage", ".1%"), _of_memories(results, "kl", ".3f")]
-        row.append(_over_seeds(results, "train_tokens_per_s", ",.0f"))
-        for name in ("prefill_tokens_per_s", "decode_tokens_per_s", "prefill_words_per_s"):
+    def _row(self, cell: Cell) -> dict[str, str]:
+        """A model's figures by the titles of their columns."""
+        results = self.trained[cell.name]
+        row = {"model": cell.label} | {title: _over_seeds(results, name, form) for name, title, form in _FIGURES}
+        for name, title in _SPEEDS:
             measured = speeds_of(self.speeds, cell, name)
-            row.append(Spread(measured).text(",.0f") if measured else _NONE)
-        return [*row, results[0].rate if results else _NONE, str(len(results))]
-
-    def _trained(self, cell: Cell) -> list[Result]:
-        return self.trained[cell.name] if self.family.name == "speed" else self.best[cell.name]
+            row[title] = Spread(measured).text(",.0f") if measured else _NONE
+        return row | {"learning rate": results[0].rate if results else _NONE, "seeds": str(len(results))}
 
     # Pictures
 
@@ -181,7 +193,7 @@ class _Section:
         stem, family = f"{self.family.scale}_{self.family.name}", self.family
         made: list[Block] = []
         curves = {family.cells[name].label: _mean_curve(results) for name, results in self.best.items() if results}
-        if curves:
+        if any(curves.values()):
             plot_learning_curves(curves, out / f"{stem}_curves.png")
             made.append(Picture(f"{stem}_curves.png", "Held-out bits per byte, mean over seeds, on part of the text"))
         if any("memory_0/usage" in record for records in curves.values() for record in records):
@@ -189,12 +201,11 @@ class _Section:
             made.append(Picture(f"{stem}_usage.png", "Use of the first memory on that text"))
         series, levels = self._lines()
         if series:
-            plot_lines(series, levels, out / f"{stem}_lines.png", family.plot["x"], "held-out bits per byte")
-            made.append(
-                Picture(f"{stem}_lines.png", f"Bits per byte by {family.plot['x']} and {family.plot['series']}")
-            )
+            x, by, title = family.plot["x"], family.plot["series"], family.metric.title
+            plot_lines(series, levels, out / f"{stem}_lines.png", x, f"held-out {title}")
+            made.append(Picture(f"{stem}_lines.png", f"{title.capitalize()} by {x} and {by}"))
         points = self._points()
-        if points and family.name == "speed":
+        if points and family.cells_of:
             plot_speeds(points, out / f"{stem}_speeds.png")
             made.append(Picture(f"{stem}_speeds.png", "Perplexity against inference speed: low and right is good"))
         return made
@@ -206,19 +217,19 @@ class _Section:
         for name, results in self.best.items():
             if not results or not self.family.plot or self.family.cells[name].like is not None:
                 continue  # what was trained for another time is no point of a line
-            recipe, bits = results[0].recipe, statistics.mean(result.bits_per_byte for result in results)
+            recipe, figure = results[0].recipe, statistics.mean(r.summary[self.family.metric.name] for r in results)
             if not recipe.model.memory_layers:
-                levels[self.family.cells[name].label] = bits
+                levels[self.family.cells[name].label] = figure
                 continue
             x = attrgetter(self.family.plot["x"])(recipe)
             label = f"{self.family.plot['series'].split('.')[-1]} {attrgetter(self.family.plot['series'])(recipe)}"
-            series.setdefault(label, []).append((x[0] if isinstance(x, list) else x, bits))
+            series.setdefault(label, []).append((x[0] if isinstance(x, list) else x, figure))
         return series, levels
 
     def _points(self) -> dict[str, tuple[float, float]]:
         points = {}
         for cell in self.family.cells.values():
-            words, results = speeds_of(self.speeds, cell, "prefill_words_per_s"), self._trained(cell)
+            words, results = speeds_of(self.speeds, cell, "prefill_words_per_s"), self.trained[cell.name]
             if words and results and cell.like is None:
                 perplexity = statistics.mean(result.summary["perplexity"] for result in results)
                 points[cell.label] = statistics.mean(words), perplexity
@@ -227,11 +238,10 @@ class _Section:
     # Where every figure is from
 
     def _sweeps(self) -> Table:
-        rows = []
+        rows, metric = [], self.family.metric
         for cell in self.family.cells.values():
-            tried = sorted(
-                (r for r in self.results if r.cell == cell.name and r.seed == 0), key=lambda r: r.bits_per_byte
-            )
+            tried = [r for r in self.results if r.cell == cell.name and r.seed == 0]
+            tried.sort(key=lambda r: metric.loss(r.summary))
             remark = ""
             try:
                 best = best_of_sweep(self.family, cell, self.results)
@@ -239,8 +249,9 @@ class _Section:
                     remark = "at the edge of those tried: a better one may lie beyond"
             except NotYetError as error:
                 remark = f"not complete: {error}"
-            rows.append([cell.label, "; ".join(f"{r.rate}: {r.bits_per_byte:.4f}" for r in tried) or _NONE, remark])
-        return Table("Learning rates tried at seed 0, best first, in bits per byte", ["model", "rates", ""], rows)
+            texts = [f"{r.rate}: {r.summary[metric.name]:.4f}" for r in tried]
+            rows.append([cell.label, "; ".join(texts) or _NONE, remark])
+        return Table(f"Learning rates tried at seed 0, best first, in {metric.title}", ["model", "rates", ""], rows)
 
     def _commands(self) -> Table:
         rows = [
@@ -248,14 +259,6 @@ class _Section:
             for r in self.results
         ]
         return Table("Every run", ["result", "machine", "commit", "command"], rows)
-
-
-def _first_of_each(results: Iterable[Result]) -> list[Result]:
-    """Of several results of one run the first."""
-    first: dict[str, Result] = {}
-    for result in results:
-        first.setdefault(f"{result.cell}__{result.rate}__seed{result.seed}", result)
-    return list(first.values())
 
 
 def _model_of(recipe: Recipe) -> tuple[Any, Any]:
@@ -270,18 +273,12 @@ def _place(environment: dict[str, Any]) -> str:
     return f"{environment.get('gpu') or cores}, torch {environment.get('versions', {}).get('torch')}"
 
 
-def _over_seeds(results: Sequence[Result], name: str, form: str) -> str:
-    figures = tuple(result.summary[name] for result in results if name in result.summary)
-    if not figures:
-        return _NONE
-    return format(figures[0], form) if len(set(figures)) == 1 else Spread(figures).text(form)
-
-
-def _of_memories(results: Sequence[Result], name: str, form: str) -> str:
-    """A figure of each memory of a model, in order of the blocks."""
-    texts: list[str] = []
-    while any(f"memory_{len(texts)}/{name}" in result.summary for result in results):
-        texts.append(_over_seeds(results, f"memory_{len(texts)}/{name}", form))
+def _over_seeds(results: Sequence[Result], pattern: str, form: str) -> str:
+    """A figure of a model, or one of each of its memories in order of the blocks."""
+    texts = []
+    for name in fnmatch.filter(results[0].summary if results else (), pattern):
+        figures = tuple(result.summary[name] for result in results if name in result.summary)
+        texts.append(format(figures[0], form) if len(set(figures)) == 1 else Spread(figures).text(form))
     return ", ".join(texts) or _NONE
 
 
@@ -295,11 +292,10 @@ def _mean_curve(results: Sequence[Result]) -> list[dict[str, Any]]:
     return curve
 
 
-def _papers_table(family: str) -> list[Block]:
+def _papers_table(family: str, papers: dict[str, Any]) -> list[Block]:
     """What the paper reports, where it does."""
-    document = yaml.safe_load((config_folder() / "paper_results.yaml").read_text())
-    if family not in document["families"]:
+    if family not in papers["families"]:
         return []
-    table = document["families"][family]
+    table = papers["families"][family]
     rows = [[_NONE if figure is None else str(figure) for figure in row] for row in table["rows"]]
-    return [Table(f"The paper's. {table['caption']} ({document['source']})", [str(c) for c in table["columns"]], rows)]
+    return [Table(f"The paper's. {table['caption']} ({papers['source']})", [str(c) for c in table["columns"]], rows)]

@@ -38,12 +38,6 @@ class Result:
     held_out: list[dict[str, Any]]
     environment: dict[str, Any]
 
-    @property
-    def bits_per_byte(self) -> float:
-        """Of the trained model on all held-out text."""
-        bits: float = self.summary["bits_per_byte"]
-        return bits
-
 
 @dataclass(frozen=True)
 class Speeds:
@@ -183,7 +177,7 @@ def runs_of(family: Family, cell: Cell, seed: int, results: Iterable[Result], da
 
 
 def best_of_sweep(family: Family, cell: Cell, results: Iterable[Result]) -> Result:
-    """The result at seed 0 with the fewest bits per byte, once all rates of the cell were tried.
+    """The best result at seed 0 by the family's metric, once all rates of the cell were tried.
 
     Raises:
         NotYetError: a rate has no result yet.
@@ -193,21 +187,22 @@ def best_of_sweep(family: Family, cell: Cell, results: Iterable[Result]) -> Resu
     missing = [rate for rate in wanted if rate not in tried]
     if missing:
         raise NotYetError(f"{cell.name} has no result at seed 0 for {', '.join(missing)}")
-    return min((tried[rate] for rate in wanted), key=lambda result: result.bits_per_byte)
+    return min((tried[rate] for rate in wanted), key=lambda result: family.metric.loss(result.summary))
 
 
-def of_best_rate(cell: Cell, results: Iterable[Result]) -> list[Result]:
+def of_best_rate(family: Family, cell: Cell, results: Iterable[Result]) -> list[Result]:
     """A cell's results, by seed, at its best rate; of those tried, if its sweep is not complete.
 
     Args:
-        cell: of a family.
-        results: of that family and scale, those that are valid.
+        family: at one scale.
+        cell: of it.
+        results: of this family and scale, those that are valid.
     """
     tried = [result for result in results if result.cell == cell.name]
     first = [result for result in tried if result.seed == 0]
     if not first:
         return []
-    rate = min(first, key=lambda result: result.bits_per_byte).rate
+    rate = min(first, key=lambda result: family.metric.loss(result.summary)).rate
     return [result for result in tried if result.rate == rate]
 
 
@@ -240,7 +235,7 @@ class Standing:
         valid: results of the family's runs.
         missing: runs without a result.
         waiting: why further runs cannot be planned yet.
-        unused: files of results that are of another recipe than the family's, and how they differ.
+        unused: files of results that do not serve the family, and why.
     """
 
     valid: list[Result]
@@ -276,6 +271,8 @@ def standing(family: Family, results: Iterable[Result], seeds: int, data: str | 
                     now.missing.append(run)
                 elif change := difference(found.recipe, run.recipe):
                     now.unused[found.file] = f"is of another recipe ({change})"
+                elif family.metric.name not in found.summary:  # such as bits per fact of a text that has none
+                    now.unused[found.file] = f"has no {family.metric.name}"
                 else:
                     now.valid.append(found)
     return now

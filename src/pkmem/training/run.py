@@ -5,7 +5,7 @@ RUN/tokenizer/        the byte-level BPE, also inside every model folder
 RUN/metrics.jsonl     what was measured, a record a line; the same in RUN/tensorboard/
 RUN/checkpoints/      step-N: model, optimizer, schedule, random states; complete or not there
 RUN/model/            the trained model, for `from_pretrained`
-RUN/summary.json      held-out figures of the trained model
+RUN/summary.json      held-out figures of the trained model; of facts (synthetic:facts:NUM) what it recalls as well
 """
 
 from __future__ import annotations
@@ -35,15 +35,13 @@ from pkmem.layer.usage import watching
 from pkmem.layer.values import count_parameters, tables_in
 from pkmem.lm.build import build_model
 from pkmem.lm.evaluation import evaluate
+from pkmem.lm.recall import measure_recall
 from pkmem.ops import prepare
 from pkmem.text import TokenBlocks, TokenFile
+from pkmem.text.facts import SYNTHETIC, Facts
 from pkmem.training.files import save_json
 from pkmem.training.journal import Journal
-from pkmem.training.prepare import (
-    make_run_directory,
-    prepare_run,
-    say,
-)
+from pkmem.training.prepare import make_run_directory, prepare_run, say
 from pkmem.training.recipe import Recipe
 from pkmem.training.trainer import MemoryTrainer, save_model
 
@@ -169,6 +167,11 @@ def _finish(
         "train_tokens_per_s": train_tokens / journal.seconds,
     }
     save_model(recipe.out / "model", model, tokenizer)
+    if recipe.data.startswith(SYNTHETIC):
+        try:
+            summary |= measure_recall(model, tokenizer, Facts.named(recipe.data), progress)
+        except ValueError as error:  # such as a context too short for a fact: the model is trained all the same
+            say(True, f"what it recalls was not measured: {error}")
     save_json(recipe.out / "summary.json", summary)
     return summary
 

@@ -4,7 +4,7 @@ import base64
 from pathlib import Path
 
 from html_reader import Reader
-from pkmem.experiments.document import Heading, Items, Paragraph, Picture, Table, is_page, write_page
+from pkmem.experiments.page import Heading, Items, Paragraph, Picture, Table, is_page, write_page
 
 PNG = base64.b64decode(
     "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
