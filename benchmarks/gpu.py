@@ -1,11 +1,11 @@
-"""Does the Triton backend hold on a GPU what the issues ask of it? One run checks and measures everything.
+"""Is the Triton backend right on a GPU, and how fast is it? One run checks and measures everything.
 
     python benchmarks/gpu.py            # within eight minutes -> results/gpu.json and results/gpu.md
     python benchmarks/gpu.py --smoke    # tiny sizes, on the CPU under Triton's interpreter: does it run?
 
-The checks of tests/test_triton.py come first, on the GPU. Contenders take turns (A B A B); a ratio is taken within a
+The checks of tests/ops/test_triton.py come first, on the GPU. Contenders take turns (A B A B); a ratio is taken within a
 turn, and the median and the 10th to 90th percentile are reported. A part that fails is written down and the next one
-runs; results are saved after every part. Without a GPU, and without --smoke, nothing is measured.
+runs; results are saved after every part. Without a GPU, and without --smoke, nothing is measured or written.
 """
 
 from __future__ import annotations
@@ -16,16 +16,13 @@ import sys
 if "--smoke" in sys.argv:  # before Triton is imported
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-import argparse
 import gc
-import statistics
 import subprocess
-import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -34,12 +31,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from harness import RESULTS, Ratio, one_line
+import harness
+from harness import Report, Timings, one_line
 from pkmem import MemoryConfig, ProductKeyMemory, RowAdam, ops
-from pkmem.experiments.environment import environment
 from pkmem.layer.optim import dense_parameters
 from pkmem.layer.query import QueryNetwork
-from pkmem.training.files import save_json
 
 BUDGET_S = 420  # after which no part begins
 TESTS = Path(__file__).parents[1] / "tests"
@@ -48,11 +44,10 @@ QUICK_CHECKS = ("a_query_that_is_not_finite_disturbs_no_other", "tables_may_have
 
 @dataclass(frozen=True)
 class Sizes:
-    """What is measured: the issue's sizes, or tiny ones."""
+    """What is measured: a GPU's sizes, or tiny ones."""
 
     device: str = "cuda"
     dtype: torch.dtype = torch.bfloat16
-    turns: int = 9
     operator: MemoryConfig = field(default_factory=lambda: MemoryConfig(dim=1024, num_sub_keys=1024))
     operator_tokens: int = 32 << 10
     layer_tokens: int = 16 << 10
@@ -76,81 +71,29 @@ def smoke_sizes() -> Sizes:
     """Sizes that the interpreter gets through in seconds."""
     tiny = MemoryConfig(dim=16, num_sub_keys=4, heads=1, knn=2, query_dim=4)
     return Sizes(
-        device="cpu", dtype=torch.float32, turns=1, operator=tiny, operator_tokens=3, layer_tokens=2, wide_table=tiny,
+        device="cpu", dtype=torch.float32, operator=tiny, operator_tokens=3, layer_tokens=2, wide_table=tiny,
         large_table=tiny, large_steps=4, large_tokens=2, copied_bytes=1 << 10, layers=2, context=4, prompts=1,
         vocabulary=11,
     )  # fmt: skip
 
 
-# --- running parts and writing results -------------------------------------------------------------------
+# --- running parts ---------------------------------------------------------------------------------------
 
 
-class Run:
-    """The results so far; every part ends with a save.
-
-    Args:
-        sizes: what to measure.
-        out: folder of the results.
-    """
-
-    def __init__(self, sizes: Sizes, out: Path) -> None:
-        self.sizes, self.out = sizes, out
-        self.lines: list[dict[str, Any]] = []
-        self.parts: dict[str, dict[str, Any]] = {}
-        self.begin = time.monotonic()
-        self.where = {**environment(), "driver": _driver(), "device": sizes.device}
-
-    def part(self, function: Callable[[Run], None]) -> None:
-        """Runs a part, unless the time is up, and saves."""
-        name, begin = function.__name__, time.monotonic()
-        part: dict[str, Any] = {"status": "no time left"}
-        if begin - self.begin < BUDGET_S:
-            part["status"] = "ran"
-            try:
-                function(self)
-            except Exception as error:
-                part |= {"status": one_line(error), "traceback": traceback.format_exc()}
-        part["seconds"] = time.monotonic() - begin
-        self.parts[name] = part
-        print(f"{name}: {part['status']}, {part['seconds']:.1f} s", flush=True)
-        _free()
-        self.save()
-
-    def add(
-        self, what: str, measured: Ratio | float, *, at_least: float | None = None, at_most: float | None = None
-    ) -> None:
-        """A line of the table: a ratio or another figure, and its target if there is one."""
-        ratio = measured if isinstance(measured, Ratio) else Ratio(measured, measured, measured)
-        met = None
-        if not self.sizes.smoke and (at_least, at_most) != (None, None):
-            met = (at_least is None or ratio.median >= at_least) and (at_most is None or ratio.median <= at_most)
-        self.lines.append({"what": what, **asdict(ratio), "at_least": at_least, "at_most": at_most, "met": met})
-
-    def save(self) -> None:
-        """Writes gpu.json and gpu.md."""
-        save_json(self.out / "gpu.json", {"environment": self.where, "parts": self.parts, "lines": self.lines})
-        (self.out / "gpu.md").write_text(self._table() + "\n")
-
-    def _table(self) -> str:
-        where, versions = self.where, self.where["versions"]
-        rows = ["# gpu" + (" (smoke: the figures mean nothing)" if self.sizes.smoke else ""), ""]
-        rows.append(
-            f"{where['gpu'] or where['processor']}, driver {where['driver']}, torch {versions.get('torch')}, "
-            f"triton {versions.get('triton')}, commit {where['commit']}, {self.sizes.turns} turns"
-        )
-        rows += ["", "| what | median (10th-90th percentile) | target | met |", "|---|---|---|---|"]
-        rows += [_row(line) for line in self.lines]
-        rows += ["", "| part | status | seconds |", "|---|---|---|"]
-        rows += [f"| {name} | {part['status']} | {part['seconds']:.0f} |" for name, part in self.parts.items()]
-        return "\n".join(rows)
-
-
-def _row(line: dict[str, Any]) -> str:
-    ratio = Ratio(line["median"], line["low"], line["high"])
-    measured = f"{ratio.median:.3g}" if ratio.low == ratio.high else str(ratio)
-    targets = [("at least", line["at_least"]), ("at most", line["at_most"])]
-    target = " and ".join(f"{word} {bound:g}" for word, bound in targets if bound is not None)
-    return f"| {line['what']} | {measured} | {target} | {({None: '', True: 'yes', False: '**no**'})[line['met']]} |"
+def run_part(part: Callable[[Sizes, Report], None], sizes: Sizes, report: Report, end: float) -> None:
+    """Runs a part, unless the time is up, notes how it ended, and saves."""
+    name, begin = part.__name__, time.monotonic()
+    status = "no time left"
+    if begin < end:
+        status = "ran"
+        try:
+            part(sizes, report)
+        except Exception as error:
+            status = one_line(error)
+            report.details[f"{name} failed"] = traceback.format_exc()
+    report.note(f"{name}: {status}, {time.monotonic() - begin:.1f} s")
+    _free()
+    report.save()
 
 
 def _driver() -> str | None:
@@ -170,26 +113,17 @@ def _free() -> None:
 # --- measuring -------------------------------------------------------------------------------------------
 
 
-def interleave(run: Run, contenders: dict[str, Callable[[], Any]], least_s: float = 0.01) -> dict[str, list[float]]:
-    """Seconds per call of every contender, one for each turn; short calls are repeated within a turn."""
-    calls = {}
-    for name, call in contenders.items():
-        for _ in range(2):  # compiles, and grows the allocator
-            call()
-        calls[name] = 1 if run.sizes.smoke else max(1, min(200, int(least_s / max(_seconds(call, 2), 1e-6))))
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    for turn in range(run.sizes.turns):
-        for name in list(contenders) if turn % 2 == 0 else reversed(contenders):
-            seconds[name].append(_seconds(contenders[name], calls[name]))
-    return seconds
+def interleave(report: Report, case: str, contenders: dict[str, Callable[[], Any]]) -> Timings:
+    """Times contenders in turns and keeps their seconds."""
+    timings = harness.interleave(contenders, report.options.repeats, seconds_per_call)
+    report.keep(case, timings)
+    return timings
 
 
-def _seconds(call: Callable[[], Any], calls: int) -> float:
+def seconds_per_call(call: Callable[[], Any], calls: int) -> float:
+    """By the GPU's clock, which does not count how far ahead of it the host is."""
     if not torch.cuda.is_available():
-        begin = time.perf_counter()
-        for _ in range(calls):
-            call()
-        return (time.perf_counter() - begin) / calls
+        return harness.wall_seconds(call, calls)
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     for _ in range(calls):
@@ -197,11 +131,6 @@ def _seconds(call: Callable[[], Any], calls: int) -> float:
     end.record()
     end.synchronize()
     return float(start.elapsed_time(end)) / 1000 / calls
-
-
-def quotient(above: list[float], below: list[float], factor: float = 1.0) -> Ratio:
-    """factor * above / below, turn by turn."""
-    return Ratio.of(factor * a / b for a, b in zip(above, below, strict=True))
 
 
 @contextmanager
@@ -230,25 +159,25 @@ def randn(sizes: Sizes, *shape: int) -> Tensor:
 # --- parts -----------------------------------------------------------------------------------------------
 
 
-def checks(run: Run) -> None:
+def checks(sizes: Sizes, report: Report) -> None:
     """The checks of the tests, with every tensor on the device; a table past 2 ** 31 elements is among them."""
-    sys.path.insert(0, str(TESTS))
+    sys.path[:0] = [str(TESTS), str(TESTS / "ops")]
     import test_triton
 
     from pkmem.ops import triton as backend
 
     failed = []
-    names = QUICK_CHECKS if run.sizes.smoke else test_triton.CHECKS
+    names = QUICK_CHECKS if sizes.smoke else test_triton.CHECKS
     for name in names:
         torch.manual_seed(0)
         try:
-            with torch.device(run.sizes.device):
+            with torch.device(sizes.device):
                 test_triton.CHECKS[name](backend)
         except Exception as error:
             failed.append(f"{name}: {one_line(error)}")
             print(traceback.format_exc(), flush=True)
         _free()
-    run.add(f"checks passed of {len(names)}", len(names) - len(failed), at_least=len(names))
+    report.add(f"checks passed of {len(names)}", len(names) - len(failed))
     if failed:
         raise AssertionError("; ".join(failed))
 
@@ -264,11 +193,11 @@ def plain_selection(query: Tensor, sub_keys: Tensor, knn: int) -> tuple[Tensor, 
     return scores, slots.gather(-1, best)
 
 
-def bag(run: Run) -> None:
+def bag(sizes: Sizes, report: Report) -> None:
     """Rows gathered per second against the device's copy rate and against F.embedding_bag."""
     from pkmem.ops import triton as backend
 
-    sizes, config = run.sizes, run.sizes.operator
+    config = sizes.operator
     tokens, reads = sizes.operator_tokens, config.heads * config.knn
     values = randn(sizes, config.num_slots, config.value_width)
     slots = torch.randint(config.num_slots, (tokens, reads), device=sizes.device)
@@ -276,42 +205,42 @@ def bag(run: Run) -> None:
     narrow_weights, grad_output = weights.to(sizes.dtype), randn(sizes, tokens, config.value_width)
     source = torch.empty(sizes.copied_bytes, dtype=torch.uint8, device=sizes.device)
     target = torch.empty_like(source)
-    seconds = interleave(run, {
+    timings = interleave(report, "bag", {
         "ours": lambda: backend.weighted_sum(values, slots, weights),
         "copy": lambda: target.copy_(source),
         "torch": lambda: F.embedding_bag(slots, values, mode="sum", per_sample_weights=narrow_weights),
         "grad_weights": lambda: backend.row_products(values, slots, grad_output),
     })  # fmt: skip
     gathered = tokens * reads * config.value_width * values.element_size()
-    run.add("copy rate, TB/s", 2 * source.numel() / statistics.median(seconds["copy"]) / 1e12)
-    run.add("bag, gathered TB/s", gathered / statistics.median(seconds["ours"]) / 1e12)
-    share = gathered / (2 * source.numel())
-    run.add("bag: gathered rate over copy rate", quotient(seconds["copy"], seconds["ours"], share), at_least=0.8)
-    run.add("bag: F.embedding_bag's time over ours", quotient(seconds["torch"], seconds["ours"]), at_least=4)
-    run.add("d(weights): gathered rate over copy rate", quotient(seconds["copy"], seconds["grad_weights"], share))
+    report.add("copy rate, TB/s", 2 * source.numel() / timings.median("copy") / 1e12)
+    report.add("bag, gathered TB/s", gathered / timings.median("ours") / 1e12)
+    timings = timings.with_sum("the same bytes copied", {"copy": gathered / (2 * source.numel())})
+    report.add("bag: gathered rate over copy rate", timings.ratio("the same bytes copied", "ours"))
+    report.add("bag: F.embedding_bag's time over ours", timings.ratio("torch", "ours"))
+    report.add("d(weights): gathered rate over copy rate", timings.ratio("the same bytes copied", "grad_weights"))
 
 
-def selection(run: Run) -> None:
+def selection(sizes: Sizes, report: Report) -> None:
     """The selection against torch's top-k, and its share of the layer."""
     from pkmem.ops import triton as backend
 
-    sizes, config = run.sizes, run.sizes.operator
+    config = sizes.operator
     memory = memory_of(sizes, config).eval()
     x = randn(sizes, sizes.operator_tokens, config.bound_dim)
     with torch.no_grad():
         query, sub_keys = memory.query(x), memory.keys.sub_keys
         scores, slots = backend.product_key_topk(query, sub_keys, config.knn)
         grad_scores = torch.randn_like(scores)
-        seconds = interleave(run, {
+        timings = interleave(report, "selection", {
             "ours": lambda: backend.product_key_topk(query, sub_keys, config.knn),
             "torch": lambda: plain_selection(query, sub_keys, config.knn),
             "layer": lambda: memory(x),
             "backward": lambda: backend.product_key_topk_backward(grad_scores, query, sub_keys, slots),
         })  # fmt: skip
-    run.add("selection, ms", 1000 * statistics.median(seconds["ours"]))
-    run.add("selection backward, ms", 1000 * statistics.median(seconds["backward"]))
-    run.add("selection: torch's time over ours", quotient(seconds["torch"], seconds["ours"]), at_least=8)
-    run.add("selection: share of the layer's forward", quotient(seconds["ours"], seconds["layer"]), at_most=0.5)
+    report.add("selection, ms", 1000 * timings.median("ours"))
+    report.add("selection backward, ms", 1000 * timings.median("backward"))
+    report.add("selection: torch's time over ours", timings.ratio("torch", "ours"))
+    report.add("selection: share of the layer's forward", timings.ratio("ours", "layer"))
 
 
 class PlainLayer(nn.Module):
@@ -365,25 +294,23 @@ def _stepping(
     return step
 
 
-def training_step(run: Run) -> None:
+def training_step(sizes: Sizes, report: Report) -> None:
     """One million slots: all layers at once, in turns; AdamW's moments are bf16, ours are so too and fp32."""
-    sizes = run.sizes
-    seconds = interleave(run, {
+    timings = interleave(report, "training step", {
         "fp32 moments": memory_step(sizes, sizes.operator),
         "bf16 moments": memory_step(sizes, sizes.operator, True),
         "plain": plain_step(sizes, sizes.operator),
     })  # fmt: skip
     what = f"training step, {sizes.operator.num_slots:,} slots x {sizes.operator.value_width}"
     for moments in ("fp32 moments", "bf16 moments"):
-        run.add(f"{what}: ours, {moments}, ms", 1000 * statistics.median(seconds[moments]))
-    run.add(f"{what}: dense AdamW's time over ours, fp32 moments", quotient(seconds["plain"], seconds["fp32 moments"]))
-    ratio = quotient(seconds["plain"], seconds["bf16 moments"])
-    run.add(f"{what}: dense AdamW's time over ours, bf16 moments", ratio, at_least=5)
+        report.add(f"{what}: ours, {moments}, ms", 1000 * timings.median(moments))
+    report.add(f"{what}: dense AdamW's time over ours, fp32 moments", timings.ratio("plain", "fp32 moments"))
+    ratio = timings.ratio("plain", "bf16 moments")
+    report.add(f"{what}: dense AdamW's time over ours, bf16 moments", ratio)
 
 
-def training_step_wide_table(run: Run) -> None:
+def training_step_wide_table(sizes: Sizes, report: Report) -> None:
     """Sixteen million slots, bf16 moments on both sides: one after the other, since one alone fills a GPU."""
-    sizes = run.sizes
     config = sizes.wide_table
     medians = {}
     for name, build in (
@@ -391,17 +318,19 @@ def training_step_wide_table(run: Run) -> None:
         ("plain", lambda: plain_step(sizes, config)),
     ):
         step = build()
-        medians[name] = statistics.median(interleave(run, {name: step})[name])
+        medians[name] = interleave(report, f"training step, wide table, {name}", {name: step}).median(name)
         del step
         _free()
-        run.add(f"training step, {config.num_slots:,} slots x {config.value_width}: {name}, ms", 1000 * medians[name])
+        report.add(
+            f"training step, {config.num_slots:,} slots x {config.value_width}: {name}, ms", 1000 * medians[name]
+        )
     what = f"training step, {config.num_slots:,} slots: dense AdamW's time over ours (not in turns)"
-    run.add(what, medians["plain"] / medians["ours"], at_least=20)
+    report.add(what, medians["plain"] / medians["ours"])
 
 
-def layer_forward(run: Run) -> None:
+def layer_forward(sizes: Sizes, report: Report) -> None:
     """The layer's forward against the dense FFN it replaces, and the rows it has to read against both."""
-    sizes, config = run.sizes, run.sizes.operator
+    config = sizes.operator
     memory, x = memory_of(sizes, config).eval(), randn(sizes, sizes.layer_tokens, config.bound_dim)
     with making(sizes):
         ffn = feed_forward(config.bound_dim)
@@ -409,12 +338,12 @@ def layer_forward(run: Run) -> None:
                        dtype=sizes.dtype, device=sizes.device)  # fmt: skip
     halves = torch.empty_like(rows)  # copied, as many bytes are read and written as rows are read
     with torch.no_grad():
-        seconds = interleave(
-            run, {"ours": lambda: memory(x), "ffn": lambda: ffn(x), "copy": lambda: halves.copy_(rows)}
-        )
-    run.add("layer forward, ms", 1000 * statistics.median(seconds["ours"]))
-    run.add("layer forward: ours over a dense FFN (4d)", quotient(seconds["ours"], seconds["ffn"]), at_most=1)
-    run.add("layer forward: its rows at the copy rate over a dense FFN (4d)", quotient(seconds["copy"], seconds["ffn"]))
+        timings = interleave(report, "layer forward", {
+            "ours": lambda: memory(x), "ffn": lambda: ffn(x), "copy": lambda: halves.copy_(rows)
+        })  # fmt: skip
+    report.add("layer forward, ms", 1000 * timings.median("ours"))
+    report.add("layer forward: ours over a dense FFN (4d)", timings.ratio("ours", "ffn"))
+    report.add("layer forward: its rows at the copy rate over a dense FFN (4d)", timings.ratio("copy", "ffn"))
 
 
 def feed_forward(width: int) -> nn.Sequential:
@@ -500,27 +429,26 @@ def graphed(step: Callable[[], Any]) -> Callable[[], Any]:
     return graph.replay
 
 
-def models(run: Run) -> None:
+def models(sizes: Sizes, report: Report) -> None:
     """12 layers with a memory against the same without, and against 24 layers: decoding and prefill."""
-    sizes = run.sizes
     shapes = {"memory": (sizes.layers, True), "shallow": (sizes.layers, False), "deep": (2 * sizes.layers, False)}
     decoders = {name: decoder_of(sizes, *shape) for name, shape in shapes.items()}
-    decode = interleave(run, {name: decoding(sizes, model) for name, model in decoders.items()})
-    run.add("decode with a memory, ms per token", 1000 * statistics.median(decode["memory"]))
-    run.add("decode: with a memory over without", quotient(decode["memory"], decode["shallow"]), at_most=1.08)
-    run.add("decode: 24 layers over 12 and a memory", quotient(decode["deep"], decode["memory"]), at_least=1.8)
+    decode = interleave(report, "decode", {name: decoding(sizes, model) for name, model in decoders.items()})
+    report.add("decode with a memory, ms per token", 1000 * decode.median("memory"))
+    report.add("decode: with a memory over without", decode.ratio("memory", "shallow"))
+    report.add("decode: 24 layers over 12 and a memory", decode.ratio("deep", "memory"))
     tokens = torch.randint(sizes.vocabulary, (sizes.prompts, sizes.context), device=sizes.device)
     with torch.no_grad():
-        prefill = interleave(run, {
+        prefill = interleave(report, "prefill", {
             name: (lambda model=model: model(tokens)) for name, model in decoders.items()
         })  # fmt: skip
-    run.add("prefill: with a memory over without", quotient(prefill["memory"], prefill["shallow"]))
-    run.add("prefill: 24 layers over 12 and a memory", quotient(prefill["deep"], prefill["memory"]), at_least=1.8)
+    report.add("prefill: with a memory over without", prefill.ratio("memory", "shallow"))
+    report.add("prefill: 24 layers over 12 and a memory", prefill.ratio("deep", "memory"))
 
 
-def large_table(run: Run) -> None:
+def large_table(sizes: Sizes, report: Report) -> None:
     """A table of four billion parameters learns fixed targets on one GPU."""
-    sizes, config = run.sizes, run.sizes.large_table
+    config = sizes.large_table
     memory = memory_of(sizes, config)
     rows, dense = RowAdam(memory, lr=1e-2), dense_adam(sizes, dense_parameters(memory))
     x = randn(sizes, sizes.large_tokens, config.bound_dim)
@@ -534,17 +462,16 @@ def large_table(run: Run) -> None:
         dense.zero_grad(set_to_none=True)
         losses.append(loss.detach())
     first, *_, last = torch.stack(losses).tolist()
-    run.add(
+    report.add(
         f"table of {memory.values.weight.numel():,}: ms per step", 1000 * (time.perf_counter() - begin) / len(losses)
     )
-    run.add("loss after over before", last / first, at_most=0.9)
+    report.add("loss after over before", last / first)
     if torch.cuda.is_available():
-        run.add("peak memory, GiB", torch.cuda.max_memory_allocated() / 2**30)
+        report.add("peak memory, GiB", torch.cuda.max_memory_allocated() / 2**30)
 
 
-def compiled_block(run: Run) -> None:
+def compiled_block(sizes: Sizes, report: Report) -> None:
     """torch.compile(fullgraph=True) of a block with a memory, in training and in inference, against eager."""
-    sizes = run.sizes
     if sizes.smoke:
         return  # compiling for the CPU takes a minute
     with making(sizes):
@@ -561,11 +488,11 @@ def compiled_block(run: Run) -> None:
         run_block(given).sum().backward()
         gradients.append(given.grad)
     assert memory.values.log is not None
-    run.add("compiled training: reads logged", len(memory.values.log.entries), at_least=2, at_most=2)
-    run.add("compiled training: d(x) off by", _difference(*gradients), at_most=0.1)
+    report.add("compiled training: reads logged", len(memory.values.log.entries))
+    report.add("compiled training: d(x) off by", _difference(*gradients))
     block.eval()
     with torch.no_grad():
-        run.add("compiled inference: output off by", _difference(block(x), compiled(x)), at_most=0.05)
+        report.add("compiled inference: output off by", _difference(block(x), compiled(x)))
 
 
 def _difference(one: Tensor | None, other: Tensor | None) -> float:
@@ -575,9 +502,8 @@ def _difference(one: Tensor | None, other: Tensor | None) -> float:
     return float((one.float() - other.float()).norm() / one.float().norm())
 
 
-def host_waits(run: Run) -> None:
+def host_waits(sizes: Sizes, report: Report) -> None:
     """A training step and a decoding step wait for the GPU nowhere: torch raises where they do."""
-    sizes = run.sizes
     step = memory_step(sizes, sizes.operator)
     model = decoder_of(sizes, 2, True)
     token = torch.ones(1, 1, dtype=torch.int64, device=sizes.device)
@@ -593,7 +519,7 @@ def host_waits(run: Run) -> None:
         except RuntimeError as error:
             reasons[name] = one_line(error)
             print(traceback.format_exc(), flush=True)
-        run.add(f"{name} step waits for the GPU (1 = yes)", float(name in reasons), at_most=0)
+        report.add(f"{name} step waits for the GPU (1 = yes)", float(name in reasons))
     if reasons:
         raise AssertionError(str(reasons))
 
@@ -627,24 +553,18 @@ PARTS = (
 
 def main() -> None:
     """Runs every part, or says that there is no GPU."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--smoke", action="store_true", help="tiny sizes on the CPU: does it run?")
-    parser.add_argument("--out", type=Path, help=f"folder of the results ({RESULTS}; --smoke: a temporary one)")
-    parser.add_argument("--only", nargs="+", choices=[part.__name__ for part in PARTS], help="some parts alone")
-    options = parser.parse_args()
-    out = options.out or (Path(tempfile.mkdtemp(prefix="pkmem-bench-")) if options.smoke else RESULTS)
-    out.mkdir(parents=True, exist_ok=True)
-    run = Run(smoke_sizes() if options.smoke else Sizes(), out)
+    options = harness.start(__doc__, repeats=9, parts=[part.__name__ for part in PARTS])
     reason = why_not(options.smoke)
     if reason:
-        run.parts["none"] = {"status": reason, "seconds": 0.0}
-        run.save()
         print(reason)
         return
+    report, sizes = Report("gpu", options, device="cuda"), smoke_sizes() if options.smoke else Sizes()
+    report.note(f"driver {_driver()}")
+    end = time.monotonic() + BUDGET_S
     for part in PARTS:
-        if not options.only or part.__name__ in options.only:
-            run.part(part)
-    print((out / "gpu.md").read_text())
+        if part.__name__ in options.only:
+            run_part(part, sizes, report, end)
+    report.write()
 
 
 def why_not(smoke: bool) -> str | None:

@@ -44,27 +44,33 @@ class Options:
     out: Path
     threads: int
     repeats: int
+    only: tuple[str, ...]
 
 
-def start(description: str, repeats: int) -> Options:
+def start(description: str, repeats: int, parts: Iterable[str] = ()) -> Options:
     """Reads the command line and prepares the process: malloc settings, threads, seed.
 
     Args:
         description: the file's docstring.
         repeats: turns unless --repeats says otherwise; --smoke takes two.
+        parts: what --only may choose from.
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smoke", action="store_true", help="tiny sizes: does it run?")
     parser.add_argument("--out", type=Path, help=f"folder of the results ({RESULTS}; --smoke: a temporary one)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads of every contender")
     parser.add_argument("--repeats", type=int, default=repeats, help="turns")
+    parts = tuple(parts)
+    if parts:
+        parser.add_argument("--only", nargs="+", choices=parts, default=parts, help="some parts alone")
     given = parser.parse_args()
     tune_malloc()
     out = given.out or (Path(tempfile.mkdtemp(prefix="pkmem-bench-")) if given.smoke else RESULTS)
     out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(given.threads)
     torch.manual_seed(0)
-    return Options(given.smoke, out, given.threads, 2 if given.smoke else given.repeats)
+    repeats = 2 if given.smoke else given.repeats
+    return Options(given.smoke, out, given.threads, repeats, tuple(given.only) if parts else ())
 
 
 def tune_malloc() -> None:
@@ -92,7 +98,8 @@ class Ratio:
         return cls(statistics.median(ordered), ordered[round(0.1 * last)], ordered[round(0.9 * last)])
 
     def __str__(self) -> str:
-        return f"{self.median:.2f} ({self.low:.2f}-{self.high:.2f})"
+        median, low, high = (f"{x:.1e}" if 0 < x < 0.01 else f"{x:.2f}" for x in (self.median, self.low, self.high))
+        return median if self.low == self.high else f"{median} ({low}-{high})"
 
 
 @dataclass(frozen=True)
@@ -121,32 +128,45 @@ class Timings:
         return Timings(self.seconds | {name: total}, self.failed)
 
 
-def interleave(contenders: dict[str, Callable[[], Any]], repeats: int) -> Timings:
-    """Times contenders in turns, every other turn in reverse order; one that raises is left out with its reason."""
-    failed: dict[str, str] = {}
-    calls = {name: count for name, run in contenders.items() if (count := _calls_per_sample(name, run, failed))}
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for turn in range(repeats):
-        for name in list(calls) if turn % 2 == 0 else reversed(calls):
-            seconds[name].append(_time(contenders[name], calls[name]))
-    return Timings(seconds, failed)
-
-
-def _calls_per_sample(name: str, run: Callable[[], Any], failed: dict[str, str]) -> int:
-    """Warms a contender up; 0 if it cannot run."""
-    try:
-        run()  # compiles, and touches memory for the first time
-        return max(1, math.ceil(SECONDS_PER_SAMPLE / _time(run, 1)))
-    except Exception as error:  # whatever a peer runs into is a line of the table
-        failed[name] = one_line(error)
-        return 0
-
-
-def _time(run: Callable[[], Any], calls: int) -> float:
+def wall_seconds(run: Callable[[], Any], calls: int) -> float:
+    """Seconds per call of so many calls, by the clock of this process."""
     begin = time.perf_counter()
     for _ in range(calls):
         run()
     return (time.perf_counter() - begin) / calls
+
+
+def interleave(
+    contenders: dict[str, Callable[[], Any]],
+    repeats: int,
+    clock: Callable[[Callable[[], Any], int], float] = wall_seconds,
+) -> Timings:
+    """Times contenders in turns, every other turn in reverse order; one that raises is left out with its reason.
+
+    Args:
+        contenders: what is called, by name.
+        repeats: turns.
+        clock: seconds per call of so many calls.
+    """
+    failed: dict[str, str] = {}
+    calls = {name: count for name, run in contenders.items() if (count := _calls_per_sample(name, run, clock, failed))}
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for turn in range(repeats):
+        for name in list(calls) if turn % 2 == 0 else reversed(calls):
+            seconds[name].append(clock(contenders[name], calls[name]))
+    return Timings(seconds, failed)
+
+
+def _calls_per_sample(
+    name: str, run: Callable[[], Any], clock: Callable[[Callable[[], Any], int], float], failed: dict[str, str]
+) -> int:
+    """Warms a contender up; 0 if it cannot run."""
+    try:
+        run()  # compiles, and touches memory for the first time
+        return max(1, math.ceil(SECONDS_PER_SAMPLE / clock(run, 1)))
+    except Exception as error:  # whatever a peer runs into is a line of the table
+        failed[name] = one_line(error)
+        return 0
 
 
 def one_line(error: BaseException) -> str:
@@ -201,26 +221,20 @@ class Report:
     Args:
         name: of the files.
         options: the command line.
+        device: what is measured, "cpu" or "cuda".
     """
 
-    def __init__(self, name: str, options: Options) -> None:
-        self.name, self.options = name, options
+    def __init__(self, name: str, options: Options, device: str = "cpu") -> None:
+        self.name, self.options, self.device = name, options, device
         self.lines: list[dict[str, Any]] = []
         self.notes: list[str] = []
         self.details: dict[str, Any] = {}
         self.load_before = os.getloadavg()[0]
 
-    def add(
-        self, what: str, measured: Ratio | float, at_least: float | None = None, at_most: float | None = None
-    ) -> None:
-        """A line: a ratio or another figure, and its target if there is one."""
+    def add(self, what: str, measured: Ratio | float) -> None:
+        """A line: a ratio or another figure."""
         ratio = measured if isinstance(measured, Ratio) else Ratio(measured, measured, measured)
-        above = at_least is None or ratio.median >= at_least
-        below = at_most is None or ratio.median <= at_most
-        has_target = not self.options.smoke and (at_least, at_most) != (None, None)
-        met = (above and below) if has_target else None
-        line = {"what": what, **asdict(ratio), "at_least": at_least, "at_most": at_most, "met": met}
-        self.lines.append(line)
+        self.lines.append({"what": what, **asdict(ratio)})
 
     def note(self, text: str) -> None:
         """A remark under the table, once."""
@@ -234,13 +248,15 @@ class Report:
             self.note(f"{name} could not run ({case}): {reason}")
 
     def write(self) -> None:
-        """Prints the table and leaves NAME.md and NAME.json in the folder of results."""
-        text = self._table()
-        print(text, flush=True)
-        (self.options.out / f"{self.name}.md").write_text(text + "\n")
+        """Prints the table and saves."""
+        print(table(self.save()), flush=True)
+
+    def save(self) -> dict[str, Any]:
+        """Leaves NAME.json and NAME.md in the folder of results; returns the content of the first."""
         document = {
             "name": self.name,
             "smoke": self.options.smoke,
+            "device": self.device,
             "environment": environment(),
             "malloc": {name: os.environ.get(name) for name in TUNED_MALLOC},
             "peers": {name: _version(name) for name in ("product-key-memory", "PEER-pytorch")},
@@ -251,38 +267,31 @@ class Report:
             "seconds_not_to_be_quoted": self.details,
         }
         save_json(self.options.out / f"{self.name}.json", document)
-
-    def _table(self) -> str:
-        rows = [
-            f"# {self.name}" + (" (smoke: the figures mean nothing)" if self.options.smoke else ""),
-            "",
-            _header(self.options),
-            "",
-            "| what | median (10th-90th percentile) | target | met |",
-            "|---|---|---|---|",
-            *(_row(line) for line in self.lines),
-        ]
-        return "\n".join([*rows, "", *(f"- {note}" for note in self.notes)]).rstrip()
+        (self.options.out / f"{self.name}.md").write_text(table(document) + "\n")
+        return document
 
 
-def _row(line: dict[str, Any]) -> str:
-    ratio = Ratio(line["median"], line["low"], line["high"])
-    measured = f"{ratio.median:.2f}" if ratio.low == ratio.high else str(ratio)
-    targets = [("at least", line["at_least"]), ("at most", line["at_most"])]
-    target = " and ".join(f"{word} {bound:.4g}" for word, bound in targets if bound is not None)
-    met = {None: "", True: "yes", False: "**no**"}[line["met"]]
-    return f"| {line['what']} | {measured} | {target} | {met} |"
+def table(document: dict[str, Any]) -> str:
+    """The Markdown of a benchmark, from its JSON."""
+    rows = [
+        f"# {document['name']}" + (" (smoke: the figures mean nothing)" if document["smoke"] else ""),
+        "",
+        _header(document),
+        "",
+        "| what | median (10th-90th percentile) |",
+        "|---|---|",
+        *(f"| {line['what']} | {Ratio(line['median'], line['low'], line['high'])} |" for line in document["lines"]),
+    ]
+    return "\n".join([*rows, "", *(f"- {note}" for note in document["notes"])]).rstrip()
 
 
-def _header(options: Options) -> str:
-    where = environment()
-    versions = ", ".join(
-        f"{name} {where['versions'][name]}" for name in ("torch", "numba") if name in where["versions"]
-    )
-    return (
-        f"{where['processor']}, {where['cores']} cores, {options.threads} threads, {versions}, "
-        f"commit {where['commit']}, {options.repeats} turns"
-    )
+def _header(document: dict[str, Any]) -> str:
+    where, versions = document["environment"], document["environment"]["versions"]
+    processor = f"{where['processor']}, {where['cores']} cores, {where['torch_threads']} threads"
+    compiler = "triton" if document["device"] == "cuda" else "numba"
+    parts = [where["gpu"] or processor] if document["device"] == "cuda" else [processor]
+    parts += [f"{name} {versions[name]}" for name in ("torch", compiler) if name in versions]
+    return ", ".join([*parts, f"commit {where['commit']}", f"{document['repeats']} turns"])
 
 
 def _version(package: str) -> str | None:

@@ -25,20 +25,17 @@ PEERS = (SPARSE, FUSED, FOREACH, PKM, PEER, FFN)
 
 @dataclass(frozen=True)
 class Case:
-    """A layer, and what must hold for its training step."""
+    """A layer, and the tokens of a training step."""
 
     config: MemoryConfig
     tokens: int = 2048
-    sparse_over_ours: float | None = None
-    best_dense_over_ours: float | None = None
-    ours_over_floor: float | None = None
 
     def __str__(self) -> str:
         return f"width {self.config.dim}, s {self.config.num_sub_keys}, {self.tokens:,} tokens"
 
 
-CASES = (Case(MemoryConfig(dim=512), 2048, 5, 3, 1.5), Case(MemoryConfig(dim=1024), ours_over_floor=1.5))
-SMOKE = (Case(MemoryConfig(dim=16, num_sub_keys=16, heads=2, knn=4, query_dim=16), 32, 5, 3, 1.5),)
+CASES = (Case(MemoryConfig(dim=512)), Case(MemoryConfig(dim=1024)))
+SMOKE = (Case(MemoryConfig(dim=16, num_sub_keys=16, heads=2, knn=4, query_dim=16), 32),)
 
 
 def main() -> None:
@@ -62,15 +59,13 @@ def measure(report: Report, options: Options, case: Case) -> None:
     timings = floor.added_to(interleave(contenders | floor.parts, options.repeats))
     report.keep(str(case), timings)
     report.details[f"{case}, rates"] = floor.rates(timings)
-    report.add(f"{case}: SparseAdam / ours", timings.ratio(SPARSE, OURS), at_least=case.sparse_over_ours)
+    report.add(f"{case}: SparseAdam / ours", timings.ratio(SPARSE, OURS))
     best = timings.fastest(DENSE)
-    report.add(
-        f"{case}: best dense peer ({best}) / ours", timings.ratio(best, OURS), at_least=case.best_dense_over_ours
-    )
+    report.add(f"{case}: best dense peer ({best}) / ours", timings.ratio(best, OURS))
     for name in PEERS:
         if name in timings.seconds and name not in (SPARSE, best):
             report.add(f"{case}: {name} / ours", timings.ratio(name, OURS))
-    report.add(f"{case}: ours / floor", timings.ratio(OURS, "floor"), at_most=case.ours_over_floor)
+    report.add(f"{case}: ours / floor", timings.ratio(OURS, "floor"))
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -45,9 +46,38 @@ def test_a_benchmark_runs_and_leaves_its_figures(name, tmp_path) -> None:
     assert set(LINES[name]) <= set(by_name)
     for line in by_name.values():
         assert 0 <= line["low"] <= line["median"] <= line["high"]
-        assert line["met"] is None  # tiny sizes meet or miss nothing
     assert document["seconds_not_to_be_quoted"]
     assert (tmp_path / "growth.png").exists() == (name == "growth")
+
+
+@pytest.mark.skipif(not find_spec("triton"), reason="Triton is not installed")
+def test_every_part_of_the_gpu_benchmark_runs_in_the_interpreter(tmp_path) -> None:
+    finished = run("gpu", tmp_path)
+    assert finished.returncode == 0, finished.stderr
+    document = json.loads((tmp_path / "gpu.json").read_text())
+    ended = dict(note.split(": ", 1) for note in document["notes"] if ": " in note)
+    assert {"checks", "bag", "selection", "training_step", "models"} <= set(ended)
+    assert [f"{part}: {how}" for part, how in ended.items() if not how.startswith("ran, ")] == []
+    assert {"checks passed of 2", "bag: gathered rate over copy rate"} <= {line["what"] for line in document["lines"]}
+
+
+def test_the_tables_of_the_results_are_those_of_their_figures(monkeypatch) -> None:
+    monkeypatch.syspath_prepend(str(FOLDER))
+    from harness import table
+
+    documents = [json.loads(file.read_text()) for file in (FOLDER / "results").glob("*.json")]
+    documents = [document for document in documents if "lines" in document]
+    assert len(documents) >= len(LINES)
+    for document in documents:
+        assert (FOLDER / "results" / f"{document['name']}.md").read_text() == table(document) + "\n"
+
+
+def test_small_figures_keep_a_digit(monkeypatch) -> None:
+    monkeypatch.syspath_prepend(str(FOLDER))
+    from harness import Ratio
+
+    assert str(Ratio(2.0, 1.5, 3.0)) == "2.00 (1.50-3.00)"
+    assert str(Ratio(0.004, 0.004, 0.004)) == "4.0e-03"
 
 
 def test_a_wrong_result_is_not_timed(monkeypatch) -> None:
