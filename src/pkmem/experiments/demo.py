@@ -110,16 +110,14 @@ def _figures(summary: dict[str, Any]) -> dict[str, Any]:
 
 def table(models: dict[str, dict[str, Any]]) -> str:
     """The figures of the three models as text, a figure a line."""
-    rows = [["", *(labels()[name] for name in models)]]
+    called = labels()
+    rows = [["", *(called[name] for name in models)]]
     for key, title, form in FIGURES:
         rows.append([title, *("-" if model[key] is None else form.format(model[key]) for model in models.values())])
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
-        "  ".join(
-            cell.rjust(width) if i else cell.ljust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
+        f"{title:{widths[0]}}" + "".join(f"  {x:>{w}}" for x, w in zip(cells, widths[1:], strict=True))
+        for title, *cells in rows
     ]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
