@@ -130,7 +130,7 @@ def test_pairs_and_metric_are_the_files(tmp_path: Path) -> None:
     assert load_family("speed", "laptop").cells_of == "table1"
 
 
-def test_the_facts_are_one_text_that_no_family_else_learns() -> None:
+def test_all_models_of_facts_learn_one_text() -> None:
     family = load_family("facts", "laptop")
     runs = [family.run(cell, cell.rates[0]) for cell in family.cells.values()]
     assert {(run.recipe.data, run.recipe.tokenizer, run.recipe.model.vocab_size) for run in runs} == {
