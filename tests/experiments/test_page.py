@@ -50,9 +50,10 @@ def test_html_has_every_block_and_needs_no_other_file(tmp_path: Path) -> None:
 
 def test_markdown_has_every_block(tmp_path: Path) -> None:
     assert write(tmp_path).with_suffix(".md").read_text() == (
-        "# A <page>\n\n## <One> & two\n\ns² slots < 5\n\n- first\n- second <b>\n\n"
+        "<!-- made by pkmem report, which writes over this file -->\n\n# A <page>\n\n"
+        "## <One> & two\n\ns² slots < 5\n\n- first\n- second <b>\n\n"
         "A | B\n\n| model | x\\|y |\n| --- | ---: |\n| a<b | 1 |\n| c | 2 |\n\n"
-        '![a "dot"](dot.png)\n'
+        'Picture: a "dot" (dot.png)\n'
     )
 
 
@@ -63,3 +64,15 @@ def test_a_page_is_known_from_other_files(tmp_path: Path) -> None:
     write(tmp_path)
     assert is_page(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dot.png", "index.html", "index.md"]
+
+
+def test_its_markdown_alone_is_a_page_and_beside_a_foreign_html_is_not(tmp_path: Path) -> None:
+    html = write(tmp_path)
+    html.unlink()
+    assert is_page(tmp_path)  # as in a clone of a repository that keeps index.md alone
+    html.write_text("<html></html>")
+    assert not is_page(tmp_path)
+    html.unlink()
+    (tmp_path / "index.md").write_text("# Product-key memories: the experiments\n")
+    assert not is_page(tmp_path)
+    assert is_page(Path(__file__).parents[2] / "experiments" / "results" / "report")

@@ -11,6 +11,7 @@ from pathlib import Path
 from pkmem.training.files import save_text
 
 _GENERATOR = '<meta name="generator" content="pkmem report">'
+_COMMENT = "<!-- made by pkmem report, which writes over this file -->"
 _STYLE = (
     "body{font:15px/1.5 system-ui,sans-serif;max-width:1500px;margin:2em auto;padding:0 1em;color:#222}"
     "table{border-collapse:collapse;margin:1em 0;display:block;overflow-x:auto}"
@@ -75,7 +76,7 @@ Block = Heading | Paragraph | Items | Table | Picture
 
 
 def write_page(folder: Path, title: str, blocks: Iterable[Block]) -> Path:
-    """Writes index.html, with the pictures inside, and index.md beside them, over such a page if there is one.
+    """Writes index.html, which holds the pictures, and index.md, which only names them, over such a page if there is one.
 
     Args:
         folder: where the pictures are.
@@ -92,15 +93,17 @@ def write_page(folder: Path, title: str, blocks: Iterable[Block]) -> Path:
         f'<meta name="viewport" content="width=device-width"><title>{html.escape(title)}</title>'
         f"<style>{_STYLE}</style></head>\n<body>\n{body}\n</body>\n</html>\n"
     )
-    save_text(folder / "index.md", "\n\n".join(_markdown(block) for block in blocks) + "\n")
+    save_text(folder / "index.md", "\n\n".join([_COMMENT, *map(_markdown, blocks)]) + "\n")
     save_text(folder / "index.html", document)
     return folder / "index.html"
 
 
 def is_page(folder: Path) -> bool:
-    """Whether a folder holds a page that `write_page` made."""
-    file = folder / "index.html"
-    return file.exists() and _GENERATOR in file.read_text(errors="replace")[:1000]
+    """Whether a folder holds a page that `write_page` made: its index.html or, where that is not kept, its index.md."""
+    for name, mark in (("index.html", _GENERATOR), ("index.md", _COMMENT)):
+        if (folder / name).exists():
+            return mark in (folder / name).read_text(errors="replace")[:1000]
+    return False
 
 
 def _html(block: Block, folder: Path) -> str:
@@ -138,4 +141,4 @@ def _markdown(block: Block) -> str:
             cells = [[cell.replace("|", "\\|") for cell in line] for line in lines]
             return f"{caption}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in cells)
         case Picture(file, caption):
-            return f"![{caption}]({file})"
+            return f"Picture: {caption} ({file})"  # a name: index.md is kept where its pictures are not

@@ -54,7 +54,7 @@ def write_report(folders: Iterable[Path], out: Path) -> Path:
 
     Args:
         folders: with results, possibly from several machines; of two results of one run the first counts.
-        out: the page's directory: index.html with all pictures inside, index.md beside its PNGs.
+        out: the page's directory: index.html with all pictures inside, index.md without them, the PNGs.
 
     Returns:
         the HTML file.
