@@ -61,6 +61,18 @@ def test_the_files_it_names_exist() -> None:
         assert (Path(__file__).parents[1] / name).exists(), name
 
 
+def test_the_pictures_that_documents_show_are_there() -> None:
+    root = Path(__file__).parents[1]
+    shown = {
+        document.parent / name
+        for document in [root / "README.md", *(root / "docs").glob("*.md")]
+        for name in re.findall(r"!\[.*?\]\((.*?)\)", document.read_text())
+        if "://" not in name
+    }
+    assert len(shown) > 3
+    assert [picture for picture in shown if not picture.exists()] == []
+
+
 def test_its_table_has_the_figures_of_the_results_file() -> None:
     models = json.loads((Path(__file__).parents[1] / "experiments" / "results" / "demo" / "summary.json").read_text())[
         "models"
