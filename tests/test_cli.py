@@ -183,7 +183,7 @@ def test_a_bad_option_is_one_line_with_the_fix(
         ("dat: python", "unknown option 'dat': did you mean 'data'?"),
         ("model: {width: wide}", "model.width is wide but must be of type int"),
         ("model: {memory_layers: [one]}", "model.memory_layers is one but must be of type int"),
-        ("model: 3", "model is 3 but must hold options"),
+        ("model: 3", "model is 3 but must be a mapping of options"),
         ("model: [", "parsing"),
         ("just words", "Unexpected config: just words"),
     ],
@@ -440,7 +440,7 @@ def test_the_demo_is_called_with_its_options(tmp_path: Path, monkeypatch: pytest
 
 
 def test_a_command_prints_its_answer_and_no_noise_of_libraries(run: Path, text: Path) -> None:
-    command = [sys.executable, "-m", "pkmem.cli", "eval", str(run), "--data", str(text)]
+    command = [sys.executable, "-m", "pkmem", "eval", str(run), "--data", str(text)]
     said = subprocess.run(command, capture_output=True, text=True, check=True)
     assert json.loads(said.stdout)["num_tokens"] > 0
     assert [line for line in said.stderr.replace("\r", "\n").splitlines() if line and "evaluating" not in line] == []

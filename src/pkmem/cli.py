@@ -1,16 +1,18 @@
-"""The command line. Heavy imports stand inside the verbs, so that `--help` answers at once."""
+"""The command line: a verb's arguments stand here, its work where it belongs, imported when the verb runs."""
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 import sys
+from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NamedTuple, NoReturn
 
 from jsonargparse import ActionYesNo, ArgumentParser, Namespace
 
+from pkmem.training.reading import Parser, read_recipe, recorded_recipe
 from pkmem.training.recipe import Recipe
 
 _ASSIGNMENT = re.compile(r"[a-z]\w*(\.\w+)*=")
@@ -22,16 +24,35 @@ _CALM = {  # read when the libraries are imported: pkmem says itself what a user
 }
 
 
-class _Parser(ArgumentParser):
-    """Errors are one line that names the fix."""
+class _AllVerbs(Parser):
+    """The parser of the whole command line, which meets a verb's unknown options in recipes."""
 
-    verb: str | None = None
+    def known_options(self) -> list[str]:
+        """The options of every verb."""
+        return [option for verb in VERBS.values() for option in verb.parser().known_options()]
 
-    def __init__(self, **options: Any) -> None:
-        super().__init__(allow_abbrev=False, **options)  # or memory.kn would be memory.knn
 
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        _fail(_explain(message, self.verb))
+class Verb(NamedTuple):
+    """A word of the command line.
+
+    Args:
+        add_arguments: adds what the verb takes to a parser.
+        run: does it, given the options; its docstring says what, with an example.
+    """
+
+    add_arguments: Callable[[ArgumentParser], None]
+    run: Callable[[Namespace], None]
+
+    @property
+    def text(self) -> str:
+        """What the verb does, and an example."""
+        return " ".join(str(self.run.__doc__).split())
+
+    def parser(self) -> Parser:
+        """A parser of the verb's arguments."""
+        made = Parser(description=self.text)
+        self.add_arguments(made)
+        return made
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -39,14 +60,15 @@ def main(arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments[:1] == ["train"]:
         arguments = [f"--{text}" if _ASSIGNMENT.match(text) else text for text in arguments]
-    parser = build_parser()
-    chosen = parser.parse_args(arguments or ["--help"])
-    for name, setting in _CALM.items():
-        os.environ.setdefault(name, setting)
     try:
-        if chosen.subcommand == "train" and chosen.train.resume:
-            chosen.train = _recorded_options(chosen.train.out, parser.parse_args(arguments, defaults=False).train)
-        _VERBS[chosen.subcommand](chosen[chosen.subcommand])
+        parser = build_parser()
+        chosen = parser.parse_args(arguments or ["--help"])
+        options = chosen[chosen.subcommand]
+        if chosen.subcommand == "train" and options.resume:
+            options.given = parser.parse_args(arguments, defaults=False).train
+        for name, setting in _CALM.items():
+            os.environ.setdefault(name, setting)
+        VERBS[chosen.subcommand].run(options)
     except ValueError as error:
         _fail(str(error))
     except OSError as error:
@@ -56,15 +78,17 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(130)
 
 
+def _fail(message: str) -> NoReturn:
+    print(f"pkmem: error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(_USER_ERROR)
+
+
 def build_parser() -> ArgumentParser:
     """The parser of all verbs."""
-    parser = _Parser(prog="pkmem", description="Language models with product-key memories (Lample et al. 2019).")
+    parser = _AllVerbs(prog="pkmem", description="Language models with product-key memories (Lample et al. 2019).")
     verbs = parser.add_subcommands(title="verbs", metavar="VERB")
-    for name, (add, text) in _ARGUMENTS.items():
-        verb = _Parser(description=text)
-        verb.verb = name
-        add(verb)
-        verbs.add_subcommand(name, verb, help=text.split(". ")[0].rstrip("."))
+    for name, verb in VERBS.items():
+        verbs.add_subcommand(name, verb.parser(), help=verb.text.split(". ")[0].rstrip("."))
     return parser
 
 
@@ -76,14 +100,23 @@ def _train_arguments(parser: ArgumentParser) -> None:
         "--config", action="config", help="a recipe, such as configs/tiny.yaml; options after it override it"
     )
     parser.add_class_arguments(Recipe, as_group=False)
-    parser.add_argument("--resume", action=ActionYesNo, default=False, help="go on from the newest checkpoint of OUT")
-    parser.add_argument("--overwrite", action=ActionYesNo, default=False, help="replace OUT if it is there")
+    _flag(parser, "resume", "go on from the newest checkpoint of OUT")
+    _flag(parser, "overwrite", "replace OUT if it is there")
 
 
 def _train(options: Namespace) -> None:
+    """Train a language model, with memories where model.memory_layers says.
+
+    Example: pkmem train --config configs/tiny.yaml --data python --out runs/x memory.knn=16
+    """
     from pkmem.training.run import train
 
-    recipe = _recipe(options)
+    names = [field.name for field in fields(Recipe)]
+    if options.resume:
+        given = {name: option for name, option in options.given.items() if name.split(".")[0] in names}
+        recipe = recorded_recipe(Path(options.out), given)
+    else:
+        recipe = read_recipe({name: options.as_dict()[name] for name in names})
     summary = train(recipe, resume=options.resume, overwrite=options.overwrite)
     if os.environ.get("RANK", "0") != "0":  # torchrun: the first process speaks
         return
@@ -92,76 +125,24 @@ def _train(options: Namespace) -> None:
     print(f"model: {recipe.out / 'model'}   metrics: {recipe.out / 'metrics.jsonl'}")
 
 
-def _recorded_options(out: Path, given: Namespace) -> Namespace:
-    """The options a run was started with: a resumed run is the same run, so none of those given may differ."""
-    recorded = out / "config.yaml"
-    if not recorded.exists():
-        raise ValueError(f"{out} has no config.yaml to resume from: start the run without --resume")
-    parser = _Parser()
-    _train_arguments(parser)
-    kept: Namespace = parser.parse_args(["--config", str(recorded), "--out", str(out), "--resume"])
-    for key, option in given.items():
-        if key not in ("config", "resume", "overwrite") and kept.get(key) != option:
-            raise ValueError(
-                f"{key} is {kept.get(key)} in {recorded} and cannot become {option}: leave it out, or start a new --out"
-            )
-    return kept
-
-
-def _recipe(options: Namespace) -> Recipe:
-    parser = _Parser()
-    parser.add_class_arguments(Recipe, "recipe")
-    fields = {name: options[name] for name in ("data", "out", "tokenizer", "model", "memory", "training")}
-    for name in ("model", "memory", "training"):
-        if not isinstance(fields[name], Namespace):
-            raise ValueError(f"{name} is {fields[name]!r} but must hold options, as `pkmem train --print_config` shows")
-    recipe: Recipe = parser.instantiate(Namespace(recipe=Namespace(**fields))).recipe
-    return recipe
-
-
 def _eval_arguments(parser: ArgumentParser) -> None:
     _model_argument(parser)
     parser.add_argument("--data", type=str, default="python", help="text, as in `pkmem train --data`")
     parser.add_argument("--split", type=str, default="validation", help="train or validation")
     parser.add_argument("--max_tokens", type=int | None, default=None, help="evaluate about this many tokens")
-    parser.add_argument(
-        "--context_tokens", type=int | None, default=None, help="tokens a block; the model's if left out"
-    )
-    parser.add_argument("--speed", action=ActionYesNo, default=False, help="measure prefill and decode as well")
+    parser.add_argument("--context_tokens", type=int | None, default=None, help="tokens a block, else the model's")
+    _flag(parser, "speed", "measure prefill and decode as well")
 
 
 def _eval(options: Namespace) -> None:
+    """Perplexity, bits per byte and use of the memories on held-out text. Example: pkmem eval runs/x --data python"""
     import json
 
-    from pkmem.layer.values import count_parameters
-    from pkmem.lm.evaluation import evaluate
-    from pkmem.lm.huggingface import context_tokens
-    from pkmem.lm.recall import measure_recall
-    from pkmem.lm.speed import measure_speed
-    from pkmem.text import TokenBlocks, tokenize
-    from pkmem.text.facts import SYNTHETIC, Facts
-    from pkmem.training.saved import load_saved
+    from pkmem.training.saved import evaluate_saved
 
-    model, tokenizer = load_saved(Path(options.model))
-    longest = context_tokens(model)
-    context = longest if options.context_tokens is None else options.context_tokens
-    if not 2 <= context <= longest:
-        raise ValueError(f"context_tokens is {context} but must be in [2, {longest}], the model's")
-    file = tokenize(options.data, options.split, tokenizer)
-    if file.num_skipped:
-        print(f"skipped {file.num_skipped} files or lines that are not readable text", file=sys.stderr)
-    figures = count_parameters(model) | evaluate(
-        model,
-        TokenBlocks(file, context),
-        file.bytes_per_token,
-        batch_sequences=max(1, min(8, 8192 // context)),
-        max_tokens=options.max_tokens,
-        progress=True,
+    figures = evaluate_saved(
+        Path(options.model), options.data, options.split, options.max_tokens, options.context_tokens, options.speed
     )
-    if options.data.startswith(SYNTHETIC):
-        figures |= measure_recall(model, tokenizer, Facts.named(options.data), progress=True)
-    if options.speed:
-        figures |= measure_speed({"model": model}, context)["model"]
     print(json.dumps(figures, indent=2))
 
 
@@ -175,64 +156,40 @@ def _generate_arguments(parser: ArgumentParser) -> None:
 
 
 def _generate(options: Namespace) -> None:
-    from transformers import TextStreamer, set_seed
+    """Continue a text. Example: pkmem generate runs/x --prompt 'def main'"""
+    from pkmem.training.saved import continue_text
 
-    from pkmem.lm.huggingface import context_tokens
-    from pkmem.training.saved import load_saved
-
-    if options.max_new_tokens < 1 or options.temperature < 0 or options.top_k < 1:
-        raise ValueError("max_new_tokens and top_k must be >= 1, temperature >= 0")
-    model, tokenizer = load_saved(Path(options.model))
-    set_seed(options.seed)
-    prompt = options.prompt or tokenizer.bos_token or tokenizer.eos_token
-    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
-    context = context_tokens(model)
-    room = context - inputs["input_ids"].shape[1]
-    if room < 1:
-        raise ValueError(f"the prompt has {context - room} tokens but the model's context is {context}: shorten it")
-    draws = {"do_sample": True, "temperature": options.temperature, "top_k": options.top_k}
-    model.generate(
-        **inputs,
-        max_new_tokens=min(options.max_new_tokens, room),
-        streamer=TextStreamer(tokenizer, skip_special_tokens=True),
-        **(draws if options.temperature else {"do_sample": False}),
+    continue_text(
+        Path(options.model), options.prompt, options.max_new_tokens, options.temperature, options.top_k, options.seed
     )
 
 
 def _inspect_arguments(parser: ArgumentParser) -> None:
     _model_argument(parser)
-    parser.add_argument(
-        "--data", type=str | None, default=None, help="read this text and say how the memories are used"
-    )
+    parser.add_argument("--data", type=str | None, default=None, help="a text to read, to say how they are used")
     parser.add_argument("--max_tokens", type=int, default=100_000, help="tokens of it to read")
-    parser.add_argument(
-        "--hottest", type=int, default=5, help="slots to show per memory, with the tokens that read them"
-    )
+    parser.add_argument("--hottest", type=int, default=5, help="slots to show per memory, and who reads them")
 
 
 def _inspect(options: Namespace) -> None:
-    from pkmem.lm.huggingface import context_tokens
-    from pkmem.lm.inspection import describe_memories, describe_reads
-    from pkmem.text import TokenBlocks, tokenize
-    from pkmem.training.saved import load_saved
+    """Look inside the memories: sizes, values, who reads what. Example: pkmem inspect runs/x --data python"""
+    from pkmem.training.saved import describe_saved
 
-    if options.hottest < 0:
-        raise ValueError(f"hottest is {options.hottest} but must be >= 0")
-    model, tokenizer = load_saved(Path(options.model))
-    print(describe_memories(model))
-    if options.data is not None:
-        blocks = TokenBlocks(tokenize(options.data, "validation", tokenizer), context_tokens(model))
-        print(describe_reads(model, tokenizer, blocks, options.max_tokens, options.hottest))
+    print(describe_saved(Path(options.model), options.data, options.max_tokens, options.hottest))
 
 
 def _demo_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--out", type=str, default="runs/demo", help="where everything goes")
     parser.add_argument("--data", type=str, default="python", help="text to learn, as in `pkmem train --data`")
     parser.add_argument("--seed", type=int, default=0, help="of weights and data order")
-    parser.add_argument("--overwrite", action=ActionYesNo, default=False, help="replace OUT if it is there")
+    _flag(parser, "overwrite", "replace OUT if it is there")
 
 
 def _demo(options: Namespace) -> None:
+    """The paper's claim at laptop size, in about ten minutes: L layers with a memory against L and 2L without.
+
+    Example: pkmem demo --out runs/demo
+    """
     from pkmem.experiments.demo import demo
 
     demo(Path(options.out), options.overwrite, options.data, options.seed)
@@ -247,9 +204,7 @@ def _experiment_arguments(parser: ArgumentParser) -> None:
     )
     parser.add_argument("--scale", type=str, default="laptop", help="laptop, gpu or paper")
     parser.add_argument("--seeds", type=int, default=1, help="seeds 0 .. SEEDS - 1 of each model")
-    parser.add_argument(
-        "--out", type=str, default="runs/experiments", help="where all families' results go, a file per run"
-    )
+    parser.add_argument("--out", type=str, default="runs/experiments", help="where all results go, a file per run")
     parser.add_argument(
         "--cells",
         nargs="+",
@@ -257,17 +212,17 @@ def _experiment_arguments(parser: ArgumentParser) -> None:
         help="some of the family's models alone, such as 4_layers 8_layers; their speed is not measured",
     )
     parser.add_argument("--data", type=str | None, default=None, help="text to learn instead of the family's")
-    parser.add_argument(
-        "--resume", action=ActionYesNo, default=False, help="continue half-trained runs; they start over otherwise"
-    )
-    parser.add_argument(
-        "--dry_run", action=ActionYesNo, default=False, help="say what the runs cost, and their commands; train nothing"
-    )
+    _flag(parser, "resume", "continue half-trained runs; they start over otherwise")
+    _flag(parser, "dry_run", "say what the runs cost, and their commands; train nothing")
 
 
 def _experiment(options: Namespace) -> None:
+    """Run one of the paper's tables or figures, model by model; finished runs are kept and skipped.
+
+    Example: pkmem experiment table1 --scale laptop --seeds 3, after a look with --dry_run
+    """
     from pkmem.experiments.family import load_family
-    from pkmem.experiments.grid import describe, experiment
+    from pkmem.experiments.grid import describe, experiment, require_complete
 
     family = load_family(options.name, options.scale)
     if options.cells:
@@ -275,15 +230,7 @@ def _experiment(options: Namespace) -> None:
     if options.dry_run:
         print(describe(family, options.seeds, options.data))
         return
-    left = experiment(family, Path(options.out), options.seeds, options.data, options.resume)
-    for reason in [*left["unused"], *left["waiting"]]:
-        print(reason, file=sys.stderr)
-    if left["failed"]:
-        raise ValueError(f"{len(left['failed'])} runs have no result; run this again for {left['failed'][0]}")
-    if left["elsewhere"]:
-        raise ValueError(f"another process is training {left['elsewhere'][0]}: run this again when it has ended")
-    if left["unused"] or left["waiting"]:
-        raise ValueError("not all runs have a usable result: see above")
+    require_complete(experiment(family, Path(options.out), options.seeds, options.data, options.resume))
     print(f"all results are in {Path(options.out) / family.name / family.scale}; next: pkmem report {options.out}")
 
 
@@ -293,17 +240,18 @@ def _report_arguments(parser: ArgumentParser) -> None:
 
 
 def _report(options: Namespace) -> None:
+    """A page with the results of experiments beside the paper's, from all machines they ran on.
+
+    Example: pkmem report runs/experiments --out runs/report
+    """
     from pkmem.experiments.report import write_report
 
     page = write_report([Path(folder) for folder in options.folders], Path(options.out))
     print(f"{page}\n{page.with_suffix('.md')}")
 
 
-def _warmup_arguments(parser: ArgumentParser) -> None:
-    """None."""
-
-
 def _warmup(options: Namespace) -> None:
+    """Compile the CPU kernels ahead of their first use. Once per machine and version. Example: pkmem warmup"""
     from importlib.util import find_spec
 
     if find_spec("numba") is None:
@@ -315,113 +263,35 @@ def _warmup(options: Namespace) -> None:
 
 def _bench_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("names", nargs="*", default=[], help="questions to measure, such as layer_forward; all if none")
-    parser.add_argument("--smoke", action=ActionYesNo, default=False, help="tiny sizes, to see that everything runs")
+    _flag(parser, "smoke", "tiny sizes, to see that everything runs")
 
 
 def _bench(options: Namespace) -> None:
-    import subprocess
+    """Measure this machine: pkmem against plain torch and its peers, interleaved, beside the floor.
 
-    folder = Path(__file__).parents[2] / "benchmarks"
-    if not folder.is_dir():
-        raise ValueError("the benchmarks are in pkmem's source tree, not in its wheel: run this from a checkout")
-    unknown = sorted(set(options.names) - set(_BENCHMARKS))
-    if unknown:
-        raise ValueError(f"no benchmark is called {unknown[0]!r}: they are {', '.join(_BENCHMARKS)}")
-    for name in options.names or _BENCHMARKS:
-        command = [sys.executable, str(folder / f"{name}.py"), *(["--smoke"] if options.smoke else [])]
-        if subprocess.run(command).returncode:
-            raise ValueError(f"benchmark {name} failed: its output above says why")
+    Example: pkmem bench layer_forward
+    """
+    from pkmem.experiments.benchmarks import run_benchmarks
+
+    run_benchmarks(options.names, options.smoke)
+
+
+def _flag(parser: ArgumentParser, name: str, text: str) -> None:
+    parser.add_argument(f"--{name}", action=ActionYesNo, default=False, help=text)
 
 
 def _model_argument(parser: ArgumentParser) -> None:
     parser.add_argument("model", type=str, help="a run directory, one of its checkpoints, or any saved model directory")
 
 
-_ARGUMENTS = {
-    "train": (
-        _train_arguments,
-        "Train a language model, with memories where model.memory_layers says. "
-        "Example: pkmem train --config configs/tiny.yaml --data python --out runs/x memory.knn=16",
-    ),
-    "eval": (
-        _eval_arguments,
-        "Perplexity, bits per byte and use of the memories on held-out text. Example: pkmem eval runs/x --data python",
-    ),
-    "generate": (_generate_arguments, "Continue a text. Example: pkmem generate runs/x --prompt 'def main'"),
-    "inspect": (
-        _inspect_arguments,
-        "Look inside the memories: sizes, values, who reads what. Example: pkmem inspect runs/x --data python",
-    ),
-    "demo": (
-        _demo_arguments,
-        "The paper's claim at laptop size, in about ten minutes: L layers with a memory against L and 2L without. "
-        "Example: pkmem demo --out runs/demo",
-    ),
-    "experiment": (
-        _experiment_arguments,
-        "Run one of the paper's tables or figures, model by model; finished runs are kept and skipped. "
-        "Example: pkmem experiment table1 --scale laptop --seeds 3, after a look with --dry_run",
-    ),
-    "report": (
-        _report_arguments,
-        "A page with the results of experiments beside the paper's, from all machines they ran on. "
-        "Example: pkmem report runs/experiments --out runs/report",
-    ),
-    "warmup": (
-        _warmup_arguments,
-        "Compile the CPU kernels ahead of their first use. Once per machine and version. Example: pkmem warmup",
-    ),
-    "bench": (
-        _bench_arguments,
-        "Measure this machine: pkmem against plain torch and its peers, interleaved, beside the floor. "
-        "Example: pkmem bench layer_forward",
-    ),
+VERBS = {
+    "train": Verb(_train_arguments, _train),
+    "eval": Verb(_eval_arguments, _eval),
+    "generate": Verb(_generate_arguments, _generate),
+    "inspect": Verb(_inspect_arguments, _inspect),
+    "demo": Verb(_demo_arguments, _demo),
+    "experiment": Verb(_experiment_arguments, _experiment),
+    "report": Verb(_report_arguments, _report),
+    "warmup": Verb(lambda parser: None, _warmup),
+    "bench": Verb(_bench_arguments, _bench),
 }
-_BENCHMARKS = ("operators", "layer_forward", "training_step", "growth", "peak_memory", "billion", "demo_backends")
-_VERBS = {
-    "train": _train,
-    "eval": _eval,
-    "generate": _generate,
-    "inspect": _inspect,
-    "demo": _demo,
-    "experiment": _experiment,
-    "report": _report,
-    "warmup": _warmup,
-    "bench": _bench,
-}
-
-
-# Errors -------------------------------------------------------------------------------------------------
-
-
-def _explain(message: str, verb: str | None) -> str:
-    """One line; an unknown key comes with the nearest one that the verb has."""
-    line = " ".join(message.split())
-    mistyped = re.match(r'Parser key "([\w.]+)": (.+?)(?:\. Got| Errors: .* Given) value: (.*)', line)
-    if mistyped:
-        key, expected, given = mistyped.groups()
-        choices, types = re.search(r"Literal\[(.+)\]", expected), re.findall(r"<class '(\w+)'>", expected)
-        allowed = f"one of {choices[1]}" if choices else f"of type {' or '.join(types)}".replace("NoneType", "null")
-        return f"{key} is {given} but must be {allowed}"
-    found = re.search(r"[Uu]nrecognized arguments: --([^= ]+)|'(\w+)' does not accept option '([\w.]+)'", line)
-    if found is None:
-        return line
-    unknown = found[1] or found[3]
-    near = difflib.get_close_matches(unknown, _known_keys(verb or found[2]), 1, 0.5)
-    return f"unknown option {unknown!r}" + (f": did you mean {near[0]!r}?" if near else "; see --help")
-
-
-def _known_keys(verb: str | None) -> list[str]:
-    parser = _Parser()
-    if verb in _ARGUMENTS:
-        _ARGUMENTS[verb][0](parser)
-    return [action.dest for action in parser._actions]
-
-
-def _fail(message: str) -> NoReturn:
-    print(f"pkmem: error: {' '.join(message.split())}", file=sys.stderr)
-    sys.exit(_USER_ERROR)
-
-
-if __name__ == "__main__":
-    main()

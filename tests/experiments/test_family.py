@@ -9,7 +9,8 @@ from made_results import all_families
 from pkmem.experiments.family import Metric, config_folder, family_names, load_family, read_family
 from pkmem.layer.config import MemoryConfig
 from pkmem.lm.config import ModelConfig
-from pkmem.training.recipe import Recipe, TrainingConfig, recipe_of
+from pkmem.training.reading import read_recipe
+from pkmem.training.recipe import Recipe, TrainingConfig
 
 PAPERS = {"table1": "table 1", "speed": "figure 4", "size": "table 2", "position": "table 3", "keys": "table 4"}
 CHOSEN = {
@@ -54,7 +55,7 @@ def test_every_cell_of_every_family_makes_a_recipe(name: str, scale: str) -> Non
 
 
 def test_the_papers_scale_is_the_papers_recipe() -> None:
-    paper = recipe_of(yaml.safe_load((config_folder() / "paper.yaml").read_text()))
+    paper = read_recipe(yaml.safe_load((config_folder() / "paper.yaml").read_text()))
     family = load_family("table1", "paper")
     cell = family.cells["16_layers_2_memories"]
     assert family.run(cell, cell.rates[0]).recipe == Recipe(
@@ -150,12 +151,12 @@ def test_all_models_of_facts_learn_one_text() -> None:
         ({"cells": {"a": {"model.num_layers": 1}}}, "label is missing: the keys are label, rates, like"),
         ({"cells": {"a": {"label": "a", "rate": []}}}, "no key 'rate': did you mean 'rates'?"),
         ({"cells": {"a__b": {"label": "a"}}}, "cell 'a__b' must be made of a-z, 0-9 and single _"),
-        ({"cells": {"a": {"label": "a", "model.layers": 2}}}, "no option model. 'layers'"),
+        ({"cells": {"a": {"label": "a", "model.layers": 2}}}, "no option 'model.layers'"),
         ({"cells": {"a": {"label": "a", "modle.width": 2}}}, "no part of a recipe 'modle': did you mean 'model'?"),
-        ({"cells": {"a": {"label": "a", "model.width": "wide"}}}, "model.width is 'wide' but must be of type int"),
+        ({"cells": {"a": {"label": "a", "model.width": "wide"}}}, "model.width is wide but must be of type int"),
         (
-            {"cells": {"a": {"label": "a", "training.lr": "4e-3"}}, "rates": [{}]},
-            "training.lr is '4e-3' but must be of",
+            {"cells": {"a": {"label": "a", "training.lr": "fast"}}, "rates": [{}]},
+            "training.lr is fast but must be of type float",
         ),
         ({"cells": {"a": {"label": "a", "memory.knn": 0}}}, "knn is 0 but must be an integer >= 1"),
         ({"cells": {"a": {"label": "a", "rates": [{"training.seed": 1}]}}}, "no key 'training.seed': "),
@@ -186,9 +187,9 @@ def test_an_unknown_key_at_the_top_is_named(tmp_path: Path) -> None:
 
 def test_a_recipe_survives_its_document() -> None:
     recipe = Recipe("x", Path("o"), "t", ModelConfig(memory_layers=[1]), MemoryConfig(knn=3), TrainingConfig(lr=1.0))
-    assert recipe_of(recipe.to_dict()) == recipe
+    assert read_recipe(recipe.to_dict()) == recipe
     older = recipe.to_dict()
     del older["training"]["beta2"]
-    assert recipe_of(older) == recipe  # written before the option was there, when its default was what it did
-    with pytest.raises(ValueError, match=r"no option training\. 'momentum'"):
-        recipe_of({"training": {"momentum": 0.9}})
+    assert read_recipe(older) == recipe  # written before the option was there, when its default was what it did
+    with pytest.raises(ValueError, match=r"no option 'training\.momentum'"):
+        read_recipe({"training": {"momentum": 0.9}})

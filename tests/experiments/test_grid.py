@@ -258,7 +258,7 @@ def test_a_run_survives_its_parent_and_resumes_after_its_own_kill(
     popen, commands = subprocess.Popen, []
     monkeypatch.setattr(subprocess, "Popen", lambda command, **how: commands.append(command) or popen(command, **how))
     assert experiment(family, out, resume=True)["failed"] == []
-    assert [command[-1] for command in commands if "pkmem.cli" in command] == ["--resume"]
+    assert [command[-1] for command in commands if "pkmem" in command] == ["--resume"]
     (result,) = find_results(out)[0]
     assert [record["tokens"] for record in result.held_out] == [12_800, 25_600]
     assert list((folder / "runs").iterdir()) == []
@@ -310,9 +310,7 @@ def wait_for(what, seconds: float = 120) -> None:
 def processes_of(name: str) -> list[int]:
     """Processes that train a run, by its name in their command."""
     commands = {int(folder.name): command_of(folder) for folder in Path("/proc").glob("[0-9]*")}
-    return [
-        number for number, command in commands.items() if f"/{name}".encode() in command and b"pkmem.cli" in command
-    ]
+    return [number for number, command in commands.items() if f"/{name}".encode() in command and b"pkmem" in command]
 
 
 def command_of(folder: Path) -> bytes:

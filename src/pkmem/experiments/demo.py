@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 from pkmem.experiments.environment import environment
@@ -18,6 +17,7 @@ from pkmem.lm.speed import measure_speed
 from pkmem.text import read_documents, train_tokenizer
 from pkmem.training.files import save_json
 from pkmem.training.journal import read_metrics
+from pkmem.training.reading import read_yaml
 from pkmem.training.recipe import Recipe
 from pkmem.training.run import train
 
@@ -51,7 +51,7 @@ def labels() -> dict[str, str]:
 
 def _models() -> tuple[Family, dict[str, dict[str, Any]]]:
     """The experiment that the three models are from, and the cell and rate of each."""
-    document = yaml.safe_load((config_folder() / "demo.yaml").read_text())
+    document = read_yaml(config_folder() / "demo.yaml")
     return load_family(document["experiment"], document["scale"]), document["models"]
 
 

@@ -26,7 +26,7 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": {name: version for name in ("pkmem", *_PACKAGES) if (version := _version(name))},
         "commit": _commit(),
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": " ".join([Path(sys.argv[0]).name.replace("__main__.py", "pkmem"), *sys.argv[1:]]),
     }
 
 

@@ -30,9 +30,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from pkmem.training.recipe import _PARTS, Recipe, _known, recipe_of
+from pkmem.training.reading import check_known, read_recipe, read_yaml
+from pkmem.training.recipe import Recipe
 
 _RATES = ("training.lr", "training.value_lr")
 
@@ -176,7 +175,7 @@ class Family:
             raise ValueError(f"{self.name} measures all its models in turns: leave --cells out")
         wanted = list(names)
         for name in wanted:
-            _known(name, list(self.cells), f"cell of {self.name}")
+            check_known(name, list(self.cells), f"cell of {self.name}")
             wanted += [needed for needed in (self.cells[name].like, self.cells[name].match_seconds_of) if needed]
         cells = {name: cell for name, cell in self.cells.items() if name in wanted}
         return replace(self, cells=cells, measures_speed=False)
@@ -194,7 +193,7 @@ class Family:
         settings = self.overrides | cell.overrides | rate | {"training.seed": seed}
         settings |= {f"training.{name}": setting for name, setting in more.items()}
         settings |= {} if data is None else {"data": data}
-        recipe = recipe_of(_overridden(self.base_recipe, settings))
+        recipe = read_recipe(self.base_recipe, settings)
         rate_name = _rate_name(recipe)
         return Run(f"{cell.name}__{rate_name}__seed{seed}", cell.name, rate_name, seed, settings, recipe)
 
@@ -221,7 +220,7 @@ def load_family(name: str, scale: str) -> Family:
     Raises:
         ValueError: no such family or scale, or a mistake in its file; the message lists the right ones.
     """
-    _known(name, family_names(), "experiment")
+    check_known(name, family_names(), "experiment")
     return read_family(config_folder() / "experiments" / f"{name}.yaml", scale)
 
 
@@ -231,15 +230,13 @@ def read_family(file: Path, scale: str) -> Family:
     Raises:
         ValueError: the scale is not there, or there is a mistake in the file; the message lists the right ones.
     """
-    document = yaml.safe_load(file.read_text())
+    document = read_yaml(file)
     try:
         _check_keys(document, ("title", "paper", "scales"), ("plot", "metric", "cells_of"))
-        _known(scale, list(document["scales"]), "scale")
+        check_known(scale, list(document["scales"]), "scale")
         chosen = document["scales"][scale]
         if "cells_of" in document:  # another family's models, measured otherwise
-            chosen = (
-                yaml.safe_load((file.parent / f"{document['cells_of']}.yaml").read_text())["scales"][scale] | chosen
-            )
+            chosen = read_yaml(file.parent / f"{document['cells_of']}.yaml")["scales"][scale] | chosen
         return _family(file, scale, document, chosen)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{file.name}, {scale}: {error}") from error
@@ -257,7 +254,7 @@ def _family(file: Path, scale: str, document: dict[str, Any], chosen: dict[str, 
         paper=document["paper"],
         about=chosen["about"],
         base=base,
-        base_recipe=_overridden(yaml.safe_load(base.read_text()), overrides),
+        base_recipe=read_yaml(base),
         overrides=overrides,
         cells=_cells(chosen["cells"], tuple(chosen.get("rates", [{}]))),
         machine=Machine(**chosen["machine"]),
@@ -268,7 +265,7 @@ def _family(file: Path, scale: str, document: dict[str, Any], chosen: dict[str, 
         **{name: chosen[name] for name in flags if name in chosen},
     )
     for name in itertools.chain(*family.pairs):
-        _known(name, list(family.cells), "cell")
+        check_known(name, list(family.cells), "cell")
     for cell in family.cells.values():
         rates = [family.run(cell, rate).rate for rate in cell.rates]
         if len(set(rates)) < len(rates):
@@ -287,7 +284,7 @@ def _cells(document: dict[str, dict[str, Any]], rates: tuple[dict[str, float], .
             raise ValueError(f"cell {name} must have both like and match_seconds_of, or neither")
         for key in ("like", "match_seconds_of"):
             if key in given:
-                _known(given[key], list(cells), f"cell before {name}")
+                check_known(given[key], list(cells), f"cell before {name}")
         model = cells.get(given.get("like", ""), Cell(name, "", rates=rates))
         cells[name] = Cell(
             name,
@@ -302,22 +299,9 @@ def _cells(document: dict[str, dict[str, Any]], rates: tuple[dict[str, float], .
     return cells
 
 
-def _overridden(document: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
-    """A recipe's nested document with fields set by dotted name."""
-    nested = {key: dict(part) if isinstance(part, dict) else part for key, part in document.items()}
-    for name, setting in overrides.items():
-        part, _, key = name.rpartition(".")
-        if part:
-            _known(part, list(_PARTS), "part of a recipe")
-            nested.setdefault(part, {})[key] = setting
-        else:
-            nested[key] = setting
-    return nested
-
-
 def _check_keys(document: dict[str, Any], required: Iterable[str], optional: Iterable[str]) -> None:
     for key in document:
-        _known(key, [*required, *optional], "key")
+        check_known(key, [*required, *optional], "key")
     for key in required:
         if key not in document:
             raise ValueError(f"{key} is missing: the keys are {', '.join([*required, *optional])}")

@@ -21,7 +21,6 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
-import yaml
 from tqdm import tqdm
 
 from pkmem.experiments.costs import costs
@@ -35,7 +34,7 @@ from pkmem.training.checkpoint import latest_checkpoint
 from pkmem.training.files import load_json
 from pkmem.training.journal import read_metrics
 from pkmem.training.prepare import prepare_text
-from pkmem.training.recipe import recipe_of
+from pkmem.training.reading import read_recipe, read_yaml
 
 
 class RunFailedError(ValueError):
@@ -102,6 +101,22 @@ def experiment(
     }
 
 
+def require_complete(left: dict[str, list[str]]) -> None:
+    """Says what `experiment` left.
+
+    Raises:
+        ValueError: a run has no usable result; the message says what to do.
+    """
+    for reason in [*left["unused"], *left["waiting"]]:
+        print(reason, file=sys.stderr)
+    if left["failed"]:
+        raise ValueError(f"{len(left['failed'])} runs have no result; run this again for {left['failed'][0]}")
+    if left["elsewhere"]:
+        raise ValueError(f"another process is training {left['elsewhere'][0]}: run this again when it has ended")
+    if left["unused"] or left["waiting"]:
+        raise ValueError("not all runs have a usable result: see above")
+
+
 def num_runs(family: Family, seeds: int) -> int:
     """Runs of a family in all: at seed 0 all rates, at each other seed the best."""
     return sum(len(cell.rates) + seeds - 1 for cell in family.cells.values())
@@ -134,7 +149,7 @@ def shown_command(family: Family, run: Run) -> str:
 
 
 def _torchrun_options(family: Family) -> list[str]:
-    return ["--standalone", "--nproc_per_node", str(family.processes), "-m", "pkmem.cli"]
+    return ["--standalone", "--nproc_per_node", str(family.processes), "-m", "pkmem"]
 
 
 def _train(family: Family, run: Run, folder: Path, resume: bool) -> str:
@@ -181,7 +196,7 @@ def _is_finished(out: Path, run: Run) -> bool:
 
 def _is_of(out: Path, run: Run) -> bool:
     config = out / "config.yaml"
-    return config.exists() and difference(recipe_of(yaml.safe_load(config.read_text())), run.recipe) is None
+    return config.exists() and difference(read_recipe(read_yaml(config)), run.recipe) is None
 
 
 def _start(family: Family, run: Run, out: Path, resume: bool, lock: int) -> None:
@@ -194,7 +209,7 @@ def _start(family: Family, run: Run, out: Path, resume: bool, lock: int) -> None
     go_on = resume and latest_checkpoint(out) is not None and _is_of(out, run)
     if not go_on:
         shutil.rmtree(out, ignore_errors=True)
-    program = ["pkmem.cli"] if family.processes == 1 else ["torch.distributed.run", *_torchrun_options(family)]
+    program = ["pkmem"] if family.processes == 1 else ["torch.distributed.run", *_torchrun_options(family)]
     command = [*program, *train_command(family, run, family.base, out), *(["--resume"] if go_on else [])]
     with _log_file(out).open("w") as log:
         child = subprocess.Popen(

@@ -11,7 +11,8 @@ from typing import Any
 
 from pkmem.experiments.family import Cell, Family, Run
 from pkmem.training.files import save_json
-from pkmem.training.recipe import Recipe, recipe_of
+from pkmem.training.reading import read_recipe
+from pkmem.training.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ def load_result(file: Path) -> Result | Speeds:
     try:
         document = json.loads(file.read_text())
         if "models" in document:
-            recipes = {cell: recipe_of(recipe) for cell, recipe in document["recipes"].items()}
+            recipes = {cell: read_recipe(recipe) for cell, recipe in document["recipes"].items()}
             for speeds in document["models"].values():
                 _require_numbers(speeds, "prefill_tokens_per_s", "decode_tokens_per_s")
             _require_numbers(dict.fromkeys(document["models"], 0) | dict.fromkeys(recipes, 0), *document["models"])
@@ -105,7 +106,7 @@ def load_result(file: Path) -> Result | Speeds:
             _require_numbers(record, "tokens", "seconds", "bits_per_byte")
         if not isinstance(document["environment"], dict):
             raise TypeError("environment")
-        return Result(file, **document | {"recipe": recipe_of(document["recipe"])})
+        return Result(file, **document | {"recipe": read_recipe(document["recipe"])})
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{file} is not a result of an experiment, or damaged ({error})") from error
 

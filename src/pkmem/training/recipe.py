@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -121,39 +119,3 @@ class Recipe:
     def micro_batch_sequences(self) -> int:
         """Sequences of one backward pass."""
         return self.training.batch_tokens // self.model.context_tokens // self.training.micro_batches
-
-
-_PARTS = {"model": ModelConfig, "memory": MemoryConfig, "training": TrainingConfig}
-
-
-def recipe_of(document: dict[str, Any]) -> Recipe:
-    """The recipe of a nested document, such as `Recipe.to_dict` gives; what is left out has its default.
-
-    Raises:
-        ValueError: an unknown field, one of the wrong type, or one outside its range.
-    """
-    fields = dict(document)
-    for name, kind in _PARTS.items():
-        fields[name] = _made(kind, fields.get(name, {}), f"{name}.")
-    return _made(Recipe, fields | {"out": Path(fields.get("out", "runs/x"))}, "")
-
-
-def _made(kind: type, given: dict[str, Any], prefix: str) -> Any:
-    """A dataclass of plain fields, each of the type of its default."""
-    default = kind()
-    for name, setting in given.items():
-        _known(name, [f.name for f in dataclasses.fields(kind)], f"option {prefix}".rstrip())
-        expected = getattr(default, name)
-        if expected is None or isinstance(expected, Path | ModelConfig | MemoryConfig | TrainingConfig):
-            continue
-        right = (int, float) if type(expected) is float else (type(expected),)
-        if type(setting) not in right:
-            raise ValueError(f"{prefix}{name} is {setting!r} but must be of type {type(expected).__name__}")
-    return kind(**given)
-
-
-def _known(name: str, names: list[str], what: str) -> None:
-    if name not in names:
-        near = difflib.get_close_matches(str(name), names, 1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ValueError(f"no {what} {name!r}: {hint}they are {', '.join(names)}")

@@ -1,11 +1,28 @@
-"""A trained model from where it was saved: a run, a checkpoint or any saved model directory."""
+"""A trained model from where it was saved (a run, a checkpoint, any saved model directory), and what it can be asked."""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TextStreamer,
+    set_seed,
+)
 
+from pkmem.layer.config import require
+from pkmem.layer.values import count_parameters
+from pkmem.lm.evaluation import evaluate
+from pkmem.lm.huggingface import context_tokens as longest_context
+from pkmem.lm.inspection import describe_memories, describe_reads
+from pkmem.lm.recall import measure_recall
+from pkmem.lm.speed import measure_speed
+from pkmem.text import Split, TokenBlocks, tokenize
+from pkmem.text.facts import SYNTHETIC, Facts
 from pkmem.training.checkpoint import CheckpointError, latest_checkpoint, refuse_pickles, verify_checkpoint
 
 
@@ -48,3 +65,98 @@ def load_saved(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
             f"cannot load the model in {folder}: {reason}; save it again, or use another checkpoint"
         ) from error
     return model.eval(), tokenizer
+
+
+def evaluate_saved(
+    path: Path,
+    data: str,
+    split: Split = "validation",
+    max_tokens: int | None = None,
+    context_tokens: int | None = None,
+    speed: bool = False,
+) -> dict[str, float]:
+    """What a saved model is worth on a text: parameters, loss, use of its memories, recall of made-up facts.
+
+    Args:
+        path: as in `load_saved`.
+        data: as in `pkmem.text.read_documents`.
+        split: of the data.
+        max_tokens: evaluate about so many tokens; None takes all.
+        context_tokens: tokens of a block, in [2, the model's longest]; None is the longest.
+        speed: measure prefill and decode as well.
+
+    Returns:
+        what `count_parameters`, `evaluate`, `measure_recall` and `measure_speed` return, as far as they apply.
+
+    Raises:
+        ValueError: the model or the data cannot be read, or `context_tokens` is outside its range.
+    """
+    model, tokenizer = load_saved(path)
+    longest = longest_context(model)
+    context = longest if context_tokens is None else context_tokens
+    require(2 <= context <= longest, "context_tokens", context, f"in [2, {longest}], the model's")
+    file = tokenize(data, split, tokenizer)
+    if file.num_skipped:
+        print(f"skipped {file.num_skipped} files or lines that are not readable text", file=sys.stderr)
+    blocks, batch = TokenBlocks(file, context), max(1, min(8, 8192 // context))
+    figures: dict[str, float] = dict(count_parameters(model))
+    figures |= evaluate(model, blocks, file.bytes_per_token, batch, max_tokens, progress=True)
+    if data.startswith(SYNTHETIC):
+        figures |= measure_recall(model, tokenizer, Facts.named(data), progress=True)
+    if speed:
+        figures |= measure_speed({"model": model}, context)["model"]
+    return figures
+
+
+def continue_text(path: Path, prompt: str, max_new_tokens: int, temperature: float, top_k: int, seed: int) -> None:
+    """Prints a saved model's continuation of a prompt as it is written.
+
+    Args:
+        path: as in `load_saved`.
+        prompt: text to continue; the end-of-text token where it is empty.
+        max_new_tokens: tokens to write, >= 1; fewer where the context ends.
+        temperature: of the draws, >= 0; 0 takes the likeliest token every time.
+        top_k: draw among this many likeliest tokens, >= 1.
+        seed: of the draws.
+
+    Raises:
+        ValueError: the model cannot be read, a number is out of range, or the prompt fills the context.
+    """
+    if max_new_tokens < 1 or temperature < 0 or top_k < 1:
+        raise ValueError("max_new_tokens and top_k must be >= 1, temperature >= 0")
+    model, tokenizer = load_saved(path)
+    set_seed(seed)
+    inputs = tokenizer(
+        prompt or tokenizer.bos_token or tokenizer.eos_token, return_tensors="pt", return_token_type_ids=False
+    )
+    context = longest_context(model)
+    room = context - inputs["input_ids"].shape[1]
+    if room < 1:
+        raise ValueError(f"the prompt has {context - room} tokens but the model's context is {context}: shorten it")
+    draws = {"do_sample": True, "temperature": temperature, "top_k": top_k}
+    model.generate(
+        **inputs,
+        max_new_tokens=min(max_new_tokens, room),
+        streamer=TextStreamer(tokenizer, skip_special_tokens=True),
+        **(draws if temperature else {"do_sample": False}),
+    )
+
+
+def describe_saved(path: Path, data: str | None, max_tokens: int, hottest: int) -> str:
+    """A look inside a saved model's memories, and at who reads what on the held-out part of a text.
+
+    Args:
+        path: as in `load_saved`.
+        data: as in `pkmem.text.read_documents`; None reads nothing.
+        max_tokens: about how many tokens of it to read.
+        hottest: slots to show per memory, >= 0.
+
+    Raises:
+        ValueError: the model or the data cannot be read, or a number is out of range.
+    """
+    require(hottest >= 0, "hottest", hottest, ">= 0")
+    model, tokenizer = load_saved(path)
+    if data is None:
+        return describe_memories(model)
+    blocks = TokenBlocks(tokenize(data, "validation", tokenizer), longest_context(model))
+    return f"{describe_memories(model)}\n{describe_reads(model, tokenizer, blocks, max_tokens, hottest)}"

@@ -1,0 +1,5 @@
+"""`python -m pkmem`, the command line."""
+
+from pkmem.cli import main
+
+main()
