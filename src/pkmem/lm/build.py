@@ -4,19 +4,12 @@ from __future__ import annotations
 
 import difflib
 
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    PreTrainedModel,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from pkmem.layer.config import MemoryConfig
 from pkmem.lm.config import ModelConfig
-from pkmem.lm.huggingface import (
-    PkmemConfig,
-    add_memory,
-)
+from pkmem.lm.huggingface import PkmemConfig, add_memory
 
 
 def build_model(model: ModelConfig, memory: MemoryConfig, vocab_size: int, eos_token_id: int) -> PreTrainedModel:

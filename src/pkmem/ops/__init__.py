@@ -105,12 +105,7 @@ def flat_topk(query: Tensor, keys: Tensor, knn: int, *, backend: str | None = No
 
 
 def weighted_sum(
-    values: Tensor,
-    slots: Tensor,
-    weights: Tensor,
-    *,
-    log: ReadLog | None = None,
-    backend: str | None = None,
+    values: Tensor, slots: Tensor, weights: Tensor, *, log: ReadLog | None = None, backend: str | None = None
 ) -> Tensor:
     """The weighted sum of some rows of a table, per token (Lample et al. 2019, section 3.1, eq. 3).
 
@@ -151,12 +146,7 @@ def weighted_sum(
 
 
 def row_products(
-    table: Tensor,
-    slots: Tensor,
-    x: Tensor,
-    *,
-    log: ReadLog | None = None,
-    backend: str | None = None,
+    table: Tensor, slots: Tensor, x: Tensor, *, log: ReadLog | None = None, backend: str | None = None
 ) -> Tensor:
     """The inner products of each token with some rows of a table: what a slot's neuron sees (He 2024, PEER, eq. 2).
 

@@ -50,10 +50,7 @@ def product_key_topk_backward(
     num_sub_keys = sub_keys.shape[2]
     grad_query, grad_sub_keys = [], []
     for half, keys, chosen in zip(
-        query.chunk(2, dim=-1),
-        sub_keys.unbind(1),
-        (slots // num_sub_keys, slots % num_sub_keys),
-        strict=True,
+        query.chunk(2, dim=-1), sub_keys.unbind(1), (slots // num_sub_keys, slots % num_sub_keys), strict=True
     ):
         grad_half_scores = grad_scores.new_zeros(*slots.shape[:2], num_sub_keys)
         grad_half_scores.scatter_add_(-1, chosen, grad_scores)

@@ -53,13 +53,7 @@ def _topk_backward(
 
 
 @_topk_backward.register_fake
-def _(
-    grad_scores: Tensor,
-    query: Tensor,
-    sub_keys: Tensor,
-    slots: Tensor,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
+def _(grad_scores: Tensor, query: Tensor, sub_keys: Tensor, slots: Tensor, backend: str) -> tuple[Tensor, Tensor]:
     return query.new_empty(query.shape), sub_keys.new_empty(sub_keys.shape)
 
 
@@ -110,14 +104,7 @@ bag = custom_op("pkmem::weighted_sum", mutates_args=())(checked_bag)
 
 
 @custom_op("pkmem::weighted_sum_logged", mutates_args=())
-def logged_bag(
-    values: Tensor,
-    slots: Tensor,
-    weights: Tensor,
-    counter: Tensor,
-    handle: int,
-    backend: str,
-) -> Tensor:
+def logged_bag(values: Tensor, slots: Tensor, weights: Tensor, counter: Tensor, handle: int, backend: str) -> Tensor:
     return checked_bag(values, slots, weights, backend)
 
 
@@ -134,13 +121,7 @@ def _table_gradient(slots: Tensor, weights: Tensor, grad_output: Tensor, num_row
 
 
 @_table_gradient.register_fake
-def _(
-    slots: Tensor,
-    weights: Tensor,
-    grad_output: Tensor,
-    num_rows: int,
-    backend: str,
-) -> Tensor:
+def _(slots: Tensor, weights: Tensor, grad_output: Tensor, num_rows: int, backend: str) -> Tensor:
     return grad_output.new_empty(num_rows, grad_output.shape[1])
 
 
@@ -169,14 +150,7 @@ products = custom_op("pkmem::row_products", mutates_args=())(checked_products)
 
 
 @custom_op("pkmem::row_products_logged", mutates_args=())
-def logged_products(
-    table: Tensor,
-    slots: Tensor,
-    x: Tensor,
-    counter: Tensor,
-    handle: int,
-    backend: str,
-) -> Tensor:
+def logged_products(table: Tensor, slots: Tensor, x: Tensor, counter: Tensor, handle: int, backend: str) -> Tensor:
     return checked_products(table, slots, x, backend)
 
 

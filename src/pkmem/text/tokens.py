@@ -54,11 +54,7 @@ class TokenFile:
 
 
 def tokenize(
-    data: str,
-    split: Split,
-    tokenizer: PreTrainedTokenizerFast,
-    cache_dir: Path | None = None,
-    progress: bool = True,
+    data: str, split: Split, tokenizer: PreTrainedTokenizerFast, cache_dir: Path | None = None, progress: bool = True
 ) -> TokenFile:
     """The tokens of one split, from the cache or written to it.
 

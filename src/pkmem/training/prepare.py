@@ -9,10 +9,7 @@ from pathlib import Path
 
 import yaml
 from tqdm import tqdm
-from transformers import (
-    AutoTokenizer,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from pkmem.text import TokenFile, read_documents, tokenize, train_tokenizer
 from pkmem.training.checkpoint import CheckpointError, latest_checkpoint, verify_checkpoint

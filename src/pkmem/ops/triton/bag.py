@@ -77,16 +77,7 @@ def _with_dense_rows(values: Tensor) -> Tensor:
 
 @triton.jit
 def sum_of_rows(  # type: ignore[no-untyped-def]
-    table,
-    stride,
-    row_numbers,
-    weights,
-    begin,
-    end,
-    columns,
-    width,
-    ROWS: tl.constexpr,
-    BLOCK_V: tl.constexpr,
+    table, stride, row_numbers, weights, begin, end, columns, width, ROWS: tl.constexpr, BLOCK_V: tl.constexpr
 ):
     """Part (BLOCK_V,) of the fp32 sum of weights[r] * table[row_numbers[r]] over r in [begin, end)."""
     total = tl.zeros((ROWS, BLOCK_V), tl.float32)  # summed over ROWS once, at the end
