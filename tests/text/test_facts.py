@@ -6,7 +6,9 @@ from itertools import combinations
 import pytest
 
 from pkmem.text import TokenBlocks, read_documents, tokenize, train_tokenizer
-from pkmem.text.facts import EXPOSURES, FACTS_PER_DOCUMENT, MAX_FACTS, PHRASINGS, SYLLABLES, VALUES, Facts, _key
+from pkmem.text.facts import FACTS_PER_DOCUMENT, MAX_FACTS, PHRASINGS, SYLLABLES, VALUES, Facts, _key
+
+EXPOSURES = len(PHRASINGS) - 1  # statements of a fact in one epoch of the training text
 
 
 def lines(data: str, split: str) -> list[str]:

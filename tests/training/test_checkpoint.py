@@ -2,20 +2,17 @@
 
 import errno
 import os
-import pickle
 import shutil
 import signal
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from pkmem.training.checkpoint import latest_checkpoint, refuse_pickles, save_checkpoint, verify_checkpoint
+from pkmem.training.checkpoint import latest_checkpoint, save_checkpoint, verify_checkpoint
 from pkmem.training.files import CheckpointError, load_json, save_json
 from pkmem.training.state import save_state
 
@@ -291,56 +288,3 @@ def test_kill_in_the_middle_of_a_write(tmp_path: Path) -> None:
     verify_checkpoint(path)
     verify_checkpoint(save_checkpoint(tmp_path, 3, write_small))
     assert names(tmp_path / "checkpoints") == {"step-1", "step-3"}
-
-
-# --- pickles ------------------------------------------------------------------------------------------------
-
-
-def pickles(folder: Path) -> dict[str, Path]:
-    """One file per way to hide a pickle, each alone in a folder."""
-    found = {}
-
-    def make(name: str) -> Path:
-        found[name] = folder / str(len(found)) / name
-        found[name].parent.mkdir(parents=True)
-        return found[name]
-
-    for ending in ("bin", "pt", "pth", "pkl", "pickle", "ckpt", "BIN"):
-        make(f"model.{ending}").write_bytes(b"anything")
-    torch.save({"x": torch.zeros(2)}, make("weights"))
-    torch.save({"x": torch.zeros(2)}, make("legacy"), _use_new_zipfile_serialization=False)
-    torch.save({"x": torch.zeros(2)}, make("disguised.safetensors"))
-    for protocol in (2, 3, 4, 5):
-        make(f"protocol{protocol}.safetensors").write_bytes(pickle.dumps([1, 2], protocol))
-    make("brace").write_bytes(b"\x80\x02\x00\x00\x00\x00\x00\x00{")
-    np.save(make("objects.npy"), np.array([None, {}], dtype=object))
-    np.save(make("fields.npy"), np.zeros(1, dtype=[("a", "i4"), ("b", object)]))
-    return found
-
-
-def test_pickles_are_refused(tmp_path: Path) -> None:
-    for name, file in pickles(tmp_path).items():
-        for path in (file.parent, file):
-            with pytest.raises(CheckpointError, match=f"{name}: a pickle.*model.save_pretrained"):
-                refuse_pickles(path)
-        save_file({"x": torch.zeros(2)}, file.with_name("model.safetensors"))
-        refuse_pickles(file.parent)
-
-
-def test_no_false_alarm(tmp_path: Path) -> None:
-    refuse_pickles(tmp_path)
-    (tmp_path / "config.json").write_text("{}")
-    (tmp_path / "PK").write_bytes(b"PK\x03\x04 no archive")
-    np.save(tmp_path / "plain.npy", np.zeros(3))
-    with zipfile.ZipFile(tmp_path / "archive.zip", "w") as archive:
-        archive.writestr("readme", "hello")
-    refuse_pickles(tmp_path)
-    for padding in range(640):  # a header of 640 bytes begins with 80 02, like a pickle of protocol 2
-        save_file({"x": torch.zeros(2)}, tmp_path / "x.safetensors", metadata={"a": "x" * padding})
-        if (tmp_path / "x.safetensors").read_bytes()[:2] == b"\x80\x02":
-            break
-    else:
-        pytest.fail("no such header made")
-    refuse_pickles(tmp_path / "x.safetensors")
-    with pytest.raises(CheckpointError, match="no such file"):
-        refuse_pickles(tmp_path / "absent")

@@ -30,7 +30,6 @@ VALUES = tuple(CITIES.split())
 SYLLABLES = tuple(consonant + vowel for consonant in "bcdfghjklmnpqrstvwxz" for vowel in "aeiou")
 SYLLABLES_PER_KEY = 3
 MAX_FACTS = len(SYLLABLES) ** SYLLABLES_PER_KEY
-EXPOSURES = len(PHRASINGS) - 1  # statements of a fact in one epoch of the training text
 FACTS_PER_DOCUMENT = 32
 
 
@@ -106,7 +105,7 @@ class Facts:
 
         Args:
             held_out: False for the training text, which states each fact once in every phrasing but one: all facts
-                once, then all once more, EXPOSURES times. True for the text that states each in the one left out.
+                once, then all once more, as often as that. True for the text that states each in the one left out.
 
         Returns:
             the documents.

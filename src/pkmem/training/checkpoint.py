@@ -13,13 +13,10 @@ import errno
 import hashlib
 import re
 import shutil
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
 from pkmem.training.files import CheckpointError, fsync, load_json, save_json
-
-# --- folders: write, verify, find, refuse -------------------------------------------------------------------
 
 
 def save_checkpoint(run: Path, step: int, write: Callable[[Path], None], keep: int = 2) -> Path:
@@ -109,27 +106,6 @@ def latest_checkpoint(run: Path) -> Path | None:
     return complete[max(complete)] if complete else None
 
 
-def refuse_pickles(path: Path) -> None:
-    """Stops before a model without safetensors is loaded: unpickling a file runs whatever code it holds.
-
-    Looks at names and at first bytes. Pickles beside safetensors pass (the Hugging Face Trainer writes some):
-    loaders prefer the safetensors.
-
-    Args:
-        path: the folder a model is to be loaded from (not its subfolders), or one file.
-
-    Raises:
-        CheckpointError: there is no such path, or it has a pickle and no safetensors.
-    """
-    if not path.exists():
-        raise CheckpointError(f"{path}: no such file or folder; check the path")
-    files = [file for file in (sorted(path.iterdir()) if path.is_dir() else [path]) if file.is_file()]
-    pickles = [file for file in files if _is_pickle(file)]
-    if pickles and not any(file.suffix == ".safetensors" for file in files if file not in pickles):
-        fix = "convert it to safetensors where you trust it (`model.save_pretrained`)"
-        raise CheckpointError(f"{pickles[0]}: a pickle can run any code when loaded; {fix}")
-
-
 def _complete(folder: Path) -> dict[int, Path]:
     """Step -> folder of every sealed checkpoint; `step-N.old` counts while there is no `step-N`."""
     found = {}
@@ -182,19 +158,3 @@ def _disk_is_full(error: BaseException) -> bool:
     if isinstance(error, OSError):
         return error.errno in full
     return any(f"(os error {number})" in str(error) for number in full)
-
-
-def _is_pickle(file: Path) -> bool:
-    with file.open("rb") as stream:
-        head = stream.read(4096)
-    if file.suffix.lower() in (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"):
-        return True
-    if head.startswith(b"\x93NUMPY"):
-        return b"'|O" in head.partition(b"\n")[0]  # an array of objects
-    if re.match(rb"\x80[\x02-\x05]", head):  # so does a safetensors file whose header has 640 bytes
-        return file.suffix != ".safetensors" or head[8:9] != b"{"
-    try:
-        with zipfile.ZipFile(file) as archive:
-            return any(Path(name).name == "data.pkl" for name in archive.namelist())
-    except zipfile.BadZipFile:
-        return False

@@ -23,14 +23,14 @@ from pkmem.lm.recall import measure_recall
 from pkmem.lm.speed import measure_speed
 from pkmem.text import Split, TokenBlocks, tokenize
 from pkmem.text.facts import SYNTHETIC, Facts
-from pkmem.training.checkpoint import CheckpointError, latest_checkpoint, refuse_pickles, verify_checkpoint
+from pkmem.training.checkpoint import CheckpointError, latest_checkpoint, verify_checkpoint
 
 
 def find_saved(path: Path) -> Path:
     """The folder with a model's config.json: RUN/model, else the newest checkpoint of RUN, else the path itself.
 
     Raises:
-        CheckpointError: nothing there, or what is there is incomplete, damaged or a pickle.
+        CheckpointError: nothing there, or what is there is incomplete, damaged or no safetensors.
     """
     if not path.is_dir():
         raise CheckpointError(f"{path} is not a directory: give a run or a saved model directory")
@@ -39,11 +39,12 @@ def find_saved(path: Path) -> Path:
         (f for f in (path / "model", checkpoint, path) if f is not None and (f / "config.json").exists()), None
     )
     if folder is None:
-        refuse_pickles(path)
         raise CheckpointError(f"{path} holds no model (no config.json): give a run or a saved model directory")
     if (folder / "manifest.json").exists():
         verify_checkpoint(folder)
-    refuse_pickles(folder)
+    if not any(folder.glob("*.safetensors")):
+        fix = "convert it to safetensors where you trust it (`model.save_pretrained`)"
+        raise CheckpointError(f"{folder} has no safetensors: a pickle can run any code when loaded; {fix}")
     return folder
 
 
@@ -51,7 +52,7 @@ def load_saved(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model, in eval mode, and its tokenizer.
 
     Raises:
-        CheckpointError: nothing there, or what is there is incomplete, damaged or a pickle.
+        CheckpointError: nothing there, or what is there is incomplete, damaged or no safetensors.
     """
     folder = find_saved(path)
     try:
@@ -75,18 +76,13 @@ def evaluate_saved(
     context_tokens: int | None = None,
     speed: bool = False,
 ) -> dict[str, float]:
-    """What a saved model is worth on a text: parameters, loss, use of its memories, recall of made-up facts.
+    """What a saved model is worth on a text: parameters, loss, use of its memories, recall of made-up facts, speed.
 
     Args:
-        path: as in `load_saved`.
-        data: as in `pkmem.text.read_documents`.
-        split: of the data.
+        path: as in `load_saved`. data, split: as in `pkmem.text.read_documents`.
         max_tokens: evaluate about so many tokens; None takes all.
         context_tokens: tokens of a block, in [2, the model's longest]; None is the longest.
         speed: measure prefill and decode as well.
-
-    Returns:
-        what `count_parameters`, `evaluate`, `measure_recall` and `measure_speed` return, as far as they apply.
 
     Raises:
         ValueError: the model or the data cannot be read, or `context_tokens` is outside its range.
@@ -109,15 +105,12 @@ def evaluate_saved(
 
 
 def continue_text(path: Path, prompt: str, max_new_tokens: int, temperature: float, top_k: int, seed: int) -> None:
-    """Prints a saved model's continuation of a prompt as it is written.
+    """Prints a saved model's continuation of a prompt as it is written, to the end of its context at most.
 
     Args:
-        path: as in `load_saved`.
-        prompt: text to continue; the end-of-text token where it is empty.
-        max_new_tokens: tokens to write, >= 1; fewer where the context ends.
-        temperature: of the draws, >= 0; 0 takes the likeliest token every time.
-        top_k: draw among this many likeliest tokens, >= 1.
-        seed: of the draws.
+        path: as in `load_saved`. prompt: empty for the end-of-text token.
+        max_new_tokens: tokens to write, >= 1. seed: of the draws.
+        temperature: >= 0; 0 takes the likeliest token every time. top_k: likeliest tokens to draw among, >= 1.
 
     Raises:
         ValueError: the model cannot be read, a number is out of range, or the prompt fills the context.
@@ -143,12 +136,10 @@ def continue_text(path: Path, prompt: str, max_new_tokens: int, temperature: flo
 
 
 def describe_saved(path: Path, data: str | None, max_tokens: int, hottest: int) -> str:
-    """A look inside a saved model's memories, and at who reads what on the held-out part of a text.
+    """A look inside a saved model's memories, and at who reads what on about `max_tokens` held-out tokens of a text.
 
     Args:
-        path: as in `load_saved`.
-        data: as in `pkmem.text.read_documents`; None reads nothing.
-        max_tokens: about how many tokens of it to read.
+        path: as in `load_saved`. data: as in `pkmem.text.read_documents`; None reads nothing.
         hottest: slots to show per memory, >= 0.
 
     Raises:
