@@ -1,24 +1,6 @@
 """An experiment family: the models of one table or figure of the paper, as a file of configs/experiments says.
 
-title: one line
-paper: table or figure it answers, or where the idea is from
-plot: {x: memory.num_sub_keys, series: memory.query_norm}   # optional: fields of a recipe
-metric: {name: bits_per_fact, greater_is_better: true}      # optional: what models are compared by, if not bits per byte
-cells_of: table1                  # optional: another family, whose models these are
-scales:
-  laptop:
-    about: what it takes, and whether it was ever run
-    base: ../laptop.yaml          # a recipe, beside or above this file
-    trains: true                  # false: only the speed is measured
-    measures_speed: false
-    processes: 1                  # more are started by torchrun
-    machine: {name: ..., peak_tflops: ..., utilisation: ...}   # for the hours of a dry run
-    overrides: {model.num_layers: 6}
-    rates: [{training.lr: 0.004}]
-    cells:
-      4_layers: {label: 4 layers, rates: [...], model.num_layers: 4}
-      8_layers_equal_seconds: {label: ..., like: 8_layers, match_seconds_of: 4_layers}
-    pairs: [[4_layers, 8_layers]]   # what the report compares: a model, and its rival
+docs/experiments.md shows such a file, key by key.
 """
 
 from __future__ import annotations
