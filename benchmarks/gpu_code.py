@@ -123,8 +123,10 @@ def compile_all() -> list[Code]:
         backend.product_key_topk_backward(scores, query, sub_keys, slots)
         reads = backend.sort_reads([slots.flatten(1)], [scores.flatten(1)], [grad_output], SUB_KEYS**2)
         backend.row_gradient_norm(reads)
+        from pkmem.ops.arguments import AdamStep
+
         step = {"lr": 1e-3, "betas": (0.9, 0.98), "eps": 1e-8, "step": 1, "scale": 1.0}
-        backend.adam_rows(values, *moments, reads, **step)
+        backend.adam_rows(values, *moments, reads, AdamStep(**step))
     return list(found.values())
 
 

@@ -11,7 +11,7 @@ import pkmem
 PACKAGE = Path(pkmem.__file__).parent
 ORDER = {  # folders from the ground up, each with its files in order: a file imports from those before it
     "text": "facts files tokenizer documents tokens blocks",
-    "ops": "reading_log layer_weights reference",
+    "ops": "reading_log arguments reference",
     "ops.cpu": "threads kernels halves vectors bag rows selection selection_backward decoding compiling",
     "ops.triton": "arithmetic launch bag rows selection selection_backward",
     "ops ": "backends registered",

@@ -15,8 +15,8 @@ from pkmem import MemoryConfig, MemoryUsage, ProductKeyMemory
 pytest.importorskip("numba")
 
 from pkmem.layer.decoding import MOST_TOKENS
+from pkmem.ops.arguments import NORM_TENSORS, LayerWeights
 from pkmem.ops.cpu import decoding
-from pkmem.ops.layer_weights import NORM_TENSORS, LayerWeights
 
 NORMS = tuple(NORM_TENSORS)
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from pkmem import MemoryConfig, ProductKeyMemory, RowAdam
 from pkmem.layer.values import ValueTable
 from pkmem.ops import backend_module
+from pkmem.ops.arguments import AdamStep
 from pkmem.ops.reference import sort_reads
 
 ADAM: dict[str, Any] = {"lr": 1e-2, "betas": (0.9, 0.98), "eps": 1e-8}
@@ -131,14 +132,13 @@ def one_exact_step(backend: str, rows: Tensor, seed: int, step: int) -> list[Ten
     reads = sort_reads([rows[:, None]], [torch.ones(len(rows), 1)], [grad_output], 500)
     moments = [torch.zeros(500, 96, dtype=torch.bfloat16) for _ in range(2)]
     backend_module(backend).adam_rows(
-        torch.zeros(500, 96), *moments, reads, lr=1.0, betas=(0.5, 0.5), eps=1e-8, step=step, scale=1.0, seed=seed
+        torch.zeros(500, 96), *moments, reads, AdamStep(1.0, (0.5, 0.5), 1e-8, step, 1.0, seed)
     )
     values = torch.ones(500, 96, dtype=torch.bfloat16)
     ones = sort_reads([rows[:, None]], [torch.ones(len(rows), 1)], [torch.ones(len(rows), 96)], 500)
     backend_module(backend).adam_rows(
-        values, torch.zeros(500, 96), torch.zeros(500, 96), ones,
-        lr=1e-4, betas=(0.0, 0.0), eps=1e-30, step=step, scale=1.0, seed=seed,
-    )  # fmt: skip
+        values, torch.zeros(500, 96), torch.zeros(500, 96), ones, AdamStep(1e-4, (0.0, 0.0), 1e-30, step, 1.0, seed)
+    )
     return [values, *moments]
 
 
@@ -163,7 +163,9 @@ def test_bf16_rounds_at_random_without_bias_and_keeps_what_is_not_finite(backend
     for number in (torch.inf, -torch.inf, torch.nan):
         table = torch.full((1, 3), number, dtype=torch.bfloat16)
         reads = sort_reads([torch.zeros(1, 1).long()], [torch.ones(1, 1)], [torch.ones(1, 3)], 1)
-        backend_module(backend).adam_rows(table, torch.zeros(1, 3), torch.zeros(1, 3), reads, **ADAM, step=1, scale=1.0)
+        backend_module(backend).adam_rows(
+            table, torch.zeros(1, 3), torch.zeros(1, 3), reads, AdamStep(**ADAM, step=1, scale=1.0)
+        )
         assert torch.equal(
             table.float().nan_to_num(7.0, 8.0, 9.0), torch.full((1, 3), number).nan_to_num(7.0, 8.0, 9.0)
         )

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from pkmem.ops import reference
+from pkmem.ops.arguments import AdamStep
 
 pytest.importorskip("numba")
 
@@ -54,7 +55,7 @@ def training_step(dtype: torch.dtype) -> list[Tensor]:
         *cpu.product_key_topk_backward(grad_weights.view_as(scores), query, sub_keys, slots),
         cpu.weighted_sum_grad_values(reads, len(values)), cpu.row_gradient_norm(reads),
     ]  # fmt: skip
-    cpu.adam_rows(values, *moments, reads, lr=0.01, betas=(0.9, 0.99), eps=1e-8, step=3, scale=0.5, seed=7)
+    cpu.adam_rows(values, *moments, reads, AdamStep(lr=0.01, betas=(0.9, 0.99), eps=1e-8, step=3, scale=0.5, seed=7))
     return [*results, values, moments]
 
 
@@ -127,7 +128,9 @@ def updated(seed: int, step: int, rows: Tensor, num_rows: int = 40, width: int =
     grad_output = torch.ones(len(rows), width, dtype=torch.bfloat16)
     reads = cpu.sort_reads([rows[:, None]], [torch.ones(len(rows), 1)], [grad_output], num_rows)
     moments = torch.zeros(2, num_rows, width)
-    cpu.adam_rows(values, *moments, reads, lr=1e-4, betas=(0.0, 0.0), eps=0.0, step=step, scale=1.0, seed=seed)
+    cpu.adam_rows(
+        values, *moments, reads, AdamStep(lr=1e-4, betas=(0.0, 0.0), eps=0.0, step=step, scale=1.0, seed=seed)
+    )
     return values
 
 

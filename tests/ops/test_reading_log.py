@@ -14,6 +14,7 @@ from torch import Tensor
 
 import oracle
 from pkmem.ops import backend_module, reference, weighted_sum
+from pkmem.ops.arguments import AdamStep
 from pkmem.ops.reading_log import ReadLog, SortedReads
 from pkmem.ops.reference import sort_reads
 
@@ -208,7 +209,7 @@ def adam_run(
     computed = [values.clone(), moments.clone(), moments.clone()]
     truth = [oracle.fp64(tensor) for tensor in computed]
     for step, update in enumerate(passes, start=1):
-        backend_module(backend).adam_rows(*computed, sorted_reads(update), **ADAM, step=step, scale=scale)
+        backend_module(backend).adam_rows(*computed, sorted_reads(update), AdamStep(**ADAM, step=step, scale=scale))
         gradients = {row: scale * gradient for row, gradient in oracle.row_gradients(update).items()}
         oracle.adam(*truth, gradients, **ADAM, step=step)
     return computed, truth

@@ -26,6 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import hopper
 import oracle
 from pkmem.ops import reference
+from pkmem.ops.arguments import AdamStep
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CHECKS: dict[str, Callable[[Any], None]] = {}
@@ -262,7 +263,7 @@ def offsets_past_two_to_the_31_are_right(backend: Any) -> None:
     )
     step = {"lr": 0.1, "betas": (0.9, 0.98), "eps": 1e-8, "step": 1, "scale": 1.0}
     for group, rows in ((tables, slots), (near, small_slots)):
-        backend.adam_rows(*group, backend.sort_reads([rows], [weights], [grad_output], far + 1), **step)
+        backend.adam_rows(*group, backend.sort_reads([rows], [weights], [grad_output], far + 1), AdamStep(**step))
     for table, small in zip(tables, near, strict=True):
         assert torch.equal(table[0], small[0])
         # The rounding of values is keyed by the row; the nearest two bf16 numbers are 2 ** -8 apart.
@@ -324,8 +325,8 @@ def gradients_norm_and_adam_follow_the_oracle_from_either_log(backend: Any) -> N
         assert abs(norm.item() / np.linalg.norm(dense) - 1) < 1e-6
         ours = tables()
         theirs, truth = [table.clone() for table in ours], [oracle.fp64(table) for table in ours]
-        backend.adam_rows(*ours, reads, **STEP)
-        reference.adam_rows(*theirs, by_reference, **STEP)
+        backend.adam_rows(*ours, reads, AdamStep(**STEP))
+        reference.adam_rows(*theirs, by_reference, AdamStep(**STEP))
         halved = {row: 0.5 * gradient for row, gradient in gradients.items()}
         oracle.adam(*truth, halved, lr=0.01, betas=(0.9, 0.98), eps=1e-8, step=3)
         for trio in zip(ours, theirs, truth, strict=True):
@@ -339,7 +340,7 @@ def two_runs_give_the_same_bits_and_rows_not_read_keep_theirs(backend: Any) -> N
     for _ in range(2):
         reads = sorted_by(backend.sort_reads, all_passes)
         after = [table.clone() for table in before]
-        backend.adam_rows(*after, reads, **STEP)
+        backend.adam_rows(*after, reads, AdamStep(**STEP))
         results.append([*after, backend.row_gradient_norm(reads), backend.weighted_sum_grad_values(reads, 40)])
     assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
     untouched = sorted(set(range(40)) - set(oracle.group_reads(all_passes)))
@@ -352,12 +353,12 @@ def two_runs_give_the_same_bits_and_rows_not_read_keep_theirs(backend: Any) -> N
 def numbers_may_be_tensors_and_a_scale_that_is_not_finite_changes_nothing(backend: Any) -> None:
     reads, before = sorted_by(backend.sort_reads, passes()), tables()
     plain, in_tensors, skipped = ([table.clone() for table in before] for _ in range(3))
-    backend.adam_rows(*plain, reads, **STEP)
+    backend.adam_rows(*plain, reads, AdamStep(**STEP))
     numbers = {name: torch.tensor(STEP[name], dtype=torch.float64) for name in ("lr", "step", "scale")}
-    backend.adam_rows(*in_tensors, reads, **{**STEP, **numbers})
+    backend.adam_rows(*in_tensors, reads, AdamStep(**{**STEP, **numbers}))
     assert all(torch.equal(*pair) for pair in zip(plain, in_tensors, strict=True))
     for scale in (torch.tensor(torch.nan), torch.inf):
-        backend.adam_rows(*skipped, reads, **{**STEP, "scale": scale})
+        backend.adam_rows(*skipped, reads, AdamStep(**{**STEP, "scale": scale}))
     assert all(torch.equal(*pair) for pair in zip(before, skipped, strict=True))
 
 
@@ -439,7 +440,9 @@ def a_bf16_table_is_rounded_at_random_without_bias_and_by_key(backend: Any) -> N
         moments = [torch.zeros(30, 300, dtype=torch.float32) for _ in range(2)]
         values = torch.ones(30, 300, dtype=dtype)
         lr = -(number - 1)  # the first step of Adam is lr times the sign of the gradient
-        backend.adam_rows(values, *moments, reads, lr=lr, betas=(0.0, 0.0), eps=1e-30, step=step, scale=1.0, seed=seed)
+        backend.adam_rows(
+            values, *moments, reads, AdamStep(lr=lr, betas=(0.0, 0.0), eps=1e-30, step=step, scale=1.0, seed=seed)
+        )
         return values
 
     assert (rounded(0, 1, torch.float32) - number).abs().max() < 1e-6
@@ -466,7 +469,7 @@ def rounding_is_keyed_as_on_the_cpu(backend: Any) -> None:
         reads = reference.sort_reads(*([part.to(device) for part in parts] for parts in given), (1 << 20) + 20)
         table = torch.ones((1 << 20) + 20, 33, dtype=torch.bfloat16, device=device)
         moments = [torch.zeros(table.shape, device=device) for _ in range(2)]
-        side.adam_rows(table, *moments, reads, **{**STEP, "lr": 0.002}, seed=(7 << 32) + 5)
+        side.adam_rows(table, *moments, reads, AdamStep(**{**STEP, "lr": 0.002}, seed=(7 << 32) + 5))
         results.append(table[1 << 20 :].cpu())
     assert (results[0] == results[1]).float().mean() > 0.99  # but for sums rounded otherwise
 
@@ -476,8 +479,8 @@ def bf16_moments_are_rounded_as_by_the_reference(backend: Any) -> None:
     all_passes = passes()
     ours = [table.to(torch.bfloat16) if number else table for number, table in enumerate(tables())]
     theirs = [table.clone() for table in ours]
-    backend.adam_rows(*ours, sorted_by(backend.sort_reads, all_passes), **STEP, seed=5)
-    reference.adam_rows(*theirs, sorted_by(reference.sort_reads, all_passes), **STEP, seed=5)
+    backend.adam_rows(*ours, sorted_by(backend.sort_reads, all_passes), AdamStep(**STEP, seed=5))
+    reference.adam_rows(*theirs, sorted_by(reference.sort_reads, all_passes), AdamStep(**STEP, seed=5))
     for mine, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(mine, other, rtol=2**-7, atol=1e-5)
         if mine.dtype == torch.bfloat16:
@@ -489,10 +492,10 @@ def fp64_goes_to_the_reference_from_either_log(backend: Any) -> None:
     all_passes = [tuple(part.double() if part.is_floating_point() else part for part in one) for one in passes()]
     truth, before = sorted_by(reference.sort_reads, all_passes), [table.double() for table in tables()]
     theirs = [table.clone() for table in before]
-    reference.adam_rows(*theirs, truth, **STEP)
+    reference.adam_rows(*theirs, truth, AdamStep(**STEP))
     for sort in (backend.sort_reads, reference.sort_reads):
         reads, ours = sorted_by(sort, all_passes), [table.clone() for table in before]
-        backend.adam_rows(*ours, reads, **STEP)
+        backend.adam_rows(*ours, reads, AdamStep(**STEP))
         assert all(torch.equal(*pair) for pair in zip(ours, theirs, strict=True))
         assert torch.equal(backend.row_gradient_norm(reads), reference.row_gradient_norm(truth))
         dense = backend.weighted_sum_grad_values(reads, 40)
@@ -505,7 +508,7 @@ def no_reads_are_no_work(backend: Any) -> None:
     assert backend.row_gradient_norm(reads) == 0
     assert torch.equal(backend.weighted_sum_grad_values(reads, 4), torch.zeros(4, 5))
     values = torch.ones(4, 5)
-    backend.adam_rows(values, values.clone(), values.clone(), reads, **STEP)
+    backend.adam_rows(values, values.clone(), values.clone(), reads, AdamStep(**STEP))
     assert (values == 1).all()
 
 
@@ -575,7 +578,7 @@ def launch_all(backend: Any) -> None:
         backend.weighted_sum_grad_values(reads, 9)
         backend.gradient_is_finite(reads)
         backend.row_gradient_norm(reads)
-        backend.adam_rows(values, moments, moments.clone(), reads, **STEP)
+        backend.adam_rows(values, moments, moments.clone(), reads, AdamStep(**STEP))
 
 
 def in_a_process(what: str, cache: Path, interpret: bool) -> dict[str, str]:

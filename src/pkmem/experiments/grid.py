@@ -302,8 +302,8 @@ def describe(family: Family, seeds: int = 1, data: str | None = None) -> str:
         hours = cost.hours(machine)
         total += hours * count
         lines.append(
-            f"{cell.name:32} {_short(cost.dense_params):>8} {_short(cost.memory_params):>8} "
-            f"{cost.training_flops:>9.1e} {_short(cost.table_bytes):>8}B {_short(cost.moment_bytes):>8}B "
+            f"{cell.name:32} {tqdm.format_sizeof(cost.dense_params):>8} {tqdm.format_sizeof(cost.memory_params):>8} "
+            f"{cost.training_flops:>9.1e} {tqdm.format_sizeof(cost.table_bytes):>8}B {tqdm.format_sizeof(cost.moment_bytes):>8}B "
             f"{hours:>9.3g} {count:>5}"
         )
         if cell.like is None:
@@ -313,11 +313,3 @@ def describe(family: Family, seeds: int = 1, data: str | None = None) -> str:
     return "\n".join(
         [*lines, f"{'in all':81} {total:>9.3g} {num_runs(family, seeds) * family.trains:>5}", "", *commands]
     )
-
-
-def _short(count: float) -> str:
-    for unit in ("", "k", "M", "G"):
-        if count < 1000:
-            return f"{count:.3g}{unit}"
-        count /= 1000
-    return f"{count:.3g}T"

@@ -18,8 +18,8 @@ from pkmem.layer.gate import OutputGate
 from pkmem.layer.keys import ProductKeys
 from pkmem.layer.query import MaskedBatchNorm, QueryNetwork
 from pkmem.layer.values import ValueTable
+from pkmem.ops.arguments import NORM_TENSORS, LayerWeights
 from pkmem.ops.backends import backend_module, choose_backend
-from pkmem.ops.layer_weights import NORM_TENSORS, LayerWeights
 from pkmem.ops.registered import nobody_watches
 
 MOST_TOKENS = 8  # for more, matrix products pay

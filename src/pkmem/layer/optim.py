@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from pkmem.layer.config import require
 from pkmem.layer.huge_pages import prefer_huge_pages
 from pkmem.layer.values import Table, tables_in
+from pkmem.ops.arguments import AdamStep
 from pkmem.ops.backends import Backend, backend_module, choose_backend
 from pkmem.ops.reading_log import ReadLog, SortedReads
 
@@ -154,18 +155,8 @@ class RowAdam(Optimizer):
         state, group = self._state_of(table.weight), self._group_of(table)
         state["step"] += scale.isfinite()
         if reads is not None:
-            _backend_of(table).adam_rows(
-                table.weight,
-                state["exp_avg"],
-                state["exp_avg_sq"],
-                reads,
-                lr=group["lr"],
-                betas=group["betas"],
-                eps=group["eps"],
-                step=state["step"],
-                scale=scale,
-                seed=self.seed,
-            )
+            update = AdamStep(group["lr"], group["betas"], group["eps"], state["step"], scale, self.seed)
+            _backend_of(table).adam_rows(table.weight, state["exp_avg"], state["exp_avg_sq"], reads, update)
 
     def _group_of(self, table: Table) -> dict[str, Any]:
         return next(group for group in self.param_groups if any(p is table.weight for p in group["params"]))

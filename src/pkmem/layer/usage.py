@@ -111,18 +111,9 @@ def usage_figures(usages: dict[str, MemoryUsage]) -> dict[str, float]:
 @contextlib.contextmanager
 def watching(model: nn.Module) -> Iterator[dict[str, MemoryUsage]]:
     """Counts what each memory of a model reads inside the block, by short names: memory_0, memory_1, ..."""
-    usages = {short_name(i): MemoryUsage(memory) for i, memory in enumerate(_memories(model))}
+    usages = {f"memory_{i}": MemoryUsage(memory) for i, memory in enumerate(memories_in(model).values())}
     try:
         yield usages
     finally:
         for usage in usages.values():
             usage.close()
-
-
-def short_name(index: int) -> str:
-    """The name of the index-th memory of a model in metrics, in order of the blocks."""
-    return f"memory_{index}"
-
-
-def _memories(model: nn.Module) -> list[ProductKeyMemory]:
-    return list(memories_in(model).values())

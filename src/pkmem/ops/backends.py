@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from pkmem.ops.layer_weights import LayerWeights
+from pkmem.ops.arguments import AdamStep, LayerWeights
 from pkmem.ops.reading_log import SortedReads
 
 _logger = logging.getLogger(__name__)
@@ -94,29 +94,9 @@ class Backend(Protocol):
         """Whether every entry of the table's gradient is finite, a bool scalar."""
 
     def adam_rows(
-        self,
-        values: Tensor,
-        first_moment: Tensor,
-        second_moment: Tensor,
-        reads: SortedReads,
-        *,
-        lr: float | Tensor,
-        betas: tuple[float, float],
-        eps: float,
-        step: int | Tensor,
-        scale: float | Tensor,
-        seed: int = 0,
+        self, values: Tensor, first_moment: Tensor, second_moment: Tensor, reads: SortedReads, update: AdamStep
     ) -> None:
-        """Adam (Kingma & Ba 2015) in place on the rows that were read, and on no other.
-
-        Args:
-            values, first_moment, second_moment: (m, v) the table and its two moments.
-            reads: the sorted reading log of the table.
-            lr, betas, eps: Adam's.
-            step: updates made so far, this one included, >= 1; corrects the bias of every row alike.
-            scale: factor on the gradients (clipping), > 0; one that is not finite leaves everything as it is.
-            seed: bf16 is rounded up or down at random, by seed, step, row and column alone; fp16 to nearest.
-        """
+        """Adam in place on the rows of a table (m, v) that were read and their two moments, and on no other."""
 
     def decode(self, x: Tensor, layer: LayerWeights) -> Tensor | None:
         """The whole layer for a few tokens without gradient, in one call.

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pkmem.ops.layer_weights import LayerWeights
+from pkmem.ops.arguments import AdamStep, LayerWeights
 from pkmem.ops.reading_log import SortedReads
 
 _WORD = 0xFFFFFFFF
@@ -211,23 +211,13 @@ def gradient_is_finite(reads: SortedReads) -> Tensor:
 
 
 def adam_rows(
-    values: Tensor,
-    first_moment: Tensor,
-    second_moment: Tensor,
-    reads: SortedReads,
-    *,
-    lr: float | Tensor,
-    betas: tuple[float, float],
-    eps: float,
-    step: int | Tensor,
-    scale: float | Tensor,
-    seed: int = 0,
+    values: Tensor, first_moment: Tensor, second_moment: Tensor, reads: SortedReads, update: AdamStep
 ) -> None:
     """See `Backend.adam_rows`."""
-    lr, step, scale = float(lr), int(step), float(scale)
+    lr, step, scale, seed = float(update.lr), int(update.step), float(update.scale), update.seed
     if not math.isfinite(scale):
         return
-    beta1, beta2 = betas
+    beta1, beta2 = update.betas
     step_size = lr / (1 - beta1**step)
     second_correction = 1 - beta2**step
     for rows, gradients in row_gradients(reads):
@@ -235,7 +225,7 @@ def adam_rows(
         first = first_moment[rows].to(gradients.dtype).lerp_(gradients, 1 - beta1)
         second = second_moment[rows].to(gradients.dtype).mul_(beta2)
         second.addcmul_(gradients, gradients, value=1 - beta2)
-        change = first / (second / second_correction).sqrt_().add_(eps)
+        change = first / (second / second_correction).sqrt_().add_(update.eps)
         value = values[rows].to(gradients.dtype).sub_(change, alpha=step_size)
         _write_rows((values, first_moment, second_moment), rows, (value, first, second), seed, step)
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
+from pkmem.ops.arguments import AdamStep, LayerWeights
 from pkmem.ops.cpu import bag, decoding, rows, selection, selection_backward
-from pkmem.ops.layer_weights import LayerWeights
 
 KERNELS = (
     selection.multiply,
@@ -54,7 +54,7 @@ def warmup(dtypes: tuple[torch.dtype, ...] = _DTYPES) -> int:
         rows.row_gradient_norm(reads)
         for moments in (torch.float32, torch.bfloat16):
             table, first, second = (weights.to(kind, copy=True) for kind in (dtype, moments, moments))
-            rows.adam_rows(table, first, second, reads, lr=0.1, betas=(0.9, 0.9), eps=1.0, step=1, scale=1.0)
+            rows.adam_rows(table, first, second, reads, AdamStep(0.1, (0.9, 0.9), eps=1.0, step=1, scale=1.0))
     return sum(len(kernel.signatures) for kernel in KERNELS)
 
 

@@ -9,11 +9,11 @@ from __future__ import annotations
 import numpy as np
 from torch import Tensor
 
+from pkmem.ops.arguments import NORM_TENSORS, LayerWeights
 from pkmem.ops.cpu.bag import sum_rows
 from pkmem.ops.cpu.halves import widen
 from pkmem.ops.cpu.kernels import array, kernel, part_of_kernel
 from pkmem.ops.cpu.selection import multiply, products, select
-from pkmem.ops.layer_weights import NORM_TENSORS, LayerWeights
 
 _NORMS = tuple(NORM_TENSORS)
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pkmem.ops import reading_log, reference
+from pkmem.ops.arguments import AdamStep
 from pkmem.ops.cpu.halves import mixed, narrow, narrow_at_random, widen
 from pkmem.ops.cpu.kernels import array, kernel, part_of_kernel
 from pkmem.ops.cpu.threads import run_over
@@ -73,28 +74,18 @@ def gradient_is_finite(reads: SortedReads) -> Tensor:
 
 
 def adam_rows(
-    values: Tensor,
-    first_moment: Tensor,
-    second_moment: Tensor,
-    reads: SortedReads,
-    *,
-    lr: float | Tensor,
-    betas: tuple[float, float],
-    eps: float,
-    step: int | Tensor,
-    scale: float | Tensor,
-    seed: int = 0,
+    values: Tensor, first_moment: Tensor, second_moment: Tensor, reads: SortedReads, update: AdamStep
 ) -> None:
     """See `Backend.adam_rows`; fp64 goes to the reference."""
     tables = (values, first_moment, second_moment)
     if torch.float64 in (reads.grad_output.dtype, *(table.dtype for table in tables)):
-        reference.adam_rows(*tables, reads, lr=lr, betas=betas, eps=eps, step=step, scale=scale, seed=seed)
+        reference.adam_rows(*tables, reads, update)
         return
-    lr, step, scale = float(lr), int(step), float(scale)
+    lr, step, scale, seed = float(update.lr), int(update.step), float(update.scale), update.seed
     if not math.isfinite(scale):
         return
-    beta1, beta2 = betas
-    factors = (scale, 1 - beta1, beta2, 1 - beta2, 1 / (1 - beta2**step), eps, lr / (1 - beta1**step))
+    beta1, beta2 = update.betas
+    factors = (scale, 1 - beta1, beta2, 1 - beta2, 1 / (1 - beta2**step), update.eps, lr / (1 - beta1**step))
     key = np.array([seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF, step], np.uint32)
     contiguous = tuple(table.contiguous() for table in tables)
     _over_rows(adam, reads, *(array(table) for table in contiguous), np.array(factors, np.float32), key)

@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pkmem.ops import reference
+from pkmem.ops.arguments import AdamStep
 from pkmem.ops.reading_log import SortedReads, surely_finite
 from pkmem.ops.triton.arithmetic import mixed, narrow, narrow_at_random
 from pkmem.ops.triton.bag import sum_of_rows
@@ -91,17 +92,7 @@ def _norm_if(is_wanted: Tensor, reads: SortedReads) -> Tensor:
 
 
 def adam_rows(
-    values: Tensor,
-    first_moment: Tensor,
-    second_moment: Tensor,
-    reads: SortedReads,
-    *,
-    lr: float | Tensor,
-    betas: tuple[float, float],
-    eps: float,
-    step: int | Tensor,
-    scale: float | Tensor,
-    seed: int = 0,
+    values: Tensor, first_moment: Tensor, second_moment: Tensor, reads: SortedReads, update: AdamStep
 ) -> None:
     """See `Backend.adam_rows`; waits for nothing where lr, step and scale are 0-d tensors on the GPU.
 
@@ -109,24 +100,24 @@ def adam_rows(
     """
     tables = (values, first_moment, second_moment)
     if torch.float64 in (reads.grad_output.dtype, *(table.dtype for table in tables)):
-        reference.adam_rows(*tables, reads, lr=lr, betas=betas, eps=eps, step=step, scale=scale, seed=seed)
+        reference.adam_rows(*tables, reads, update)
         return
     contiguous = tuple(table.contiguous() for table in tables)
-    factors = _adam_factors(lr, betas, step, scale, values.device)
+    betas, seed = update.betas, update.seed
+    factors = _adam_factors(update, values.device)
     seeds = (_as_int32(seed), _as_int32(seed >> 32))
-    _over_rows(_adam, reads, *contiguous, factors, *betas, 1 - betas[0], 1 - betas[1], eps, *seeds)
+    _over_rows(_adam, reads, *contiguous, factors, *betas, 1 - betas[0], 1 - betas[1], update.eps, *seeds)
     for table, updated in zip(tables, contiguous, strict=True):
         if updated is not table:
             table.copy_(updated)
 
 
-def _adam_factors(
-    lr: float | Tensor, betas: tuple[float, float], step: int | Tensor, scale: float | Tensor, device: torch.device
-) -> Tensor:
+def _adam_factors(update: AdamStep, device: torch.device) -> Tensor:
     """(scale, step size, correction of the second moment, step) on the device, fp64."""
-    count = _scalar(step, device)
-    step_size = _scalar(lr, device) / (1 - torch.pow(betas[0], count))
-    return torch.stack((_scalar(scale, device), step_size, 1 / (1 - torch.pow(betas[1], count)), count))
+    count = _scalar(update.step, device)
+    step_size = _scalar(update.lr, device) / (1 - torch.pow(update.betas[0], count))
+    correction = 1 / (1 - torch.pow(update.betas[1], count))
+    return torch.stack((_scalar(update.scale, device), step_size, correction, count))
 
 
 def _scalar(number: float | Tensor, device: torch.device) -> Tensor:

@@ -1,10 +1,29 @@
-"""A whole memory layer as one kernel reads it."""
+"""Arguments of a backend that go together: a step of Adam, the weights of a whole layer."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
 from torch import Tensor
+
+
+class AdamStep(NamedTuple):
+    """One step of Adam (Kingma & Ba 2015).
+
+    Args:
+        lr, betas, eps: Adam's.
+        step: updates made so far, this one included, >= 1; corrects the bias of every row alike.
+        scale: factor on the gradients (clipping), > 0; one that is not finite leaves everything as it is.
+        seed: bf16 is rounded up or down at random, by seed, step, row and column alone; fp16 to nearest.
+    """
+
+    lr: float | Tensor
+    betas: tuple[float, float]
+    eps: float
+    step: int | Tensor
+    scale: float | Tensor
+    seed: int = 0
+
 
 NORM_TENSORS = {  # of each query norm, in the order in which `Backend.decode` takes them
     "batch": ("weight", "bias", "running_mean", "running_var"),
