@@ -26,5 +26,5 @@ html_theme = "furo"
 html_title = f"pkmem {version}"
 html_copy_source = False
 html_show_sphinx = False
-html_static_path = ["wide.css"]
-html_css_files = ["wide.css"]
+html_static_path = ["pages.css"]
+html_css_files = ["pages.css"]

