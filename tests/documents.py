@@ -11,12 +11,12 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pkmem.cli import build_parser
+from pkmem.cli import VERBS, build_parser
 
 ROOT = Path(__file__).parents[1]
 _FENCE = re.compile(r"^```(\S*)[^\n]*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _INLINE = re.compile(r"`([^`]+)`")
-_COMMAND = re.compile(r"(?:pkmem|torchrun .* -m pkmem\.cli) ([a-z].*)")
+_COMMAND = re.compile(r"(?:pkmem|torchrun .* -m pkmem) ([a-z].*)")
 _OVERRIDE = re.compile(r"[a-z]\w*(\.\w+)*=")  # `memory.knn=8` is an option of train
 
 
@@ -66,11 +66,10 @@ def check_command(arguments: list[str]) -> None:
     """Parses a call with the real parser, from the root of the repository; a verb alone has to exist.
 
     Raises:
-        SystemExit: the parser refuses it; stderr says why.
+        ValueError: the parser refuses it.
         KeyError: there is no such verb.
     """
     verb, *options = arguments
-    parser = build_parser()
-    parser._subcommands_action.choices[verb]
+    VERBS[verb]
     if options and not {"--help", "--print_config"} & set(options):
-        parser.parse_args([verb, *(f"--{text}" if _OVERRIDE.match(text) else text for text in options)])
+        build_parser().parse_args([verb, *(f"--{text}" if _OVERRIDE.match(text) else text for text in options)])
