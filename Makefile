@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test test-slow check format bench constraints clean
+.PHONY: demo test test-slow check docs format bench constraints clean
 .DEFAULT_GOAL := test
 
 $(INSTALLED): pyproject.toml constraints.txt
@@ -21,10 +21,14 @@ test: $(INSTALLED)         ## the default suite
 test-slow: $(INSTALLED)    ## the tests marked slow
 	HF_HUB_OFFLINE=1 $(BIN)/pytest -m slow -v
 
-check: $(INSTALLED)        ## lint, format, types
+check: $(INSTALLED) docs   ## lint, format, types, documentation
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(INSTALLED)         ## the documentation, into docs/_build/html
+	$(BIN)/python docs/figures.py
+	$(BIN)/sphinx-build --fresh-env --fail-on-warning --keep-going --quiet docs docs/_build/html
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
@@ -39,4 +43,4 @@ constraints: $(INSTALLED)  ## write the pins of what is installed now
 	 $(BIN)/pip freeze --exclude-editable | sed 's/+cpu//') > constraints.txt
 
 clean:
-	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .coverage*
+	rm -rf .venv docs/_build .pytest_cache .mypy_cache .ruff_cache .coverage*

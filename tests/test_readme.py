@@ -8,17 +8,17 @@ import pytest
 import torch
 
 import pkmem
-from pkmem.cli import build_parser
+from documents import ROOT, Block, blocks_of, check_command, commands_of, run
+from pkmem.cli import VERBS
 from pkmem.experiments.demo import FIGURES, labels
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
-BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-COMMANDS = re.findall(r"^pkmem (\w+)(.*?)(?:\s+#.*)?$", README, re.MULTILINE)
+README = (ROOT / "README.md").read_text()
+BLOCKS = [block for block in blocks_of(README) if block.language == "python"]
 
 
 def test_the_lines_it_calls_equivalent_give_the_same_output() -> None:
     x = torch.randn(10, 64)
-    one_line, many_lines = BLOCKS[:2]
+    one_line, many_lines = (block.code for block in BLOCKS[:2])
     found = {}
     exec(one_line.replace("pkmem.ProductKeyMemory", "build"), {"pkmem": pkmem, "x": x, "build": _keeping(found)})
     memory = found["memory"].eval()
@@ -43,26 +43,29 @@ def _keeping(found: dict):
     return build
 
 
-@pytest.mark.parametrize("block", BLOCKS[2:], ids=lambda block: block.split("\n")[0][:30])
-def test_a_block_runs_as_written(block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("block", BLOCKS[2:], ids=lambda block: f"line {block.line}")
+def test_a_block_runs_as_written(block: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    exec(block, {})
+    run(block, ROOT / "README.md", {})
 
 
-def test_every_command_it_shows_exists() -> None:
-    verbs = build_parser()._subcommands_action.choices
-    assert {verb for verb, _ in COMMANDS} == set(verbs)
+def test_it_shows_every_verb_in_commands_that_parse(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    commands = commands_of(README)
+    assert {arguments[0] for arguments in commands} == set(VERBS)
+    for arguments in commands:
+        check_command(arguments)
 
 
 def test_the_files_it_names_exist() -> None:
     named = re.findall(r"\b((?:configs|docs|benchmarks|experiments)/[\w./-]+\.(?:yaml|md|py|json|png))", README)
     assert named
     for name in named:
-        assert (Path(__file__).parents[1] / name).exists(), name
+        assert (ROOT / name).exists(), name
 
 
 def test_the_pictures_that_documents_show_are_there() -> None:
-    root = Path(__file__).parents[1]
+    root = ROOT
     shown = {
         document.parent / name
         for document in [root / "README.md", *(root / "docs").glob("*.md")]
@@ -74,25 +77,29 @@ def test_the_pictures_that_documents_show_are_there() -> None:
 
 
 def test_its_table_has_the_figures_of_the_results_file() -> None:
-    models = json.loads((Path(__file__).parents[1] / "experiments" / "results" / "demo" / "summary.json").read_text())[
-        "models"
-    ]
+    models = json.loads((ROOT / "experiments" / "results" / "demo" / "summary.json").read_text())["models"]
     for key, title, form in FIGURES:
         cells = ["-" if models[name][key] is None else form.format(models[name][key]) for name in labels()]
         assert f"| {title} | {' | '.join(cells)} |" in README
 
 
 def test_its_lines_of_benchmarks_are_those_of_the_results() -> None:
-    results = Path(__file__).parents[1] / "benchmarks" / "results"
-    measured = {line for file in results.glob("*.md") for line in file.read_text().splitlines()}
     section = README.split("## On two CPU cores")[1].split("\n## ")[0]
-    quoted = re.findall(r"^\| .* \|$", section, re.MULTILINE)
-    assert len(quoted) > 10
-    assert [line for line in quoted if line not in measured] == []
+    tables = re.findall(r"\(`pkmem bench (\w+)`\) \|.*\n\|[-|]+\n((?:\|.*\n)+)", section)
+    assert len(tables) > 2
+    for name, rows in tables:
+        document = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
+        measured = {f"| {line['what']} | {_spread(line)} |" for line in document["lines"]}
+        assert [row for row in rows.splitlines() if row not in measured] == []
+
+
+def _spread(line: dict) -> str:
+    median, low, high = (f"{line[key]:.2f}" for key in ("median", "low", "high"))
+    return median if low == high else f"{median} ({low}-{high})"
 
 
 def test_its_billion_parameters_are_those_of_the_results() -> None:
-    folder = Path(__file__).parents[1] / "benchmarks" / "results"
+    folder = ROOT / "benchmarks" / "results"
     document = json.loads((folder / "billion.json").read_text())
     measured = {line["what"]: line["median"] for line in document["lines"]}
     parameters, peak = measured["parameters of the table, billions"], measured["peak RSS, GB"]
@@ -104,7 +111,7 @@ def test_its_billion_parameters_are_those_of_the_results() -> None:
 
 
 def test_the_results_quote_only_what_the_report_holds() -> None:
-    root = Path(__file__).parents[1]
+    root = ROOT
     results = (root / "docs" / "results.md").read_text()
     held = (root / "experiments" / "results" / "report" / "index.md").read_text()
     quoted = re.findall(r"\d+\.\d{4}|\d+\.\d%|\d+,\d{3}(?= \|)", results)

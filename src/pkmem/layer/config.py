@@ -68,12 +68,12 @@ class MemoryConfig:
 
     @property
     def value_width(self) -> int:
-        """Width of one value: `value_dim`, or `dim` where that is None."""
+        """Width of one value, `value_dim` or, where that is None, `dim`."""
         return self.value_dim or self.bound_dim
 
     @property
     def output_dim(self) -> int:
-        """Width of the memory's output: that of the values, or `dim` behind a gate."""
+        """Width of the memory's output, that of the values or, behind a gate, `dim`."""
         return self.bound_dim if self.gate else self.value_width
 
     @property

@@ -27,7 +27,9 @@ class ProductKeyMemory(nn.Module):
         values: a table to share with other memories (pass `another.values`); None makes one.
 
     Attributes:
-        query: hidden states -> queries. keys: queries -> slots and weights. values: the table.
+        query: hidden states -> queries.
+        keys: queries -> slots and weights.
+        values: the table.
         neurons: None, or the input weights of its experts.
         backend: None for the fastest on the device, or one of `pkmem.ops.BACKENDS`.
 

@@ -21,7 +21,8 @@ class MemoryUsage:
 
     Attributes:
         weight_sum: (m,) fp64 softmax weight given to each slot, z' of the paper (section 4.1).
-        num_reads, num_top1: (m,) int64 reads of each slot, and reads in which it was a head's best.
+        num_reads: (m,) int64 reads of each slot.
+        num_top1: (m,) int64 reads in which it was a head's best.
 
     Example:
         >>> with MemoryUsage(memory) as usage:
@@ -61,7 +62,7 @@ class MemoryUsage:
 
     @property
     def top1_usage(self) -> float:
-        """Share of slots that were some head's best, in [0, 1]: low where near-ties pad the usage."""
+        """Share of slots that were some head's best, in [0, 1]; low where near-ties pad the usage."""
         return (self.num_top1 != 0).double().mean().item()
 
     @property

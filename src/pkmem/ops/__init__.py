@@ -32,7 +32,7 @@ def product_key_topk(query: Tensor, sub_keys: Tensor, knn: int, *, backend: str 
     """The `knn` slots whose product keys best match each query (Lample et al. 2019, section 3.1, eq. 4).
 
     Exact: both sub-keys of a best slot are among the best `knn` of their own set. Differentiable in query
-    and sub_keys, through the scores. Equivalent to, without the (n, h, s ** 2) scores:
+    and sub_keys, through the scores. Equivalent to, without the (n, h, s ** 2) scores::
 
         first, second = query.chunk(2, -1)
         scores = torch.einsum("nhd,hid->nhi", first, sub_keys[:, 0])[..., :, None] \\
@@ -46,9 +46,8 @@ def product_key_topk(query: Tensor, sub_keys: Tensor, knn: int, *, backend: str 
         backend: one of `BACKENDS`; None takes the fastest for the device.
 
     Returns:
-        scores: (n, h, knn) inner products, best first, accumulated and returned in fp32 (fp64 for fp64
-            queries); scores equal before rounding by lower slot.
-        slots: (n, h, knn) int64 in [0, s ** 2).
+        The scores (n, h, knn), inner products, best first, accumulated and returned in fp32 (fp64 for fp64 queries);
+        scores equal before rounding by lower slot. And their slots (n, h, knn), int64 in [0, s ** 2).
 
     Raises:
         ValueError: shapes or devices disagree, `knn` is outside [1, s], or the backend is unknown.
@@ -77,7 +76,7 @@ def flat_topk(query: Tensor, keys: Tensor, knn: int, *, backend: str | None = No
     """The `knn` slots whose flat keys best match each query: what product keys save (Lample et al. 2019, section 4.5).
 
     Without a gradient: `row_products` scores the slots found, and has one. Equivalent to, on the CPU without all the
-    scores at once:
+    scores at once::
 
         torch.einsum("nhd,hmd->nhm", query, keys).topk(knn).indices
 
@@ -111,7 +110,7 @@ def weighted_sum(
 
     Useful on its own wherever few rows of a large table are summed: sparse autoencoders, expert layers.
     Differentiable in values and weights, with sums in the same order in every run. Equivalent to, without
-    the (n, b, v) rows:
+    the (n, b, v) rows::
 
         (values[slots] * weights[..., None]).sum(1)
 
@@ -150,7 +149,7 @@ def row_products(
 ) -> Tensor:
     """The inner products of each token with some rows of a table: what a slot's neuron sees (He 2024, PEER, eq. 2).
 
-    Differentiable in table and x, with sums in the same order in every run. Equivalent to, without the (n, b, d) rows:
+    Differentiable in table and x, with sums in the same order in every run. Equivalent to, without the (n, b, d) rows::
 
         (table[slots] * x[:, None]).sum(-1)
 
