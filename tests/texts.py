@@ -10,11 +10,11 @@ import os
 from pathlib import Path
 
 import pytest
-import zstandard
 
 from pkmem.text import END_OF_TEXT, read_documents, train_tokenizer
+from pkmem.text.files import zstd
 
-COMPRESS = {"": bytes, ".gz": gzip.compress, ".bz2": bz2.compress, ".zst": zstandard.compress}
+COMPRESS = {"": bytes, ".gz": gzip.compress, ".bz2": bz2.compress, ".zst": zstd.compress}
 STORY = "".join(f"Line {n}: the quick brown fox jumps over {n * n} lazy dogs.\r\n" for n in range(400))
 HOSTILE = [
     "",

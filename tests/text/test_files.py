@@ -5,10 +5,10 @@ import importlib.util
 import sys
 
 import pytest
-import zstandard
 
 from pkmem.text import files as text_files
 from pkmem.text import read_documents
+from pkmem.text.files import zstd
 from texts import STORY, json_lines, read, write
 
 
@@ -37,9 +37,9 @@ def test_a_byte_order_mark_is_no_text(tmp_path):
     assert len(read(write(tmp_path / "bom.jsonl", b"\xef\xbb\xbf" + json_lines(["x"] * 20).encode()), "train")) == 19
 
 
-def test_zstandard_frames_follow_each_other(tmp_path):
+def test_zstd_frames_follow_each_other(tmp_path):
     half = len(STORY) // 2
-    frames = zstandard.compress(STORY[:half].encode()) + zstandard.compress(STORY[half:].encode())
+    frames = zstd.compress(STORY[:half].encode()) + zstd.compress(STORY[half:].encode())
     path = write(tmp_path / "frames.txt.zst", frames)
     assert "".join(read(path, "train") + read(path, "validation")) == STORY
 
@@ -56,10 +56,10 @@ def test_a_place_without_files_is_refused_before_iterating(tmp_path):
         read_documents(str(tmp_path), "test")
 
 
-def test_missing_zstandard_is_named(tmp_path, monkeypatch):
+def test_missing_zstd_is_named(tmp_path, monkeypatch):
     path = write(tmp_path / "story.txt", STORY, ".zst")
-    monkeypatch.setitem(sys.modules, "zstandard", None)
-    with pytest.raises(ValueError, match=r'zstandard is not installed; run: pip install "pkmem\[lm\]"'):
+    monkeypatch.setattr(text_files, "zstd", None)
+    with pytest.raises(ValueError, match=r'backports\.zstd is not installed; run: pip install "pkmem\[lm\]"'):
         list(read_documents(str(path), "train"))
 
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any, Literal, get_args
 
 from pkmem.text.facts import SYNTHETIC, Facts
-from pkmem.text.files import TextFile, find_files, open_bytes, open_text
+from pkmem.text.files import UNREADABLE, TextFile, find_files, open_bytes, open_text
 
 Split = Literal["train", "validation"]
 OnSkip = Callable[[str, str], None]
@@ -103,7 +102,7 @@ def _file_documents(files: list[TextFile], split: Split, skip: OnSkip) -> Iterat
                 yield from _text_documents(file.path, split)
             elif _split_of_file(file.name) == split:
                 yield from _text_documents(file.path)
-        except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
+        except UNREADABLE as error:
             skip(file.name, str(error))
 
 

@@ -8,14 +8,30 @@ import importlib.util
 import io
 import os
 import sysconfig
-from collections.abc import Generator, Iterable, Iterator
+import zlib
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
+
+try:
+    from compression import zstd  # Python 3.14
+except ImportError:
+    try:
+        from backports import zstd
+    except ImportError:
+        zstd = None
 
 TEXT_ENDINGS = (".txt", ".md", ".py")
 JSON_LINES = ".jsonl"
 COMPRESSED_ENDINGS = (".gz", ".bz2", ".zst")
+UNREADABLE = (
+    OSError,
+    EOFError,
+    UnicodeDecodeError,
+    zlib.error,
+    *([zstd.ZstdError] if zstd else []),
+)  # damaged, or no text
 ENDINGS_READ = f"{' '.join(TEXT_ENDINGS)} {JSON_LINES}, each also with {' '.join(COMPRESSED_ENDINGS)}"
 
 CORPUS_PACKAGES = ("torch", "sympy", "numpy", "networkx")
@@ -141,51 +157,7 @@ def open_bytes(path: Path) -> io.BufferedReader:
         case ".bz2":
             return io.BufferedReader(bz2.open(path))
         case ".zst":
-            return io.BufferedReader(_ZstdFile(path))
+            if zstd is None:
+                raise ValueError(f'{path}: backports.zstd is not installed; run: pip install "pkmem[lm]"')
+            return io.BufferedReader(zstd.open(path))
     return path.open("rb")
-
-
-class _ZstdFile(io.RawIOBase):
-    """Decompressed .zst, in which a truncated file is an error: zstandard's own reader takes it for the end."""
-
-    def __init__(self, path: Path) -> None:
-        self._chunks = _zstd_chunks(path)
-        self._rest = b""
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while not self._rest:
-            chunk = next(self._chunks, None)
-            if chunk is None:
-                return 0
-            self._rest = chunk
-        num_bytes = min(len(buffer), len(self._rest))
-        buffer[:num_bytes] = self._rest[:num_bytes]
-        self._rest = self._rest[num_bytes:]
-        return num_bytes
-
-    def close(self) -> None:
-        self._chunks.close()
-        super().close()
-
-
-def _zstd_chunks(path: Path) -> Generator[bytes, None, None]:
-    try:
-        import zstandard
-    except ImportError as error:
-        raise ValueError(f'{path}: zstandard is not installed; run: pip install "pkmem[lm]"') from error
-    frame = None
-    with path.open("rb") as file:
-        while compressed := file.read(io.DEFAULT_BUFFER_SIZE):
-            while compressed:
-                frame = frame or zstandard.ZstdDecompressor().decompressobj()
-                try:
-                    yield frame.decompress(compressed)
-                except zstandard.ZstdError as error:
-                    raise OSError(str(error)) from error
-                compressed = frame.unused_data
-                frame = None if frame.eof else frame
-    if frame is not None:
-        raise EOFError("compressed file ended before the end-of-stream marker was reached")
