@@ -52,7 +52,8 @@ class Parser(ArgumentParser):
             return _unknown(".".join(filter(None, unknown.groups())), options, self.prog.replace(" [options]", ""))
         if mistyped := _MISTYPED.match(line):
             key, expected, given = mistyped.groups()
-            choices, types = re.search(r"Literal\[(.+)\]", expected), re.findall(r"<class '(\w+)'>", expected)
+            choices = re.search(r"Literal\[(.+)\]", expected)
+            types = sorted(re.findall(r"<class '(\w+)'>", expected), key="NoneType".__eq__)
             typed = f"of type {' or '.join(types)}".replace("NoneType", "null") if types else "a mapping of options"
             return f"{key} is {given.strip() or 'empty'} but must be {f'one of {choices[1]}' if choices else typed}"
         return line
