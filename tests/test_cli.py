@@ -149,14 +149,18 @@ def test_the_configs_of_the_repository_are_valid(file: Path, capsys: pytest.Capt
         (["train", "modle.width=3"], "unknown option 'modle.width': did you mean 'model.width'?"),
         (["train", "--memory.kn", "3"], "unknown option 'memory.kn': did you mean 'memory.knn'?"),
         (["train", "training.beta3=0.9"], "unknown option 'training.beta3': did you mean 'training.beta2'?"),
-        (["train", "--xyz", "3"], "unknown option 'xyz'; see --help"),
-        (["train", "--split", "train"], "unknown option 'split'; see --help"),
+        (["train", "--xyz", "3"], "unknown option 'xyz'; `pkmem train --help` lists them"),
+        (["train", "--split", "train"], "unknown option 'split'; `pkmem train --help` lists them"),
         (["eval", "runs/x", "--max_tokns", "3"], "unknown option 'max_tokns': did you mean 'max_tokens'?"),
         (["trian"], "argument VERB: invalid choice: 'trian' (choose from"),
         (["eval"], "the following arguments are required: eval.model"),
         (["train", "--out"], "argument --out: expected one argument"),
         (["train", "memory.knn=many"], "memory.knn is many but must be of type int"),
         (["train", "memory.dim=wide"], "memory.dim is wide but must be of type int or null"),
+        (["train", "training.lr="], "training.lr is empty but must be of type float"),
+        (["train", "training.lr=null"], "training.lr is None but must be of type float"),
+        (["train", "memory=null"], "memory is 'null' but must be a mapping of options"),
+        (["train", "data.x=3"], "unknown option 'data.x': did you mean 'data'?"),
         (["train", "training.lr=fast"], "training.lr is fast but must be of type float"),
         (["train", "training.schedule=step"], "training.schedule is step but must be one of 'cosine', 'linear', "),
         (["train", "memory.knn=40", "memory.num_sub_keys=30"], "lower knn or raise num_sub_keys"),
@@ -181,6 +185,8 @@ def test_a_bad_option_is_one_line_with_the_fix(
         ("modle: {width: 3}", "unknown option 'modle.width': did you mean 'model.width'?"),
         ("model: {wdth: 3}", "unknown option 'model.wdth': did you mean 'model.width'?"),
         ("dat: python", "unknown option 'dat': did you mean 'data'?"),
+        ("split: train", "unknown option 'split'; `pkmem train --help` lists them"),  # it is an option of eval
+        ("training: {lr: null}", "training.lr is None but must be of type float"),
         ("model: {width: wide}", "model.width is wide but must be of type int"),
         ("model: {memory_layers: [one]}", "model.memory_layers is one but must be of type int"),
         ("model: 3", "model is 3 but must be a mapping of options"),
@@ -263,6 +269,9 @@ def test_a_resumed_run_keeps_its_options(
     assert "has no config.yaml to resume from" in error_of(["train", "--out", tmp_path / "no", "--resume"], capsys)
     shutil.rmtree(out / "checkpoints")
     assert "no checkpoint to resume from: start it without --resume" in error_of(resume, capsys)
+    for damaged, message in (("model: [", "config.yaml is not YAML: "), ("words", "a recipe is 'words' but must be")):
+        (out / "config.yaml").write_text(damaged)
+        assert message in error_of(resume, capsys)
 
 
 @pytest.mark.parametrize(
@@ -439,8 +448,9 @@ def test_the_demo_is_called_with_its_options(tmp_path: Path, monkeypatch: pytest
     assert calls == [(tmp_path, True, "some", 3), (Path("runs/demo"), False, "python", 0)]
 
 
-def test_a_command_prints_its_answer_and_no_noise_of_libraries(run: Path, text: Path) -> None:
-    command = [sys.executable, "-m", "pkmem", "eval", str(run), "--data", str(text)]
+@pytest.mark.parametrize("module", ["pkmem", "pkmem.cli"])
+def test_a_command_prints_its_answer_and_no_noise_of_libraries(module: str, run: Path, text: Path) -> None:
+    command = [sys.executable, "-m", module, "eval", str(run), "--data", str(text)]
     said = subprocess.run(command, capture_output=True, text=True, check=True)
     assert json.loads(said.stdout)["num_tokens"] > 0
     assert [line for line in said.stderr.replace("\r", "\n").splitlines() if line and "evaluating" not in line] == []

@@ -24,14 +24,6 @@ _CALM = {  # read when the libraries are imported: pkmem says itself what a user
 }
 
 
-class _AllVerbs(Parser):
-    """The parser of the whole command line, which meets a verb's unknown options in recipes."""
-
-    def known_options(self) -> list[str]:
-        """The options of every verb."""
-        return [option for verb in VERBS.values() for option in verb.parser().known_options()]
-
-
 class Verb(NamedTuple):
     """A word of the command line.
 
@@ -85,7 +77,7 @@ def _fail(message: str) -> NoReturn:
 
 def build_parser() -> ArgumentParser:
     """The parser of all verbs."""
-    parser = _AllVerbs(prog="pkmem", description="Language models with product-key memories (Lample et al. 2019).")
+    parser = Parser(prog="pkmem", description="Language models with product-key memories (Lample et al. 2019).")
     verbs = parser.add_subcommands(title="verbs", metavar="VERB")
     for name, verb in VERBS.items():
         verbs.add_subcommand(name, verb.parser(), help=verb.text.split(". ")[0].rstrip("."))
@@ -295,3 +287,7 @@ VERBS = {
     "warmup": Verb(lambda parser: None, _warmup),
     "bench": Verb(_bench_arguments, _bench),
 }
+
+
+if __name__ == "__main__":
+    main()

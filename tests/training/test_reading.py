@@ -36,16 +36,20 @@ def test_numbers_are_read_as_the_command_line_reads_them(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("document", "overrides", "message"),
     [
-        ({"modle": {}}, {}, "no option 'modle': did you mean 'model'"),
-        ({"model": {"num_layer": 3}}, {}, "no option 'model.num_layer': did you mean 'model.num_layers'"),
+        ({"modle": {}}, {}, "unknown option 'modle': did you mean 'model'"),
+        ({"model": {"num_layer": 3}}, {}, "unknown option 'model.num_layer': did you mean 'model.num_layers'"),
         ({"model": 3}, {}, "model is 3 but must be a mapping of options"),
-        ({}, {"memry.knn": 3}, "no part of a recipe 'memry': did you mean 'memory'"),
+        ({}, {"memry.knn": 3}, "unknown option 'memry.knn': did you mean 'memory.knn'"),
         ({}, {"memory.knn": 1.5}, "memory.knn is 1.5 but must be of type int"),
         ({}, {"memory.knn": True}, "memory.knn is True but must be of type int"),
         ({}, {"memory.knn": 0}, "knn is 0 but must be an integer >= 1"),
         ({}, {"training.schedule": "steep"}, "training.schedule is steep but must be one of 'cosine', 'linear'"),
         ({}, {"memory.query_hidden_dim": "x"}, "memory.query_hidden_dim is x but must be of type int or null"),
         ({"data": 3}, {}, "data is 3 but must be of type str"),
+        ({"zzz": 3}, {}, "unknown option 'zzz'; `pkmem train --help` lists them"),
+        ({}, {"model": {"width": 64}}, "unknown option 'model': did you mean 'model"),
+        ({"training": {"lr": None}}, {}, "training.lr is None but must be of type float"),
+        ([1], {}, r"a recipe is \[1\] but must be a mapping of options"),
     ],
 )
 def test_a_mistake_is_one_line_that_names_what_is_right(document: Any, overrides: dict[str, Any], message: str) -> None:

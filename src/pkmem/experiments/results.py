@@ -11,7 +11,7 @@ from typing import Any
 
 from pkmem.experiments.family import Cell, Family, Run
 from pkmem.training.files import save_json
-from pkmem.training.reading import read_recipe
+from pkmem.training.reading import by_dotted_name, read_recipe
 from pkmem.training.recipe import Recipe
 
 
@@ -147,9 +147,7 @@ def difference(found: Recipe, wanted: Recipe) -> str | None:
 
 def _flat(recipe: Recipe) -> dict[str, Any]:
     """The recipe's fields by dotted name; those of the memory and its values are None where there is none."""
-    flat: dict[str, Any] = {}
-    for key, part in _plain(recipe).items():
-        flat |= {f"{key}.{name}": x for name, x in part.items()} if isinstance(part, dict) else {key: part}
+    flat = by_dotted_name(_plain(recipe))
     if recipe.model.memory_layers:
         return flat
     return {name: None if name.startswith(("memory.", "training.value_")) else x for name, x in flat.items()}

@@ -48,6 +48,3 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
         pad_token=END_OF_TEXT,
         clean_up_tokenization_spaces=False,
     )
-
-
-# Tokens on disk ----------------------------------------------------------------------------------------------

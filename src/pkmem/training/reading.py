@@ -7,11 +7,11 @@ import functools
 import json
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import fields
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, NoReturn
 
+import yaml
 from jsonargparse import ArgumentParser, get_loader
 
 from pkmem.layer.config import MemoryConfig, require
@@ -19,6 +19,14 @@ from pkmem.lm.config import ModelConfig
 from pkmem.training.recipe import Recipe, TrainingConfig
 
 _PARTS = {"model": ModelConfig, "memory": MemoryConfig, "training": TrainingConfig}
+# jsonargparse tells most of its errors as text alone: which option, what was expected and what was given.
+_MISTYPED = re.compile(
+    r'Parser key "([\w.]+)": (.+?)(?:\. Got value:| Errors: .* Given value:|load config(?= \'))(.*?)(?: - Parser key.*)?$'
+)
+_UNKNOWN = re.compile(
+    r"[Uu]nrecognized arguments: --([^= ]+)|does not accept option '([\w.]+)'"
+    r"|Parser key \"([\w.]+)\".* NestedArg\(key='(\w+)'"
+)
 
 
 class Parser(ArgumentParser):
@@ -32,32 +40,40 @@ class Parser(ArgumentParser):
         super().__init__(allow_abbrev=False, **options)  # or memory.kn would be memory.knn
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        raise ValueError(self.explained(message)) from ex
+        # The parser of all verbs may be the one to find a mistake of one.
+        verb = getattr(ex, "subcommand_parser", None) or self
+        raise ValueError(verb.explained(message)) from ex
 
     def explained(self, message: str) -> str:
         """An error of jsonargparse in one line; an unknown option comes with the nearest one there is."""
         line = " ".join(message.split())
-        mistyped = re.match(r'Parser key "([\w.]+)": (.+?)(?:\. Got| Errors: .* Given) value: (.*)', line)
-        if mistyped:
+        if unknown := _UNKNOWN.search(line):
+            options = [action.dest for action in self._actions]
+            return _unknown(".".join(filter(None, unknown.groups())), options, self.prog.replace(" [options]", ""))
+        if mistyped := _MISTYPED.match(line):
             key, expected, given = mistyped.groups()
-            choices, types = re.search(r"Literal\[(.+)\]", expected), re.findall(r"<class '(\w+)'>", expected)
-            allowed = f"one of {choices[1]}" if choices else f"of type {' or '.join(types)}".replace("NoneType", "null")
-            return f"{key} is {given} but must be {allowed}"
-        unknown = re.search(r"[Uu]nrecognized arguments: --([^= ]+)|does not accept option '([\w.]+)'", line)
-        if unknown is None:
-            return line
-        name = unknown[1] or unknown[2]
-        near = difflib.get_close_matches(name, self.known_options(), 1, 0.5)
-        return f"unknown option {name!r}" + (f": did you mean {near[0]!r}?" if near else "; see --help")
+            choices = re.search(r"Literal\[(.+)\]", expected)
+            types = sorted(re.findall(r"<class '(\w+)'>", expected), key="NoneType".__eq__)
+            typed = f"of type {' or '.join(types)}".replace("NoneType", "null") if types else "a mapping of options"
+            return f"{key} is {given.strip() or 'empty'} but must be {f'one of {choices[1]}' if choices else typed}"
+        return line
 
-    def known_options(self) -> list[str]:
-        """The options there are, by dotted name."""
-        return [action.dest for action in self._actions]
+
+def _unknown(name: str, options: Iterable[str], command: str) -> str:
+    near = difflib.get_close_matches(name, options, 1, 0.5)
+    return f"unknown option {name!r}" + (f": did you mean {near[0]!r}?" if near else f"; `{command} --help` lists them")
 
 
 def read_yaml(file: Path) -> Any:
-    """What a YAML file holds, as the command line reads it: 4e-4 is a number."""
-    return get_loader("yaml")(file.read_text(encoding="utf-8"))
+    """What a YAML file holds, as the command line reads it: 4e-4 is a number.
+
+    Raises:
+        ValueError: the file is not YAML.
+    """
+    try:
+        return get_loader("yaml")(file.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{file} is not YAML: {error}") from error
 
 
 def read_recipe(document: Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> Recipe:
@@ -70,28 +86,42 @@ def read_recipe(document: Mapping[str, Any], overrides: Mapping[str, Any] | None
     Raises:
         ValueError: an unknown field, one of the wrong type, or one outside its range.
     """
-    given: dict[str, Any] = {"model": {}, "memory": {}, "training": {}}
+    given = by_dotted_name(document) | dict(overrides or {})
+    nested: dict[str, dict[str, Any]] = {part: {} for part in ("", *_PARTS)}
+    for name, setting in given.items():
+        if name not in _defaults():
+            raise ValueError(_unknown(str(name), [*_defaults(), *_PARTS], "pkmem train"))
+        default = _defaults()[name]
+        require(setting is not None or default is None, name, None, f"of type {type(default).__name__}")
+        part, _, option = name.rpartition(".")
+        nested[part][option] = setting
+    beside = _parser("").parse_object(nested.pop(""))
+    return Recipe(**beside.as_dict(), **{part: _made(part, json.dumps(nested[part], default=str)) for part in _PARTS})
+
+
+def by_dotted_name(document: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a recipe's nested document, such as `memory.knn`.
+
+    Raises:
+        ValueError: the document or one of its parts is not a mapping.
+    """
+    require(isinstance(document, Mapping), "a recipe", document, "a mapping of options")
+    flat: dict[str, Any] = {}
     for name, part in document.items():
-        check_known(name, [field.name for field in fields(Recipe)], "option")
-        require(isinstance(part, dict) or name not in _PARTS, name, part, "a mapping of options")
-        given[name] = dict(part) if name in _PARTS else part
-    for name, setting in (overrides or {}).items():
-        part, _, key = name.rpartition(".")
-        if part:
-            check_known(part, list(_PARTS), "part of a recipe")
-        (given[part] if part else given)[key] = setting
-    parts = {name: _part(name, json.dumps(given.pop(name))) for name in _PARTS}
-    return Recipe(**vars(_parser("").parse_object(given)), **parts)
+        require(isinstance(part, Mapping) or name not in _PARTS, name, part, "a mapping of options")
+        flat |= {f"{name}.{option}": x for option, x in part.items()} if name in _PARTS else {name: part}
+    return flat
 
 
-@functools.lru_cache(maxsize=1 << 12)  # the runs of an experiment share most of their parts
-def _part(name: str, document: str) -> Any:
-    """One part of a recipe from its JSON."""
-    options = json.loads(document)
-    for option in options:
-        check_known(f"{name}.{option}", [f"{name}.{field.name}" for field in fields(_PARTS[name])], "option")
-    parser = _parser(name)
-    return parser.instantiate(parser.parse_object({name: options}))[name]
+@functools.cache
+def _defaults() -> dict[str, Any]:
+    return by_dotted_name(Recipe().to_dict())
+
+
+@functools.lru_cache(maxsize=1 << 12)
+def _made(part: str, document: str) -> Any:
+    """One part of a recipe from its JSON; jsonargparse takes milliseconds for it, and recipes share most parts."""
+    return _PARTS[part](**_parser(part).parse_object({part: json.loads(document)})[part].as_dict())
 
 
 @functools.cache
