@@ -98,7 +98,6 @@ class PkmemForCausalLM(PreTrainedModel, GenerationMixin):
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
-    _supports_attention_backend = True
 
     def __init__(self, config: PkmemConfig, base: PreTrainedModel | None = None) -> None:
         super().__init__(config)
