@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import resource
 import shutil
 import signal
 import subprocess
@@ -302,9 +301,12 @@ def test_a_file_that_is_no_text_is_counted_and_the_run_goes_on(
     assert "skipped 1 files or lines" in capsys.readouterr().err
 
 
+@pytest.mark.linux
 def test_a_full_disk_is_one_line_and_the_previous_checkpoint_is_intact(
     config: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
+    import resource
+
     from runs import before_update
 
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -3,6 +3,8 @@
 Where a memory goes, for every family alike: the blocks are the model's one `nn.ModuleList` with
 `num_hidden_layers` entries that each have an MLP; in a block, the attribute `mlp_name` ("mlp" in GPT-2,
 Llama, Qwen, Mistral, Gemma and GPT-NeoX) is replaced by the memory, or the memory is added beside it.
+
+tests/test_private_names.py lists the private names of transformers used here and in training/trainer.py.
 """
 
 from __future__ import annotations

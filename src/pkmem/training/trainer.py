@@ -129,6 +129,8 @@ class MemoryTrainer(Trainer):
         self.journal.add_loss(loss.item())
         return loss
 
+    # Trainer has no public name for the next three: tests/test_private_names.py
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         random = gather_object([rng_state()])  # of each process
         if self.args.should_save:
