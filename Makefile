@@ -1,25 +1,38 @@
 # Every target sets itself up: a fresh machine needs Python 3.11+ and make, nothing else.
 PYTHON ?= python3
-BIN := .venv/bin
-INSTALLED := .venv/.installed
+VENV ?= .venv
+CONSTRAINTS ?= constraints.txt
+BIN := $(VENV)/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS)
+INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-slow check docs format bench constraints clean
+.PHONY: demo test test-slow test-oldest test-portable suite check docs format bench constraints clean
 .DEFAULT_GOAL := test
 
-$(INSTALLED): pyproject.toml constraints.txt
-	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+$(INSTALLED): pyproject.toml $(CONSTRAINTS)
+	$(PYTHON) -m venv $(VENV)
+	$(INSTALL) torch
+	$(INSTALL) --editable '.[dev]'
 	touch $@
 
 demo: $(INSTALLED)         ## the paper's claim at laptop size, about ten minutes
 	$(BIN)/pkmem demo --out runs/demo --overwrite
 
 test: $(INSTALLED)         ## the default suite
-	HF_HUB_OFFLINE=1 $(BIN)/pytest -n 2 --dist worksteal --cov --cov-report=term:skip-covered --cov-fail-under=90
+	$(BIN)/pytest -n 2 --dist worksteal --cov --cov-report=term:skip-covered --cov-fail-under=90
 
 test-slow: $(INSTALLED)    ## the tests marked slow
-	HF_HUB_OFFLINE=1 $(BIN)/pytest -m slow -v
+	$(BIN)/pytest -m slow -v
+
+test-oldest:               ## the default suite with the oldest libraries that pyproject.toml admits, in .venv-oldest
+	$(MAKE) VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt suite
+
+suite: $(INSTALLED)        # without coverage; what an old library warns of is not ours
+	$(BIN)/pytest -n 2 --dist worksteal -W default
+
+test-portable: $(INSTALLED)  ## what macOS and Windows can run: not the experiments, their benchmarks and the command line
+	PYTHONUTF8=1 $(BIN)/pytest -n 2 --dist worksteal -m "not slow and not linux" \
+	  tests/ops tests/layer tests/lm tests/text tests/training tests/test_private_names.py tests/test_versions.py
 
 check: $(INSTALLED) docs   ## lint, format, types, documentation
 	$(BIN)/ruff check .
@@ -35,12 +48,12 @@ format: $(INSTALLED)
 	$(BIN)/ruff format .
 
 bench: $(INSTALLED)        ## operators, layer, training step and growth against peers, about half an hour
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[bench]'
+	$(INSTALL) --editable '.[bench]'
 	$(BIN)/pkmem bench
 
 constraints: $(INSTALLED)  ## write the pins of what is installed now
 	(echo "# Every pin of a green run; the Makefile installs with it. Regenerate: make constraints"; \
-	 $(BIN)/pip freeze --exclude-editable | sed 's/+cpu//') > constraints.txt
+	 $(BIN)/python -m pip freeze --exclude-editable | grep -v '^nvidia-' | sed 's/+cpu//') > $(CONSTRAINTS)
 
 clean:
-	rm -rf .venv docs/_build .pytest_cache .mypy_cache .ruff_cache .coverage*
+	rm -rf .venv .venv-oldest docs/_build .pytest_cache .mypy_cache .ruff_cache .coverage*

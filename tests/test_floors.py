@@ -117,6 +117,11 @@ def test_the_command_line_is_light_to_import() -> None:
     assert heavy <= {"__future__", "collections.abc", "dataclasses", "os", "pathlib", "re", "sys", "typing"}
 
 
+def test_no_import_asks_for_a_certain_system() -> None:
+    of_unix = {"fcntl", "pwd", "resource", "termios"}
+    assert {module for module in FILES if top_imports(module) & of_unix} == set()
+
+
 def test_the_layers_below_the_command_line_stay_light() -> None:
     outside = {
         name

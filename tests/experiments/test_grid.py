@@ -8,6 +8,7 @@ import shlex
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -379,3 +380,9 @@ def test_the_dry_run_of_every_family_tells_costs_and_commands(name: str, scale: 
     assert next(line for line in lines if line.startswith("in all")).split()[-1] == str(
         num_runs(family, 2) * family.trains
     )
+
+
+def test_where_runs_cannot_be_locked_it_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "fcntl", None)  # as on Windows
+    with pytest.raises(ValueError, match="use Linux, macOS or WSL"), module._locked(tmp_path / "run.lock"):
+        pytest.fail("locked")

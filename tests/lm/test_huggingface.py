@@ -292,6 +292,17 @@ def test_what_stands_in_the_padding_reaches_neither_batch_norm_nor_the_output() 
     assert (first.logits - second.logits)[mask.bool()].abs().max() > 1e-3  # without the mask it would
 
 
+@torch.no_grad()
+def test_a_mask_may_cover_what_a_cache_holds() -> None:
+    model, x = with_memories(norm="layer").train(), ids()
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1]])
+    whole = model(x, attention_mask=mask).logits
+    start = model(x[:, :5], attention_mask=mask[:, :5], use_cache=True)
+    for rest in ({"input_ids": x[:, 5:]}, {"inputs_embeds": model.get_input_embeddings()(x[:, 5:])}):
+        end = model(attention_mask=mask, past_key_values=copy.deepcopy(start.past_key_values), **rest)
+        torch.testing.assert_close(end.logits, whole[:, 5:], rtol=1e-5, atol=1e-5)
+
+
 def test_a_batch_without_a_mask_forgets_the_mask_before() -> None:
     model = with_memories().train()
     twin = copy.deepcopy(model)

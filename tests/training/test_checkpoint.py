@@ -264,6 +264,7 @@ def fill(folder: Path) -> None:
             pass
 
 
+@pytest.mark.linux
 def test_file_size_limit_in_another_process(tmp_path: Path) -> None:
     path = save_checkpoint(tmp_path, 1, write_small)
     command = [sys.executable, "-c", WRITER, str(tmp_path), "limit"]
@@ -276,6 +277,7 @@ def test_file_size_limit_in_another_process(tmp_path: Path) -> None:
     assert names(tmp_path / "checkpoints") == {"step-1"}
 
 
+@pytest.mark.linux
 def test_kill_in_the_middle_of_a_write(tmp_path: Path) -> None:
     path = save_checkpoint(tmp_path, 1, write_small)
     command = [sys.executable, "-c", WRITER, str(tmp_path), "kill"]

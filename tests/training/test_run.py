@@ -4,7 +4,6 @@ import json
 import math
 import os
 import re
-import resource
 import shutil
 import signal
 import subprocess
@@ -179,6 +178,7 @@ def test_every_kind_of_run_resumes_bitwise(text: Path, tmp_path: Path, changes: 
     assert_same_run(stopped.out, whole.out)
 
 
+@pytest.mark.linux
 def test_a_run_resumed_after_kill_is_the_uninterrupted_run(run: Path, text: Path, tmp_path: Path) -> None:
     script = """
 import os, signal, sys
@@ -210,6 +210,7 @@ train(tiny(Path(sys.argv[1]), Path(sys.argv[2])), progress=False)
     assert [event.step for event in events.Scalars("train/loss")] == [4, 8, 10]
 
 
+@pytest.mark.linux
 def test_sigterm_leaves_a_checkpoint_too_even_beside_ctrl_c(text: Path, tmp_path: Path) -> None:
     def both(model: object) -> None:  # as where a scheduler ends a group of processes
         ctrl_c(model)
@@ -497,7 +498,10 @@ def test_an_absurd_learning_rate_is_noticed(text: Path, tmp_path: Path, rate: st
     verify_checkpoint(recipe.out / "checkpoints" / f"step-{step - 1}")
 
 
+@pytest.mark.linux
 def test_a_full_disk_leaves_the_previous_checkpoint_intact(run: Path, text: Path, tmp_path: Path) -> None:
+    import resource
+
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def fill(_model: object) -> None:

@@ -8,7 +8,6 @@ OUT/FAMILY/SCALE/runs/                    what is being trained; deleted run by 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import multiprocessing
 import shlex
@@ -65,7 +64,7 @@ def experiment(
         that need one of those), `unused` (files that are there but of another recipe).
 
     Raises:
-        ValueError: `seeds` is below 1.
+        ValueError: `seeds` is below 1, or the system is Windows and the family trains.
         KeyboardInterrupt: ended by Ctrl-C; the run in progress left a checkpoint.
     """
     if seeds < 1:
@@ -180,7 +179,12 @@ def _locked(file: Path) -> Iterator[int]:
 
     Raises:
         TrainedElsewhereError: another process has it.
+        ValueError: the system is Windows.
     """
+    try:
+        import fcntl
+    except ImportError:
+        raise ValueError("pkmem experiment locks its runs as Windows cannot: use Linux, macOS or WSL") from None
     with file.open("w") as stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)

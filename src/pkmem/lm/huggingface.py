@@ -3,6 +3,8 @@
 Where a memory goes, for every family alike: the blocks are the model's one `nn.ModuleList` with
 `num_hidden_layers` entries that each have an MLP; in a block, the attribute `mlp_name` ("mlp" in GPT-2,
 Llama, Qwen, Mistral, Gemma and GPT-NeoX) is replaced by the memory, or the memory is added beside it.
+
+tests/test_private_names.py lists the private names of transformers used here and in training/trainer.py.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ import ast
 import inspect
 import textwrap
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 from transformers import (
@@ -21,7 +23,6 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
-from transformers.configuration_utils import SubConfigSpec
 
 from pkmem.layer.config import MemoryConfig
 from pkmem.layer.memory import ProductKeyMemory, memories_in
@@ -42,7 +43,7 @@ class PkmemConfig(PreTrainedConfig):
     """
 
     model_type = "pkmem"
-    sub_configs_defaults = {"text_config": SubConfigSpec(config_class=AutoConfig, model_type="gpt2")}  # noqa: RUF012
+    sub_configs: ClassVar = {"text_config": AutoConfig}
 
     text_config: dict | PreTrainedConfig | None = None
     memory: dict | None = None
@@ -50,7 +51,12 @@ class PkmemConfig(PreTrainedConfig):
     placement: str = "replace"
     share_values: bool = False
     mlp_name: str = "mlp"
-    tie_word_embeddings: bool = False  # the decoder ties its own
+    tie_word_embeddings: bool = True  # of ours, shared tables: the decoder ties its embeddings by its own config
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if not isinstance(self.text_config, PreTrainedConfig):
+            self.text_config = AutoConfig.for_model(**{"model_type": "gpt2", **(self.text_config or {})})
+        super().__post_init__(**kwargs)
 
     @property
     def vocab_size(self) -> int:
@@ -94,7 +100,6 @@ class PkmemForCausalLM(PreTrainedModel, GenerationMixin):
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
-    _supports_attention_backend = True
 
     def __init__(self, config: PkmemConfig, base: PreTrainedModel | None = None) -> None:
         super().__init__(config)
@@ -129,9 +134,12 @@ class PkmemForCausalLM(PreTrainedModel, GenerationMixin):
     ) -> Any:
         """What the decoder's forward takes and returns."""
         if self.training:
-            mask = attention_mask if attention_mask is not None and attention_mask.dim() == 2 else None
+            mask = None
+            if attention_mask is not None and attention_mask.dim() == 2:
+                tokens = kwargs["inputs_embeds"] if input_ids is None else input_ids
+                mask = attention_mask[:, -tokens.shape[1] :].bool()  # it covers what a cache holds, too
             for mlp in self.memory_mlps():
-                mlp.mask = None if mask is None else mask.bool()
+                mlp.mask = mask
         return self.base(input_ids=input_ids, attention_mask=attention_mask, labels=labels, **kwargs)
 
     def memory_mlps(self) -> list[MemoryMLP]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -66,8 +67,11 @@ def load_json(path: Path) -> Any:
 
 
 def fsync(path: Path) -> None:
-    """Has a file or folder written to the disk before returning."""
-    handle = os.open(path, os.O_RDONLY)
+    """Has a file or folder written to the disk before returning; Windows knows no such thing of a folder."""
+    windows = sys.platform == "win32"
+    if windows and path.is_dir():
+        return
+    handle = os.open(path, os.O_RDWR if windows else os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

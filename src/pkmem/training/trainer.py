@@ -53,6 +53,15 @@ def build_schedule(optimizer: CombinedOptimizer, config: TrainingConfig) -> torc
     return get_scheduler(config.schedule, scheduled, warmup_steps, config.num_steps)
 
 
+class _OneGpu(TrainingArguments):
+    """One GPU a process: several would be DataParallel, which copies the model at every step; use torchrun."""
+
+    @property
+    def n_gpu(self) -> int:
+        """At most 1."""
+        return min(1, super().n_gpu)
+
+
 class MemoryTrainer(Trainer):
     """Hugging Face's Trainer with row-wise values and checkpoints that are complete, verified and free of pickle."""
 
@@ -69,7 +78,7 @@ class MemoryTrainer(Trainer):
     ) -> None:
         self.recipe, self.journal, self.saved_tokenizer = recipe, journal, tokenizer
         config, processes = recipe.training, PartialState()
-        arguments = TrainingArguments(
+        arguments = _OneGpu(
             output_dir=str(recipe.out),
             max_steps=config.num_steps,
             per_device_train_batch_size=batch_sequences,
@@ -88,7 +97,6 @@ class MemoryTrainer(Trainer):
             dataloader_pin_memory=torch.cuda.is_available(),
             disable_tqdm=True,
         )
-        arguments._n_gpu = min(1, arguments.n_gpu)  # several GPUs in one process would be DataParallel: use torchrun
         super().__init__(
             model, arguments, train_dataset=blocks, callbacks=[journal] if processes.is_main_process else []
         )
@@ -120,6 +128,8 @@ class MemoryTrainer(Trainer):
             )
         self.journal.add_loss(loss.item())
         return loss
+
+    # Trainer has no public name for the next three: tests/test_private_names.py
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         random = gather_object([rng_state()])  # of each process

@@ -1,0 +1,159 @@
+"""Every private name of Hugging Face that the source uses, and that transformers still acts on each.
+
+There is no public name for what these do. A test here that fails after an update says what to write anew.
+"""
+
+import ast
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Trainer,
+    TrainingArguments,
+)
+
+import pkmem
+from pkmem import MemoryConfig, add_memory
+from pkmem.layer.memory import memories_in
+from pkmem.lm.huggingface import PkmemForCausalLM
+
+NAMES = {
+    "_attn_implementation",  # of a config: how the decoder given attends
+    "_experts_implementation",  # of a config: how its experts are run
+    "_is_hf_initialized",  # of a module: its weights are drawn already
+    "_load_optimizer_and_scheduler",  # of Trainer: reads its part of a checkpoint
+    "_load_rng_state",  # of Trainer: reads its part of a checkpoint
+    "_save_checkpoint",  # of Trainer: writes a checkpoint
+    "_supports_flash_attn",  # of a model: an attention it lets through to the decoder
+    "_supports_flex_attn",  # as before
+    "_supports_sdpa",  # as before
+    "_tied_weights_keys",  # of a model: weights that repeat others
+}
+MEMORY = MemoryConfig(num_sub_keys=4, heads=1, knn=2, query_dim=4)
+SIZES = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+SPECIAL = {"bos_token_id": 0, "eos_token_id": 0}
+
+
+def decoder(family: str = "gpt2", **options: object) -> PreTrainedModel:
+    config = AutoConfig.for_model(family, **SIZES, **SPECIAL)
+    return AutoModelForCausalLM.from_config(config, **options)
+
+
+def with_memories(**options: object) -> PkmemForCausalLM:
+    return add_memory(decoder(), [0, 1], MEMORY, **options)
+
+
+def is_private(name: str) -> bool:
+    return name.startswith("_") and not name.startswith("__") and name != "_"
+
+
+def test_the_list_is_complete() -> None:
+    theirs = {name for kind in (Trainer, TrainingArguments, PreTrainedModel, PreTrainedConfig) for name in dir(kind)}
+    rooms = [Path(pkmem.__file__).parent / room for room in ("lm", "training")]
+    said, own = set(), set()
+    for node in (
+        node for room in rooms for file in room.glob("*.py") for node in ast.walk(ast.parse(file.read_text()))
+    ):
+        match node:
+            case ast.Attribute(ast.Name("self"), name):
+                said.add(name)
+                own.add(name)
+            case ast.FunctionDef(name) | ast.ClassDef(name) | ast.Name(name, ast.Store()):
+                said.add(name)
+                own.add(name)
+            case ast.Attribute(_, name) | ast.Call(ast.Name("getattr"), [_, ast.Constant(str(name)), *_]):
+                said.add(name)
+    assert {name for name in (said - own) | (said & theirs) if is_private(name)} == set(NAMES)
+
+
+class Watched(Trainer):
+    """Does nothing of what is watched, and keeps how it was asked."""
+
+    def __init__(self, out: Path, num_steps: int) -> None:
+        arguments = TrainingArguments(
+            str(out), max_steps=num_steps, save_steps=1, per_device_train_batch_size=1, report_to="none", use_cpu=True
+        )
+        self.asked: dict[str, object] = {}
+        super().__init__(decoder(), arguments, train_dataset=[{"input_ids": [1, 2], "labels": [1, 2]}] * 2)
+
+    def _save_checkpoint(self, model: nn.Module, trial: object) -> None:
+        self.asked["_save_checkpoint"] = None
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        self.asked["_load_optimizer_and_scheduler"] = checkpoint
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        self.asked["_load_rng_state"] = checkpoint
+
+
+def test_the_trainer_saves_by_save_checkpoint_and_by_nothing_else(tmp_path: Path) -> None:
+    trainer = Watched(tmp_path, 1)
+    trainer.train()
+    assert "_save_checkpoint" in trainer.asked
+    assert not list(tmp_path.glob("checkpoint*"))
+
+
+@pytest.mark.parametrize("name", ["_load_optimizer_and_scheduler", "_load_rng_state"])
+def test_the_trainer_resumes_by(name: str, tmp_path: Path) -> None:
+    checkpoint = tmp_path / "checkpoint-1"  # without optimizer.pt, scheduler.pt and rng_state.pth
+    trainer = Watched(tmp_path, 2)
+    trainer.model.save_pretrained(checkpoint)
+    trainer.state.global_step = trainer.state.train_batch_size = 1
+    trainer.state.save_to_json(str(checkpoint / "trainer_state.json"))
+    trainer.train(resume_from_checkpoint=str(checkpoint))
+    assert trainer.asked[name] == str(checkpoint)
+
+
+def test_what_tied_weights_keys_names_is_stored_once(tmp_path: Path) -> None:
+    model = with_memories(share_values=True)
+    model.save_pretrained(tmp_path)
+    assert sum("values" in name for name in load_file(tmp_path / "model.safetensors")) == 1
+    model._tied_weights_keys = {}
+    with pytest.raises(RuntimeError, match="shared tensors"):
+        model.save_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("drawn", [True, False])
+def test_weights_are_drawn_unless_is_hf_initialized(drawn: bool) -> None:
+    model = with_memories()
+    weights = [p for memory in memories_in(model).values() for p in memory.parameters()]
+    before = [p.detach().clone() for p in weights]
+    for module in (module for memory in memories_in(model).values() for module in memory.modules()):
+        module._is_hf_initialized = drawn
+    model.init_weights()
+    assert all(map(torch.equal, weights, before)) == drawn
+
+
+def test_attn_implementation_says_how_a_model_attends() -> None:
+    for way in ("eager", "sdpa"):
+        assert decoder(attn_implementation=way).config._attn_implementation == way
+        assert add_memory(decoder(attn_implementation=way), [0], MEMORY).base.config._attn_implementation == way
+
+
+def test_experts_implementation_says_how_experts_are_run() -> None:
+    for way in ("eager", "batched_mm"):
+        model = decoder("mixtral", experts_implementation=way)
+        assert model.config._experts_implementation == way
+        assert add_memory(model, [0], MEMORY, "parallel").base.config._experts_implementation == way
+
+
+@pytest.mark.parametrize(
+    ("name", "way"),
+    [
+        ("_supports_sdpa", "sdpa"),
+        ("_supports_flex_attn", "flex_attention"),
+        ("_supports_flash_attn", "flash_attention_2"),
+    ],
+)
+def test_an_attention_is_refused_unless_supported(name: str, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = add_memory(decoder(attn_implementation="eager"), [0], MEMORY)
+    monkeypatch.setattr(PkmemForCausalLM, name, False)
+    with pytest.raises(ValueError, match="PkmemForCausalLM does not support"):
+        model.set_attn_implementation(way)
