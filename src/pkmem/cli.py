@@ -84,9 +84,6 @@ def build_parser() -> ArgumentParser:
     return parser
 
 
-# Verbs and their arguments ------------------------------------------------------------------------------
-
-
 def _train_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--config", action="config", help="a recipe, such as configs/tiny.yaml; options after it override it"

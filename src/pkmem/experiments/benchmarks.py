@@ -13,11 +13,7 @@ BENCHMARKS = ("operators", "layer_forward", "training_step", "growth", "peak_mem
 
 
 def run_benchmarks(names: Sequence[str], smoke: bool) -> None:
-    """Runs files of `benchmarks/`, each in a process of its own.
-
-    Args:
-        names: of `BENCHMARKS`; all if there is none.
-        smoke: at tiny sizes, to see that everything runs.
+    """Runs some of `BENCHMARKS`, or all, each in a process of its own; `smoke` at tiny sizes, to see that it runs.
 
     Raises:
         ValueError: a name is not there, a benchmark failed, or pkmem does not run from a checkout.

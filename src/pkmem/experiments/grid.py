@@ -121,9 +121,6 @@ def num_runs(family: Family, seeds: int) -> int:
     return sum(len(cell.rates) + seeds - 1 for cell in family.cells.values())
 
 
-# One run --------------------------------------------------------------------------------------------------
-
-
 def train_command(family: Family, run: Run, base: Path | str, out: Path | str) -> list[str]:
     """The arguments of `pkmem` that train a run.
 
@@ -244,9 +241,6 @@ def _last_line(log: Path) -> str:
     return next((line for line in reversed(lines) if line.strip()), "ended without a word").split("\r")[-1]
 
 
-# Speed ----------------------------------------------------------------------------------------------------
-
-
 def _measure_unless_there(file: Path, family: Family, data: str | None) -> None:
     if file.exists():
         return
@@ -284,9 +278,6 @@ def measure_family(family: Family, data: str | None = None) -> dict[str, dict[st
         name: speeds | {"prefill_words_per_s": speeds["prefill_tokens_per_s"] * words_per_token}
         for name, speeds in measure_speed(models, first.model.context_tokens).items()
     }
-
-
-# Dry run --------------------------------------------------------------------------------------------------
 
 
 def describe(family: Family, seeds: int = 1, data: str | None = None) -> str:

@@ -25,9 +25,6 @@ def nobody_watches(*tensors: Tensor) -> bool:
     return all(type(tensor) in (Tensor, nn.Parameter) for tensor in tensors)
 
 
-# --- product_key_topk ---------------------------------------------------------------------------------------
-
-
 def select(query: Tensor, sub_keys: Tensor, knn: int, backend: str) -> tuple[Tensor, Tensor]:
     """The backend's selection, unregistered: for where nobody watches."""
     scores, slots = backend_module(backend).product_key_topk(query, sub_keys, knn)
@@ -71,9 +68,6 @@ def _topk_gradients(ctx: Any, grad_scores: Tensor, _: Any) -> tuple[Any, ...]:
 topk.register_autograd(_topk_gradients, setup_context=_topk_context)
 
 
-# --- flat_topk ----------------------------------------------------------------------------------------------
-
-
 @custom_op("pkmem::flat_topk", mutates_args=())
 def flat(query: Tensor, keys: Tensor, knn: int, backend: str) -> Tensor:
     return backend_module(backend).flat_topk(query, keys, knn).contiguous()
@@ -82,9 +76,6 @@ def flat(query: Tensor, keys: Tensor, knn: int, backend: str) -> Tensor:
 @flat.register_fake
 def _(query: Tensor, keys: Tensor, knn: int, backend: str) -> Tensor:
     return query.new_empty((query.shape[0], query.shape[1], knn), dtype=torch.int64)
-
-
-# --- weighted_sum -------------------------------------------------------------------------------------------
 
 
 def _check_bounds(slots: Tensor, table: Tensor) -> None:
@@ -137,9 +128,6 @@ def _(counter: Tensor, slots: Tensor, weights: Tensor, grad_output: Tensor, hand
     return None
 
 
-# --- row_products -------------------------------------------------------------------------------------------
-
-
 def checked_products(table: Tensor, slots: Tensor, x: Tensor, backend: str) -> Tensor:
     """The backend's row products, unregistered, of slots that are in the table."""
     _check_bounds(slots, table)
@@ -160,9 +148,6 @@ def _(table: Tensor, slots: Tensor, *_: Any) -> Tensor:
     return table.new_empty(slots.shape, dtype=torch.float64 if table.dtype == torch.float64 else torch.float32)
 
 
-# --- gradients of both: a sum weights rows, a product weighs them, and each is the other's gradient ------------
-
-
 def _read_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     table, slots, given, *ctx.log, ctx.backend = inputs
     ctx.save_for_backward(table, slots, given)
@@ -178,7 +163,10 @@ def _product_gradients(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
 
 
 def _read_gradients(ctx: Any, grad_output: Tensor, adjoint: Any, as_read: Any) -> tuple[Any, ...]:
-    """Gradients in the table, dense or as reads in its log, and in what was `given`: the weights or x."""
+    """Gradients in the table, dense or as reads in its log, and in what was `given`, weights or x, by the `adjoint`.
+
+    A sum weights rows, a product weighs them: each is the adjoint of the other.
+    """
     table, slots, given = ctx.saved_tensors
     grad_table = grad_given = None
     if ctx.needs_input_grad[2]:

@@ -25,13 +25,8 @@ except ImportError:
 TEXT_ENDINGS = (".txt", ".md", ".py")
 JSON_LINES = ".jsonl"
 COMPRESSED_ENDINGS = (".gz", ".bz2", ".zst")
-UNREADABLE = (
-    OSError,
-    EOFError,
-    UnicodeDecodeError,
-    zlib.error,
-    *([zstd.ZstdError] if zstd else []),
-)  # damaged, or no text
+# What a file raises that is damaged, or no text.
+UNREADABLE = (OSError, EOFError, UnicodeDecodeError, zlib.error, *((zstd.ZstdError,) if zstd else ()))
 ENDINGS_READ = f"{' '.join(TEXT_ENDINGS)} {JSON_LINES}, each also with {' '.join(COMPRESSED_ENDINGS)}"
 
 CORPUS_PACKAGES = ("torch", "sympy", "numpy", "networkx")
@@ -138,9 +133,6 @@ def _named(paths: Iterable[Path], root: Path) -> list[TextFile]:
     """The files to read among paths, hidden ones left out, named relative to the root and sorted by name."""
     chosen = (path for path in paths if _is_read(path) and not path.name.startswith(".") and path.is_file())
     return sorted((TextFile(path, path.relative_to(root).as_posix()) for path in chosen), key=lambda file: file.name)
-
-
-# Opening them ------------------------------------------------------------------------------------------------
 
 
 def open_text(path: Path) -> IO[str]:

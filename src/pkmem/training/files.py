@@ -27,12 +27,7 @@ def save_json(path: Path, document: Any) -> None:
 
 
 def save_text(path: Path, text: str) -> None:
-    """Writes a text file atomically: a reader sees the old one or the new one.
-
-    Args:
-        path: the file; its folder exists.
-        text: its content.
-    """
+    """Writes a text file, in a folder that exists, atomically: a reader sees the old one or the new one."""
     tmp = path.with_name(f"{path.name}.tmp")
     try:
         with tmp.open("w", encoding="utf-8") as stream:
@@ -48,12 +43,6 @@ def save_text(path: Path, text: str) -> None:
 
 def load_json(path: Path) -> Any:
     """Reads a JSON document.
-
-    Args:
-        path: the file.
-
-    Returns:
-        the document.
 
     Raises:
         CheckpointError: the file is missing or not JSON.

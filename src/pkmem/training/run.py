@@ -176,9 +176,6 @@ def _finish(
     return summary
 
 
-# Ctrl-C ------------------------------------------------------------------------------------------------
-
-
 class _StopWhenAsked(TrainerCallback):
     """Inside a `with` block, Ctrl-C or SIGTERM ends training after the update in progress, with a checkpoint.
 

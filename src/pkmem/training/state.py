@@ -124,9 +124,6 @@ def _beside(path: Path, ending: str) -> Path:
     return path.with_name(path.name + ending)
 
 
-# --- random number generators -------------------------------------------------------------------------------
-
-
 def rng_state() -> dict[str, Any]:
     """The state of every global generator a training step may draw from, in a form `save_state` takes.
 

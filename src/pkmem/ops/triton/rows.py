@@ -131,9 +131,6 @@ def _as_int32(number: int) -> int:
     return ((number & 0xFFFFFFFF) ^ 0x80000000) - 0x80000000
 
 
-# --- one pass over the touched rows -------------------------------------------------------------------------
-
-
 class _Pieces(NamedTuple):
     """Rows with more than _PIECE reads, cut into pieces.
 
