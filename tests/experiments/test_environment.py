@@ -21,7 +21,7 @@ def test_names_machine_versions_and_command(monkeypatch: pytest.MonkeyPatch) -> 
     assert facts["cores"] == os.cpu_count()
     assert facts["torch_threads"] == torch.get_num_threads()
     assert facts["python"] == platform.python_version()
-    assert facts["versions"]["torch"] == torch.__version__
+    assert facts["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]  # a wheel may not name its CUDA
     assert facts["versions"]["pkmem"]
     assert facts["processor"]
     assert facts["system"]
