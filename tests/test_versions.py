@@ -22,7 +22,9 @@ def pins(file: str) -> dict[str, str]:
 @pytest.mark.parametrize("requirement", NEEDED, ids=str)
 def test_the_floor_is_what_make_test_oldest_runs(requirement: Requirement) -> None:
     (floor,) = (part.version for part in requirement.specifier if part.operator == ">=")
-    assert Requirement(f"x=={floor}").specifier.contains(pins("constraints-oldest.txt")[canonicalize_name(requirement.name)])
+    assert Requirement(f"x=={floor}").specifier.contains(
+        pins("constraints-oldest.txt")[canonicalize_name(requirement.name)]
+    )
 
 
 @pytest.mark.parametrize("file", ["constraints.txt", "constraints-oldest.txt"])
