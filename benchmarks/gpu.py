@@ -478,7 +478,7 @@ def compiled_block(sizes: Sizes, report: Report) -> None:
         memory = ProductKeyMemory(MemoryConfig(dim=1024, num_sub_keys=128, query_norm="layer"))
         block = Block(sizes, memory)
     memory.backend = "triton"
-    RowAdam(memory)  # gives the table a reading log
+    optimizer = RowAdam(memory)  # while it lives, the table keeps its reads
     x = randn(sizes, 2, 512, 1024)
     compiled = torch.compile(block, fullgraph=True)
     gradients = []
@@ -487,8 +487,7 @@ def compiled_block(sizes: Sizes, report: Report) -> None:
         given = x.clone().requires_grad_()
         run_block(given).sum().backward()
         gradients.append(given.grad)
-    assert memory.values.log is not None
-    report.add("compiled training: reads logged", len(memory.values.log.entries))
+    report.add("compiled training: norm of the table's gradient", optimizer.grad_norm())
     report.add("compiled training: d(x) off by", _difference(*gradients))
     block.eval()
     with torch.no_grad():

@@ -24,6 +24,7 @@ from pkmem.layer.values import ValueTable
 from pkmem.ops import cpu
 from pkmem.ops.cpu.selection import select as select_kernel
 from pkmem.ops.cpu.threads import run_over
+from pkmem.ops.reading_log import Reads, RowGradient
 from steps import moments_of
 
 TORCH = "torch"
@@ -155,8 +156,8 @@ def update(
     }
 
     def our_update() -> None:
-        assert table.log is not None
-        table.log.append(slots, weights, grad_output)
+        reads = Reads(len(table.weight), ops.choose_backend(table.weight.device), [(slots, weights, grad_output)])
+        table.weight.grad = RowGradient(table.weight, reads)
         ours.step()
 
     def torch_update(optimizer: torch.optim.Optimizer, is_sparse: bool) -> None:

@@ -11,11 +11,11 @@ import pkmem
 PACKAGE = Path(pkmem.__file__).parent
 ORDER = {  # folders from the ground up, each with its files in order: a file imports from those before it
     "text": "facts files tokenizer documents tokens blocks",
-    "ops": "reading_log arguments reference",
+    "ops": "arguments reference",
     "ops.cpu": "threads kernels halves vectors bag rows selection selection_backward decoding compiling",
     "ops.triton": "arithmetic launch bag rows selection selection_backward",
-    "ops ": "backends registered",
-    "layer": "config huge_pages query keys values gate decoding memory usage optim",
+    "ops ": "backends reading_log registered",
+    "layer": "config huge_pages query keys values gate decoding memory usage optim combined",
     "lm": "config evaluation speed huggingface build recall inspection autoload",
     "training": "recipe reading files checkpoint state saved journal trainer prepare run",
     "experiments": "benchmarks environment plots page family results costs claims grid report demo",

@@ -26,6 +26,7 @@ from pkmem.lm.huggingface import PkmemForCausalLM
 
 NAMES = {
     "_attn_implementation",  # of a config: how the decoder given attends
+    "_clip_grad_norm",  # of Trainer: clips before a step
     "_experts_implementation",  # of a config: how its experts are run
     "_is_hf_initialized",  # of a module: its weights are drawn already
     "_load_optimizer_and_scheduler",  # of Trainer: reads its part of a checkpoint
@@ -83,6 +84,10 @@ class Watched(Trainer):
         self.asked: dict[str, object] = {}
         super().__init__(decoder(), arguments, train_dataset=[{"input_ids": [1, 2], "labels": [1, 2]}] * 2)
 
+    def _clip_grad_norm(self, model: nn.Module) -> torch.Tensor:
+        self.asked["_clip_grad_norm"] = None
+        return torch.zeros(())
+
     def _save_checkpoint(self, model: nn.Module, trial: object) -> None:
         self.asked["_save_checkpoint"] = None
 
@@ -98,6 +103,12 @@ def test_the_trainer_saves_by_save_checkpoint_and_by_nothing_else(tmp_path: Path
     trainer.train()
     assert "_save_checkpoint" in trainer.asked
     assert not list(tmp_path.glob("checkpoint*"))
+
+
+def test_the_trainer_clips_by_clip_grad_norm(tmp_path: Path) -> None:
+    trainer = Watched(tmp_path, 1)
+    trainer.train()
+    assert "_clip_grad_norm" in trainer.asked
 
 
 @pytest.mark.parametrize("name", ["_load_optimizer_and_scheduler", "_load_rng_state"])

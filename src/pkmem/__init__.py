@@ -23,8 +23,8 @@ from pkmem.layer.config import MemoryConfig
 from pkmem.lm import autoload
 
 if TYPE_CHECKING:
+    from pkmem.layer.combined import CombinedOptimizer as CombinedOptimizer
     from pkmem.layer.memory import ProductKeyMemory as ProductKeyMemory
-    from pkmem.layer.optim import CombinedOptimizer as CombinedOptimizer
     from pkmem.layer.optim import RowAdam as RowAdam
     from pkmem.layer.usage import MemoryUsage as MemoryUsage
     from pkmem.lm.huggingface import add_memory as add_memory
@@ -39,7 +39,7 @@ _contents = {
     "ProductKeyMemory": "pkmem.layer.memory",
     "MemoryUsage": "pkmem.layer.usage",
     "RowAdam": "pkmem.layer.optim",
-    "CombinedOptimizer": "pkmem.layer.optim",
+    "CombinedOptimizer": "pkmem.layer.combined",
     "product_key_topk": "pkmem.ops",
     "row_products": "pkmem.ops",
     "weighted_sum": "pkmem.ops",

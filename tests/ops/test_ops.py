@@ -1,5 +1,6 @@
 """The operators: against brute force, against the reference, and as citizens of torch."""
 
+import gc
 from collections.abc import Callable
 from types import SimpleNamespace
 
@@ -13,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 import oracle
 from pkmem.ops import choose_backend, flat_topk, prepare, product_key_topk, reference, row_products, weighted_sum
-from pkmem.ops.reading_log import ReadLog
+from pkmem.ops.reading_log import ReadLog, RowGradient
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FP32_EPS = 2.0**-24
@@ -453,6 +454,13 @@ def test_slots_and_gradients_are_bit_identical_in_two_runs(backend: str) -> None
 # --- torch.library, autocast, checkpointing, compile ------------------------------------------------------
 
 
+def opcheck_logged(operator: torch._ops.OpOverload, arguments: tuple) -> None:
+    """All of opcheck; its comparison with compiled gradients with a frozen table, whose reads go another way there."""
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(operator, arguments, test_utils=checks)
+    torch.library.opcheck(operator, (arguments[0].detach(), *arguments[1:]), test_utils="test_aot_dispatch_dynamic")
+
+
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # opcheck reads it
 @pytest.mark.parametrize("num_tokens", [0, 5])
 @by_dtype
@@ -460,15 +468,15 @@ def test_opcheck(backend: str, dtype: torch.dtype, num_tokens: int) -> None:
     query, sub_keys = (leaf(tensor.to(dtype)) for tensor in topk_inputs(num_tokens, 2, 6, 5))
     values, slots, weights = bag_inputs(11, 3, num_tokens, 4)
     bag = leaf(values.to(dtype)), slots, leaf(weights.to(dtype))
-    log = ReadLog()
+    log = ReadLog(bag[0])
     operators = torch.ops.pkmem
     torch.library.opcheck(operators.product_key_topk.default, (query, sub_keys, 3, backend))
     torch.library.opcheck(operators.flat_topk.default, (query, sub_keys[:, 0].repeat(1, 1, 2), 3, backend))
     torch.library.opcheck(operators.weighted_sum.default, (*bag, backend))
-    torch.library.opcheck(operators.weighted_sum_logged.default, (*bag, log.counter, log.handle, backend))
+    opcheck_logged(operators.weighted_sum_logged.default, (*bag, log.counter, log.handle, backend))
     products = bag[0], slots, leaf(torch.randn(num_tokens, 3).to(dtype))
     torch.library.opcheck(operators.row_products.default, (*products, backend))
-    torch.library.opcheck(operators.row_products_logged.default, (*products, log.counter, log.handle, backend))
+    opcheck_logged(operators.row_products_logged.default, (*products, log.counter, log.handle, backend))
 
 
 @pytest.mark.parametrize("num_tokens", [0, 5])
@@ -494,15 +502,16 @@ def memory(backend: str, query: Tensor, sub_keys: Tensor, values: Tensor, log: R
     return weighted_sum(values, slots.flatten(1), weights.flatten(1), log=log, backend=backend)
 
 
-def results(run: Callable[..., Tensor], backend: str, log: ReadLog | None, n: int = 5) -> SimpleNamespace:
+def results(run: Callable[..., Tensor], backend: str, logged: bool, n: int = 5) -> SimpleNamespace:
     """Output, gradients and logged reads of a memory that `run` runs, from the same start every time."""
     torch.manual_seed(n)
     leaves = [leaf(torch.randn(shape)) for shape in ((n, 2, 6), (2, 2, 5, 3), (25, 4))]
+    log = ReadLog(leaves[2]) if logged else None
     output = run(backend, *leaves, log)
     output.square().sum().backward()
     return SimpleNamespace(
         output=output.detach(),
-        grads=[tensor.grad for tensor in leaves if tensor.grad is not None],
+        grads=[tensor.grad.to_dense() for tensor in leaves],
         reads=[tensor for entry in (log.entries if log else []) for tensor in entry],
     )
 
@@ -518,33 +527,43 @@ def test_autocast_changes_neither_results_nor_gradients(backend: str) -> None:
         with torch.autocast("cpu", dtype=torch.bfloat16):
             return memory(*args)
 
-    assert_same_results(results(autocast_memory, backend, None), results(memory, backend, None))
+    assert_same_results(results(autocast_memory, backend, False), results(memory, backend, False))
 
 
 @pytest.mark.parametrize("logged", [False, True])
 def test_checkpointing_gives_the_same_gradients_and_logs_reads_once(backend: str, logged: bool) -> None:
-    log = ReadLog() if logged else None
-    checkpointed = results(lambda *args: checkpoint(memory, *args, use_reentrant=False), backend, log)
-    assert_same_results(checkpointed, results(memory, backend, ReadLog() if logged else None))
+    checkpointed = results(lambda *args: checkpoint(memory, *args, use_reentrant=False), backend, logged)
+    assert_same_results(checkpointed, results(memory, backend, logged))
     assert len(checkpointed.reads) == (3 if logged else 0)
-    assert len(checkpointed.grads) == (2 if logged else 3)
 
 
 def test_compile_gives_the_same_gradients_for_every_length(backend: str) -> None:
     compiled = torch.compile(memory, fullgraph=True, backend="aot_eager")
     for n in (5, 7, 1, 0):
-        assert_same_results(results(compiled, backend, None, n), results(memory, backend, None, n))
+        assert_same_results(results(compiled, backend, False, n), results(memory, backend, False, n))
 
 
-def test_compile_logs_each_backward_once_in_the_log_it_was_given(backend: str) -> None:
+def test_compile_adds_each_backward_once_to_the_gradient_of_the_log_it_was_given(backend: str) -> None:
     compiled = torch.compile(memory, fullgraph=True, backend="aot_eager")
-    logs = ReadLog(), ReadLog()
-    for log in logs:
-        assert_same_results(results(compiled, backend, log), results(memory, backend, ReadLog()))
-    assert [len(log.entries) for log in logs] == [1, 1]
-    assert [log.counter.item() for log in logs] == [1, 1]
-    results(compiled, backend, logs[0])
+    for _ in range(2):
+        assert_same_results(results(compiled, backend, True), results(memory, backend, True))
+    query, sub_keys = topk_inputs(4, 2, 6, 5)
+    values = [leaf(torch.randn(25, 4)) for _ in range(2)]
+    logs = [ReadLog(weight) for weight in values]
+    for which in (0, 1, 0):
+        compiled(backend, query, sub_keys, values[which], logs[which]).sum().backward()
     assert [len(log.entries) for log in logs] == [2, 1]
+    assert [log.counter.item() for log in logs] == [2, 1]
+
+
+def test_compiled_code_whose_log_is_gone_says_so(backend: str) -> None:
+    values = leaf(torch.randn(25, 4))
+    log = ReadLog(values)
+    output = torch.compile(memory, fullgraph=True, backend="aot_eager")(backend, *topk_inputs(4, 2, 6, 5), values, log)
+    del log
+    gc.collect()
+    with pytest.raises(RuntimeError, match="RowAdam that trained this table is gone since the forward pass"):
+        output.sum().backward()
 
 
 # --- which gradients are made -----------------------------------------------------------------------------
@@ -552,12 +571,14 @@ def test_compile_logs_each_backward_once_in_the_log_it_was_given(backend: str) -
 
 def test_a_log_takes_the_gradient_of_values(backend: str) -> None:
     values, slots, weights = bag_inputs(11, 3, 6, 4)
-    logged, dense, log = leaf(values), leaf(values), ReadLog()
+    logged, dense = leaf(values), leaf(values)
+    log = ReadLog(logged)
     grad_output = torch.randn(6, 3)
     logged_grad = leaf(weights), leaf(weights)
     weighted_sum(logged, slots, logged_grad[0], log=log, backend=backend).backward(grad_output)
     weighted_sum(dense, slots, logged_grad[1], backend=backend).backward(grad_output)
-    assert logged.grad is None
+    assert isinstance(logged.grad, RowGradient)
+    assert torch.equal(logged.grad.to_dense(), dense.grad)
     assert torch.equal(logged_grad[0].grad, logged_grad[1].grad)
     [entry] = log.entries
     assert all(torch.equal(*pair) for pair in zip(entry, (slots, weights, grad_output), strict=True))
@@ -565,19 +586,20 @@ def test_a_log_takes_the_gradient_of_values(backend: str) -> None:
 
 def test_every_backward_pass_is_logged(backend: str) -> None:
     values, slots, weights = bag_inputs(11, 3, 6, 4)
-    log = ReadLog()
-    summed = weighted_sum(leaf(values), slots, weights, log=log, backend=backend)
+    values = leaf(values)
+    log = ReadLog(values)
+    summed = weighted_sum(values, slots, weights, log=log, backend=backend)
     summed.sum().backward(retain_graph=True)
     summed.sum().backward()
     assert len(log.entries) == 2
-    assert log.counter.item() == 2
 
 
 def test_logged_reads_survive_writing_over_what_was_logged(backend: str) -> None:
     values, slots, weights = bag_inputs(11, 3, 6, 4)
-    grad_output, log = torch.randn(6, 3), ReadLog()
+    values, grad_output = leaf(values), torch.randn(6, 3)
+    log = ReadLog(values)
     before = [tensor.clone() for tensor in (slots, weights, grad_output)]
-    weighted_sum(leaf(values), slots, weights, log=log, backend=backend).backward(grad_output)
+    weighted_sum(values, slots, weights, log=log, backend=backend).backward(grad_output)
     for tensor in (slots, weights, grad_output):
         tensor.zero_()
     assert all(torch.equal(*pair) for pair in zip(log.entries[0], before, strict=True))
@@ -585,8 +607,9 @@ def test_logged_reads_survive_writing_over_what_was_logged(backend: str) -> None
 
 def test_values_learn_while_weights_are_frozen(backend: str) -> None:
     values, slots, weights = bag_inputs(11, 3, 6, 4)
-    log, dense, grad_output = ReadLog(), leaf(values), torch.randn(6, 3)
-    weighted_sum(leaf(values), slots, weights, log=log, backend=backend).backward(grad_output)
+    logged, dense, grad_output = leaf(values), leaf(values), torch.randn(6, 3)
+    log = ReadLog(logged)
+    weighted_sum(logged, slots, weights, log=log, backend=backend).backward(grad_output)
     weighted_sum(dense, slots, weights, backend=backend).backward(grad_output)
     assert len(log.entries) == 1
     truth, _ = oracle.weighted_sum_gradients(values, slots, weights, grad_output)
@@ -597,7 +620,7 @@ def test_frozen_values_get_no_gradient_and_no_reads(backend: str) -> None:
     values, slots, weights = bag_inputs(11, 3, 6, 4)
     grad_output = torch.randn(6, 3)
     _, truth = oracle.weighted_sum_gradients(values, slots, weights, grad_output)
-    for log in (None, ReadLog()):
+    for log in (None, ReadLog(values)):
         learned = leaf(weights)
         weighted_sum(values, slots, learned, log=log, backend=backend).backward(grad_output)
         assert close(learned.grad, truth, 1e-6)
@@ -607,9 +630,10 @@ def test_frozen_values_get_no_gradient_and_no_reads(backend: str) -> None:
 
 def test_nothing_is_logged_without_gradients(backend: str) -> None:
     values, slots, weights = bag_inputs(11, 3, 6, 4)
-    log = ReadLog()
+    values = leaf(values)
+    log = ReadLog(values)
     with torch.no_grad():
-        summed = weighted_sum(leaf(values), slots, leaf(weights), log=log, backend=backend)
+        summed = weighted_sum(values, slots, leaf(weights), log=log, backend=backend)
     assert not summed.requires_grad
     assert log.entries == []
 
@@ -671,7 +695,7 @@ def test_weighted_sum_names_a_slot_outside_the_table(backend: str, slot: int, lo
     values, slots, weights = bag_inputs(7, 3, 4, 2)
     slots[2, 1] = slot
     with pytest.raises(ValueError, match=rf"\b{slot}\b.*\[0, m = 7\)" if slot >= 0 else rf"{slot} .*m = 7\)"):
-        weighted_sum(values.to(dtype), slots, weights, log=ReadLog() if logged else None, backend=backend)
+        weighted_sum(values.to(dtype), slots, weights, log=ReadLog(values) if logged else None, backend=backend)
 
 
 @pytest.mark.parametrize("slots_dtype", [torch.int32, torch.int16, torch.uint8, torch.bool, torch.float32])
@@ -683,7 +707,7 @@ def test_weighted_sum_refuses_slots_that_are_not_int64(
     values, slots, weights = bag_inputs(2, 2, 2, 2)  # small enough for uint8 and bool slots to pass for a mask
     with pytest.raises(ValueError, match=f"slots are {slots_dtype} but must be torch.int64"):
         weighted_sum(
-            values.to(dtype), slots.to(slots_dtype), weights, log=ReadLog() if logged else None, backend=backend
+            values.to(dtype), slots.to(slots_dtype), weights, log=ReadLog(values) if logged else None, backend=backend
         )
 
 
@@ -784,11 +808,12 @@ def test_hidden_states_may_have_another_dtype_than_the_rows(
 
 
 def test_a_log_takes_the_gradient_of_the_rows(backend: str) -> None:
-    log, (table, slots, x) = ReadLog(), product_inputs(11, 6, 7, 4)
+    table, slots, x = product_inputs(11, 6, 7, 4)
     table, x = leaf(table), leaf(x)
+    log = ReadLog(table)
     grad_output = torch.randn(7, 4)
     row_products(table, slots, x, log=log, backend=backend).backward(grad_output)
-    assert table.grad is None
+    assert isinstance(table.grad, RowGradient)
     by_row = oracle.row_gradients([(slots, grad_output, x)])
     ((kept_slots, kept_weights, kept_x),) = log.entries
     assert all(torch.equal(*pair) for pair in ((kept_slots, slots), (kept_weights, grad_output), (kept_x, x)))
@@ -809,7 +834,7 @@ def test_row_products_name_the_shapes_that_disagree(table: tuple, slots: tuple, 
 @pytest.mark.parametrize("logged", [False, True])
 def test_row_products_name_slots_that_are_no_rows(backend: str, logged: bool) -> None:
     table, slots, x = product_inputs(7, 3, 4, 2)
-    log = ReadLog() if logged else None
+    log = ReadLog(table) if logged else None
     with pytest.raises(ValueError, match=r"slots reach from 0 to 7: outside \[0, m = 7\)"):
         row_products(table, torch.tensor([[0, 7]] * 4), x, log=log, backend=backend)
     with pytest.raises(ValueError, match=r"slots are torch\.int32 but must be torch\.int64"):

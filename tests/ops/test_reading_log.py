@@ -1,8 +1,7 @@
 """The reading log: grouping, lifetime, and what is computed from it row by row."""
 
-import copy
 import gc
-import pickle
+import warnings
 import weakref
 
 import numpy as np
@@ -14,8 +13,8 @@ from torch import Tensor
 
 import oracle
 from pkmem.ops import backend_module, reference, weighted_sum
-from pkmem.ops.arguments import AdamStep
-from pkmem.ops.reading_log import ReadLog, SortedReads
+from pkmem.ops.arguments import AdamStep, SortedReads
+from pkmem.ops.reading_log import ReadLog, Reads, RowGradient
 from pkmem.ops.reference import sort_reads
 
 Pass = tuple[Tensor, Tensor, Tensor]  # slots (n, b), weights (n, b), grad_output (n, v)
@@ -64,39 +63,145 @@ def test_a_row_read_by_many_keeps_the_order_of_reading() -> None:
     assert torch.equal(reads.tokens, torch.arange(150).repeat_interleave(8))
 
 
-def test_reads_of_a_log_are_those_of_all_its_passes() -> None:
-    passes = [random_pass(9, 3, n, b) for n, b in ((4, 2), (0, 3), (5, 0), (1, 6))]
-    log = ReadLog()
-    for entry in passes:
-        log.append(*entry)
-    truth = dense(oracle.row_gradients(passes), 9, 3)
-    computed = reference.weighted_sum_grad_values(log.sorted(sort_reads, 9), 9)
-    assert np.abs(oracle.fp64(computed) - truth).max() <= 1e-12
+# --- a gradient that is its reads -------------------------------------------------------------------------
 
 
-def test_a_log_without_reads_has_nothing_to_sort() -> None:
-    log = ReadLog()
-    assert log.sorted(sort_reads, 9) is None
-    log.append(*random_pass(9, 3, 0, 4))
-    log.append(*random_pass(9, 3, 4, 0))
-    assert log.sorted(sort_reads, 9) is None
+def gradient_and_truth(backend: str, *sizes: tuple[int, int]) -> tuple[Tensor, RowGradient, Tensor]:
+    """A table (9, 3), and what passes of sizes (n, b) give it: as reads, and as numbers by the oracle."""
+    table = torch.randn(9, 3, dtype=torch.float64)
+    passes = [random_pass(9, 3, n, b) for n, b in sizes]
+    gradient = RowGradient(table, Reads(9, backend, passes))
+    truth = dense(oracle.row_gradients(passes), 9, 3) if passes else np.zeros((9, 3))
+    return table, gradient, torch.from_numpy(truth)
 
 
-def test_a_cleared_log_has_forgotten_its_reads() -> None:
-    log = ReadLog()
-    entry = random_pass(9, 3, 4, 2)
+def assert_close(computed: Tensor, truth: Tensor) -> None:
+    torch.testing.assert_close(computed, truth, rtol=1e-12, atol=1e-12)
+
+
+def test_it_is_the_sum_of_all_passes(backend: str) -> None:
+    _, gradient, truth = gradient_and_truth(backend, (4, 2), (0, 3), (5, 0), (1, 6))
+    assert_close(gradient.to_dense(), truth)
+    assert_close(gradient.clone().to_dense(), truth)
+    assert_close(gradient.detach().to_dense(), truth)
+    assert repr(gradient) == "RowGradient((9, 3), 4 backward passes, dtype=torch.float64)"
+    assert (gradient.shape, gradient.dtype, gradient.device) == (truth.shape, truth.dtype, truth.device)
+
+
+def test_without_reads_it_is_zero(backend: str) -> None:
+    for sizes in ((), ((0, 4), (4, 0))):
+        _, gradient, truth = gradient_and_truth(backend, *sizes)
+        assert gradient.reads.sorted() is None
+        assert torch.equal(gradient.to_dense(), truth)
+        assert not truth.any()
+        assert torch.linalg.vector_norm(gradient) == 0
+        assert gradient.reads.is_finite()
+
+
+OPERATIONS = {
+    "scaled by a number": lambda g, _: g * 0.3,
+    "scaled by a tensor": lambda g, _: g * torch.tensor(0.3),
+    "divided": lambda g, _: g / 4.0,
+    "scaled in place": lambda g, _: g.mul_(torch.tensor(-0.3)),
+    "scaled twice": lambda g, _: g.div_(3.0).mul_(2.0),
+    "zeroed": lambda g, _: g.zero_(),
+    "added": lambda g, other: g + other,
+    "added in place": lambda g, other: g.add_(other),
+    "added to one scaled": lambda g, other: g.mul_(0.3).add_(other),
+    "added with a factor": lambda g, other: g.add(other, alpha=2.0),
+    "subtracted": lambda g, other: g - other,
+    "copied": lambda g, other: g.copy_(other),
+    "norm": lambda g, _: torch.linalg.vector_norm(g),
+    "norm of a scaled one": lambda g, _: torch.linalg.vector_norm(g.mul_(-0.3)),
+    "largest": lambda g, _: torch.linalg.vector_norm(g, float("inf")),
+    "norm by rows": lambda g, _: torch.linalg.vector_norm(g, dim=1),
+    "absolute": lambda g, _: g.abs(),
+    "several": lambda g, other: torch._foreach_norm([g, other])[0],
+    "several in place": lambda g, other: (torch._foreach_mul_([g, other], 0.5), g)[1],
+    "in another dtype": lambda g, _: g.float(),
+}
+
+
+@pytest.mark.parametrize("other_is", ["reads", "dense"])
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_what_is_done_to_it_is_what_is_done_to_the_numbers(operation: str, other_is: str, backend: str) -> None:
+    _, gradient, truth = gradient_and_truth(backend, (4, 2), (3, 5))
+    _, other, other_truth = gradient_and_truth(backend, (2, 2))
+    done = OPERATIONS[operation](gradient, other if other_is == "reads" else other_truth.clone())
+    expected = OPERATIONS[operation](truth.clone(), other_truth.clone())
+    assert done.shape == expected.shape
+    torch.testing.assert_close(
+        done.to_dense(), expected, rtol=1e-6 if expected.dtype == torch.float32 else 1e-12, atol=1e-12
+    )
+
+
+def test_what_would_write_numbers_into_it_is_refused() -> None:
+    _, gradient, truth = gradient_and_truth("reference", (4, 2))
+    rows = torch.tensor([0, 1])
+    for write in (
+        lambda g: g.clamp_(-1, 1),
+        lambda g: torch._foreach_clamp_min_([g], 0.0),
+        lambda g: g.index_fill_(0, rows, 0.0),
+        lambda g: g.__setitem__(rows, 0.0),
+    ):
+        with pytest.raises(TypeError, match="would write into the gradient of a table that a living RowAdam trains"):
+            write(gradient)
+    for write in (lambda g: g[0].zero_(), lambda g: g.__setitem__(slice(3), 0.0)):
+        with pytest.raises(TypeError, match="could not be written to, since it is kept as its reads"):
+            write(gradient)
+    assert_close(gradient.to_dense(), truth)
+
+
+def test_a_view_is_the_same_gradient_and_a_copy_is_not() -> None:
+    _, gradient, truth = gradient_and_truth("reference", (4, 2))
+    copied, view = gradient.clone(), gradient.detach()
+    gradient.mul_(2.0)
+    assert_close(view.to_dense(), 2 * truth)
+    assert_close(copied.to_dense(), truth)
+    gradient.add_(copied)
+    assert_close(view.to_dense(), 3 * truth)
+    assert_close(copied.to_dense(), truth)
+
+
+def test_forgotten_reads_are_freed() -> None:
+    table, entry = torch.randn(9, 3, requires_grad=True), random_pass(9, 3, 4, 2)
     freed = weakref.ref(entry[2])
-    log.append(*entry)
+    table.grad = RowGradient(table, Reads(9, "reference", [entry]))
+    table.grad = table.grad.add_(torch.ones(9, 3))
     del entry
-    log.clear()
-    assert log.sorted(sort_reads, 9) is None
+    table.grad = None
+    gc.collect()
     assert freed() is None
 
 
-def test_the_log_of_accumulated_and_shared_reads_sums_to_the_dense_gradient(backend: str) -> None:
+@pytest.mark.parametrize("value", [torch.inf, torch.nan])
+def test_a_loss_scaler_finds_what_is_not_finite_and_unscales_the_rest(value: float, backend: str) -> None:
+    for bad in (None, value):
+        _, gradient, truth = gradient_and_truth(backend, (4, 2), (3, 5))
+        plain, found, inverse = torch.ones(3), torch.zeros(1), torch.full((1,), 0.25)
+        if bad is not None:
+            gradient.reads.entries[0][2][1, 2] = bad
+        torch._amp_foreach_non_finite_check_and_unscale_([plain, gradient], found, inverse)
+        assert found.item() == (bad is not None)
+        assert plain.tolist() == [0.25] * 3
+        if bad is None:
+            assert_close(gradient.to_dense(), truth / 4)
+
+
+def test_many_passes_that_nobody_takes_are_told_of_once() -> None:
+    _, gradient, _ = gradient_and_truth("reference", (1, 1))
+    one = gradient.clone()
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for _ in range(1500):
+            gradient.add_(one)
+    assert [str(warning.message)[:53] for warning in told] == ["the reads of 1000 backward passes wait for RowAdam.st"]
+
+
+def test_accumulated_and_shared_reads_sum_to_the_dense_gradient(backend: str) -> None:
     table = torch.randn(9, 3, dtype=torch.float64)
     logged, accumulated = table.clone().requires_grad_(), table.clone().requires_grad_()
-    log = ReadLog()
+    log = ReadLog(logged)
     for micro_batch in range(2):
         for values, its_log in ((logged, log), (accumulated, None)):
             torch.manual_seed(micro_batch)
@@ -104,47 +209,55 @@ def test_the_log_of_accumulated_and_shared_reads_sums_to_the_dense_gradient(back
                 weighted_sum(values, *random_pass(9, 3, n, b)[:2], log=its_log, backend=backend)
                 for n, b in ((4, 5), (7, 2))  # two layers that share the table
             ]
-            sum(output.square().sum() for output in outputs).backward()
-    assert len(log.entries) == 4
-    gradient = backend_module(backend).weighted_sum_grad_values(log.sorted(sort_reads, 9), 9)
-    torch.testing.assert_close(gradient, accumulated.grad, rtol=1e-12, atol=1e-12)
+            penalty = values[:2].square().sum()  # read by other means, too
+            (sum(output.square().sum() for output in outputs) + penalty * micro_batch).backward()
+    assert_close(logged.grad.to_dense(), accumulated.grad)
 
 
-# --- lifetime ---------------------------------------------------------------------------------------------
+# --- what autograd does with it ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "duplicate", [copy.deepcopy, copy.copy, lambda log: pickle.loads(pickle.dumps(log))], ids=["deep", "flat", "pickle"]
-)
-def test_a_copy_is_an_empty_log_with_a_handle_of_its_own(duplicate) -> None:
-    log = ReadLog()
-    log.append(*random_pass(9, 3, 4, 2))
-    log.counter.add_(1)
-    twin = duplicate(log)
-    assert twin.handle != log.handle
-    assert twin.entries == []
-    assert twin.counter.item() == 0
-    assert (len(log.entries), log.counter.item()) == (1, 1)
-    assert ReadLog.of(twin.handle) is twin
-    assert ReadLog.of(log.handle) is log
+def loss_of(values: Tensor, log: ReadLog | None, x: Tensor) -> Tensor:
+    torch.manual_seed(3)
+    slots = random_pass(9, 3, 4, 5)[0]
+    return (weighted_sum(values, slots, x, log=log) ** 2).sum()
 
 
-def test_a_deepcopied_structure_shares_its_new_log_as_the_old_one_did() -> None:
-    log = ReadLog()
-    first, second = copy.deepcopy([log, log])
-    assert first is second
+def test_a_gradient_asked_for_leaves_none_behind() -> None:
+    values, x = torch.randn(9, 3, dtype=torch.float64, requires_grad=True), torch.randn(4, 5).double().requires_grad_()
+    log, dense_values = ReadLog(values), values.detach().clone().requires_grad_()
+    asked = torch.autograd.grad(loss_of(values, log, x), (values, x))
+    expected = torch.autograd.grad(loss_of(dense_values, None, x), (dense_values, x))
+    for ours, theirs in zip(asked, expected, strict=True):
+        assert_close(ours.to_dense(), theirs)
+    loss_of(values, log, x).backward(inputs=[x])
+    assert values.grad is None  # nothing that a later step would train on
+
+
+def test_hooks_see_it_and_may_change_it() -> None:
+    values, x = torch.randn(9, 3, dtype=torch.float64, requires_grad=True), torch.randn(4, 5).double()
+    log, dense_values, seen = ReadLog(values), values.detach().clone().requires_grad_(), []
+    values.register_hook(lambda gradient: gradient * 0.5)
+    values.register_post_accumulate_grad_hook(lambda weight: seen.append(weight.grad))
+    for _ in range(2):
+        loss_of(values, log, x).backward()
+        loss_of(dense_values, None, x).backward()
+    assert_close(values.grad.to_dense(), dense_values.grad / 2)
+    assert seen[-1] is values.grad
 
 
 def test_a_handle_dies_with_its_log() -> None:
-    log = ReadLog()
+    values = torch.randn(9, 3, requires_grad=True)
+    log = ReadLog(values)
     handle, died = log.handle, weakref.ref(log)
-    weighted_sum(torch.randn(5, 2, requires_grad=True), *random_pass(5, 2, 3, 2)[:2], log=log).sum().backward()
+    loss_of(values, log, torch.randn(4, 5)).backward()
+    assert ReadLog.of(handle) is log
     del log
     gc.collect()
     assert died() is None
-    with pytest.raises(KeyError, match=str(handle)):
+    with pytest.raises(RuntimeError, match="RowAdam that trained this table is gone"):
         ReadLog.of(handle)
-    assert ReadLog().handle != handle
+    assert ReadLog(values).handle != handle
 
 
 # --- row by row -------------------------------------------------------------------------------------------

@@ -1,8 +1,9 @@
-"""Training a value table at the cost of its reads: RowAdam, and its union with any torch optimizer."""
+"""Training a value table at the cost of its reads: RowAdam."""
 
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -14,38 +15,42 @@ from pkmem.layer.config import require
 from pkmem.layer.huge_pages import prefer_huge_pages
 from pkmem.layer.values import Table, tables_in
 from pkmem.ops.arguments import AdamStep
-from pkmem.ops.backends import Backend, backend_module, choose_backend
-from pkmem.ops.reading_log import ReadLog, SortedReads
+from pkmem.ops.backends import backend_module, choose_backend
+from pkmem.ops.reading_log import ReadLog, Reads, RowGradient, reads_of
 
 
 class RowAdam(Optimizer):
     """Adam on the rows of value tables that were read since the last step.
 
-    From its construction on, its tables keep a reading log instead of a dense gradient (`.grad` stays
-    None): a step costs the reads, not the table, over any number of micro-batches and layers that share a
-    table. A row not read is left bitwise as it was; the bias correction counts all steps. Equals
-    `torch.optim.SparseAdam` on the sparse gradient. No weight decay.
+    While it lives, the gradient of its tables is kept as their reads, over any number of micro-batches and layers that
+    share a table: a step costs the reads, not the table. To torch it is a `.grad` like any other, so `zero_grad` of any
+    module or optimizer forgets it, `clip_grad_norm_` clips it and `GradScaler` unscales it. When the RowAdam is gone,
+    and in every copy of a table, gradients are dense again.
+    A row not read is left bitwise as it was; the bias correction counts all steps. Equals `torch.optim.SparseAdam` on
+    the sparse gradient. No weight decay.
     Where a row not read should move on as its moments say, use `torch.optim.Adam` on the dense gradient instead.
 
     A bf16 table is rounded up or down at random with the chances that keep the mean, since a step of lr 1e-4 is
     lost when rounded to nearest; so are bf16 moments. An fp16 table is rounded to nearest: keep its lr high.
 
     Args:
-        tables: a module whose tables to train (a memory, a model), a `ValueTable`, or an iterable of these.
+        tables: a module whose tables to train (a memory, a model), a `ValueTable`, an iterable of these, or an iterable
+            of groups `{"params": a module or several, "lr": ...}` with options of their own.
         lr: learning rate, > 0; the paper's for values is 1e-3.
         betas: decay of the two moments, each in [0, 1).
         eps: added to the root of the second moment, > 0.
         max_norm: clip the norm of all tables' gradients together to this, > 0; None does not clip.
         moment_dtype: torch.float32 or torch.bfloat16, which halves the moments; None is fp32 (fp64 for fp64 tables).
-        seed: of the random rounding, >= 0; the same when resuming makes the same bits.
+        seed: of the random rounding, >= 0; saved and restored with the state.
 
     Raises:
-        ValueError: no table found, or a number outside its range.
+        ValueError: no table found, a table that is frozen or computed from other tensors, a parameter that is no table,
+            an option that is not one of Adam's by rows, or a number outside its range.
     """
 
     def __init__(
         self,
-        tables: nn.Module | Iterable[nn.Module],
+        tables: nn.Module | Iterable[nn.Module] | Iterable[dict[str, Any]],
         lr: float = 1e-3,
         betas: tuple[float, float] = (0.9, 0.98),
         eps: float = 1e-8,
@@ -54,24 +59,43 @@ class RowAdam(Optimizer):
         moment_dtype: torch.dtype | None = None,
         seed: int = 0,
     ) -> None:
-        require(lr > 0, "lr", lr, "> 0")
-        require(all(0 <= beta < 1 for beta in betas), "betas", betas, "in [0, 1)")
-        require(eps > 0, "eps", eps, "> 0")
         require(max_norm is None or max_norm > 0, "max_norm", max_norm, "None or > 0")
         dtypes = (None, torch.float32, torch.bfloat16)
         require(moment_dtype in dtypes, "moment_dtype", moment_dtype, "None, torch.float32 or torch.bfloat16")
-        require(seed >= 0, "seed", seed, ">= 0")
-        modules = [tables] if isinstance(tables, nn.Module) else list(tables)
-        self._tables = list(dict.fromkeys(table for module in modules for table in tables_in(module)))
-        if not self._tables:
-            raise ValueError("no value table found: give RowAdam a ProductKeyMemory or a model with one")
-        super().__init__([table.weight for table in self._tables], {"lr": lr, "betas": tuple(betas), "eps": eps})
         self.max_norm = max_norm
         self.moment_dtype = moment_dtype
-        self.seed = seed
-        self._num_skipped = torch.zeros((), dtype=torch.int64)
-        for table in self._tables:
-            table.log = table.log or ReadLog()
+        self._owned: list[tuple[Table, ReadLog]] = []
+        given = [tables] if isinstance(tables, nn.Module) else list(tables)
+        groups: list[Any] = given if given and isinstance(given[0], dict) else [{"params": given}]
+        super().__init__(groups, {"lr": lr, "betas": tuple(betas), "eps": eps, "seed": seed})
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Trains further tables, with options of their own.
+
+        Args:
+            param_group: "params", a module or several, whose tables to train, and any of lr, betas, eps and seed.
+
+        Raises:
+            ValueError: as the constructor.
+        """
+        modules = param_group["params"]
+        modules = [modules] if isinstance(modules, nn.Module | Tensor) else list(modules)
+        _check_options({**self.defaults, **param_group})
+        for module in modules:
+            if not isinstance(module, nn.Module):
+                raise ValueError(
+                    f"RowAdam trains value tables but was given a {type(module).__name__}: give it the memory or its "
+                    "ValueTable, and other parameters to another optimizer (pkmem.CombinedOptimizer joins the two)"
+                )
+        tables = dict.fromkeys(table for module in modules for table in tables_in(module))
+        if not tables:
+            raise ValueError("no value table found: give RowAdam a ProductKeyMemory or a model with one")
+        for table in tables:
+            _check_trainable(table)
+        weights = list(dict.fromkeys(table.weight for table in tables))
+        super().add_param_group({**param_group, "params": weights})
+        for table in tables:
+            self._own(table)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -84,82 +108,104 @@ class RowAdam(Optimizer):
 
         Returns:
             The closure's loss, if one is given.
+
+        Raises:
+            RuntimeError: a table was given to another RowAdam since, or another weight.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        reads = self._sorted_reads()
-        scale = self._scale(reads)
-        self._num_skipped = self._num_skipped.to(scale.device) + ~scale.isfinite()
-        for table in self._tables:
-            self._update(table, reads.get(table), scale)
+        for table, log in self._owned:
+            _check_owner(table, log)
+        reads = self._reads()
+        clip = self._clip(list(reads.values()))
+        for group in self.param_groups:
+            for weight in group["params"]:
+                self._update(weight, group, reads.get(weight), clip)
         self.zero_grad()
         return loss
 
     @property
     def num_skipped(self) -> int:
         """Steps left out because a gradient was not finite."""
-        return int(self._num_skipped)
+        return max((int(state["num_skipped"]) for state in self.state.values()), default=0)
 
     def grad_norm(self) -> float:
         """Euclidean norm of the gradient of all tables together, over the reads so far."""
-        return self._norm(self._sorted_reads()).item()
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forgets the reads since the last step."""
-        super().zero_grad(set_to_none)
-        for table in self._tables:
-            assert table.log is not None
-            table.log.clear()
+        return _norm(list(self._reads().values())).item()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores what `state_dict` gave, the moments in `moment_dtype` where torch would take the table's dtype."""
-        super().load_state_dict(state_dict)
-        saved = [index for group in state_dict["param_groups"] for index in group["params"]]
+        loaded: list[dict[str, Any]] = []
+        last = self.register_load_state_dict_pre_hook(lambda _, given: loaded.append(given))  # others may change it
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            last.remove()
+        saved = [index for group in loaded[0]["param_groups"] for index in group["params"]]
         for index, weight in zip(saved, self._weights(), strict=True):
+            if index not in loaded[0]["state"]:
+                continue
+            state, given = self.state[weight], {"num_skipped": torch.zeros(()), **loaded[0]["state"][index]}
             for name in ("exp_avg", "exp_avg_sq"):
-                if index in state_dict["state"]:
-                    moment = state_dict["state"][index][name]
-                    self.state[weight][name] = moment.to(weight.device, self._dtype_of_moments(weight))
-            if index in state_dict["state"]:
-                self.state[weight]["step"] = self.state[weight]["step"].to(weight.device)
+                state[name] = given[name].to(weight.device, self._dtype_of_moments(weight))
+            state["step"] = given["step"].to(weight.device)
+            state["num_skipped"] = given["num_skipped"].to(weight.device, torch.int64)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy or a pickle takes along: its tables too, which the copy then trains."""
+        own = {"max_norm": self.max_norm, "moment_dtype": self.moment_dtype, "tables": [t for t, _ in self._owned]}
+        return {**super().__getstate__(), **own}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        tables = state.pop("tables", None)  # None from load_state_dict, which sets the rest alone
+        super().__setstate__(state)
+        for group in self.param_groups:
+            group.setdefault("seed", 0)
+        if tables is not None:
+            self._owned = []
+            for table in tables:
+                self._own(table)
+
+    def _own(self, table: Table) -> None:
+        """From now on the table's gradient is its reads, and this optimizer's, until one of the two is gone."""
+        logs = {log.weight: log for _, log in self._owned}
+        log = logs.get(table.weight) or ReadLog(table.weight)
+        table.weight.grad, table.log = None, log
+        self._owned.append((table, log))
+        weakref.finalize(self, _disown, weakref.ref(table), log).atexit = False
 
     def _weights(self) -> list[Tensor]:
         return [weight for group in self.param_groups for weight in group["params"]]
 
-    def _sorted_reads(self) -> dict[Table, SortedReads]:
-        sorted_reads = {
-            table: table.log.sorted(_backend_of(table).sort_reads, table.weight.shape[0])
-            for table in self._tables
-            if table.log is not None
-        }
-        return {table: reads for table, reads in sorted_reads.items() if reads is not None}
+    def _reads(self) -> dict[Tensor, Reads]:
+        """The reads of each table that has any; a dense gradient, as of a penalty on the table, is read as one."""
+        backends = {log.weight: choose_backend(log.weight.device, table.backend) for table, log in self._owned}
+        read = {w: reads_of(w.grad, backends[w]) for w in self._weights() if w.grad is not None}
+        return {weight: reads for weight, reads in read.items() if reads.sorted() is not None}
 
-    def _norm(self, reads: dict[Table, SortedReads]) -> Tensor:
-        norms = [_backend_of(table).row_gradient_norm(some) for table, some in reads.items()]
-        return torch.stack(norms).norm() if norms else torch.zeros((), dtype=torch.float64)
-
-    def _scale(self, reads: dict[Table, SortedReads]) -> Tensor:
+    def _clip(self, reads: list[Reads]) -> Tensor:
         """Factor on the gradients, an fp64 scalar that stays on the device: NaN where they are not finite."""
         if self.max_norm is not None:
-            norm = self._norm(reads)
-            is_finite, scale = norm.isfinite(), (self.max_norm / (norm + 1e-6)).clamp(max=1.0)
+            norm = _norm(reads)
+            is_finite, clip = norm.isfinite(), (self.max_norm / (norm + 1e-6)).clamp(max=1.0)
         else:
-            are_finite = [_backend_of(table).gradient_is_finite(some) for table, some in reads.items()]
+            are_finite = [some.is_finite() for some in reads]
             is_finite = torch.stack(are_finite).all() if are_finite else torch.ones((), dtype=torch.bool)
-            scale = torch.ones_like(is_finite, dtype=torch.float64)
-        return torch.where(is_finite, scale, math.nan)
+            clip = torch.ones_like(is_finite, dtype=torch.float64)
+        return torch.where(is_finite, clip, math.nan)
 
-    def _update(self, table: Table, reads: SortedReads | None, scale: Tensor) -> None:
-        state, group = self._state_of(table.weight), self._group_of(table)
-        state["step"] += scale.isfinite()
-        if reads is not None:
-            update = AdamStep(group["lr"], group["betas"], group["eps"], state["step"], scale, self.seed)
-            _backend_of(table).adam_rows(table.weight, state["exp_avg"], state["exp_avg_sq"], reads, update)
-
-    def _group_of(self, table: Table) -> dict[str, Any]:
-        return next(group for group in self.param_groups if any(p is table.weight for p in group["params"]))
+    def _update(self, weight: Tensor, group: dict[str, Any], reads: Reads | None, clip: Tensor) -> None:
+        state = self._state_of(weight)
+        state["step"] += clip.isfinite()
+        state["num_skipped"] += ~clip.isfinite()
+        grouped = None if reads is None else reads.sorted()
+        if reads is not None and grouped is not None:
+            scale = clip * reads.factor
+            update = AdamStep(group["lr"], group["betas"], group["eps"], state["step"], scale, group["seed"])
+            backend = backend_module(reads.backend)
+            backend.adam_rows(weight, state["exp_avg"], state["exp_avg_sq"], grouped, update)
 
     def _dtype_of_moments(self, weight: Tensor) -> torch.dtype:
         return self.moment_dtype or torch.promote_types(weight.dtype, torch.float32)
@@ -169,71 +215,60 @@ class RowAdam(Optimizer):
         if not state:
             dtype = self._dtype_of_moments(weight)
             state["step"] = torch.zeros((), device=weight.device)
+            state["num_skipped"] = torch.zeros((), dtype=torch.int64, device=weight.device)
             for name in ("exp_avg", "exp_avg_sq"):
                 state[name] = prefer_huge_pages(torch.empty_like(weight, dtype=dtype, requires_grad=False)).zero_()
         return state
 
 
-def _backend_of(table: Table) -> Backend:
-    return backend_module(choose_backend(table.weight.device, table.backend))
+def _check_options(group: dict[str, Any]) -> None:
+    require(group["lr"] > 0, "lr", group["lr"], "> 0")
+    require(all(0 <= beta < 1 for beta in group["betas"]), "betas", group["betas"], "in [0, 1)")
+    require(group["eps"] > 0, "eps", group["eps"], "> 0")
+    require(group["seed"] >= 0, "seed", group["seed"], ">= 0")
+    for option in ("weight_decay", "amsgrad", "maximize", "differentiable"):
+        if group.get(option):
+            raise ValueError(
+                f"RowAdam has no {option}, which was set to {group[option]!r}: leave it out"
+                + (" and negate the loss" if option == "maximize" else "")
+            )
 
 
-class CombinedOptimizer(Optimizer):
-    """Several optimizers that step as one, for trainers that take a single one.
+def _check_trainable(table: Table) -> None:
+    if not isinstance(table.weight, nn.Parameter) or not table.weight.is_leaf:
+        raise ValueError(
+            "the rows of a table are computed from other tensors (a parametrization), so they cannot be updated in "
+            "place: train these with torch.optim.Adam, or remove the parametrization"
+        )
+    if not table.weight.requires_grad:
+        raise ValueError(
+            "a table is frozen (its weight.requires_grad is False), so RowAdam would never train it: unfreeze it with "
+            "table.requires_grad_(True), or give RowAdam the other tables alone"
+        )
 
-    Args:
-        optimizers: each with its own parameters, e.g. `torch.optim.AdamW(...)` and `RowAdam(...)`.
-    """
 
-    def __init__(self, *optimizers: Optimizer) -> None:
-        self.optimizers = optimizers
-        groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-        super().__init__(groups, {})
-        self.param_groups = groups  # the very dicts, so that a scheduler's lr reaches the parts
+def _check_owner(table: Table, log: ReadLog) -> None:
+    if table.log is not log:
+        raise RuntimeError("another RowAdam was made for this table since this one: step that one, and drop this one")
+    if table.weight is not log.weight:
+        raise RuntimeError(
+            "a table has another weight than when its RowAdam was made (load_state_dict(assign=True), for one, puts new "
+            "weights in): make the RowAdam anew, after that"
+        )
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Refused: a new group belongs to one of the parts.
 
-        Raises:
-            ValueError: always, once built.
-        """
-        if not any(param_group is group for part in self.optimizers for group in part.param_groups):
-            raise ValueError("CombinedOptimizer takes no groups of its own: add the group to one of its parts")
-        super().add_param_group(param_group)
+def _disown(owned: weakref.ref[Table], log: ReadLog) -> None:
+    """Leaves the table of a RowAdam that is gone with a dense gradient."""
+    table = owned()
+    if table is not None and table.log is log:
+        table.log = None
+        if isinstance(log.weight.grad, RowGradient):
+            log.weight.grad = None
 
-    @property
-    def state(self) -> Any:
-        """The states of all parts, by parameter."""
-        return {key: value for part in self.optimizers for key, value in part.state.items()}
 
-    @state.setter
-    def state(self, state: Any) -> None:
-        """Ignored: each part holds its own."""
-
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Steps every part; the closure runs once."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for optimizer in self.optimizers:
-            optimizer.step()
-        return loss
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clears the gradients of every part."""
-        for optimizer in self.optimizers:
-            optimizer.zero_grad(set_to_none)
-
-    def state_dict(self) -> dict[str, Any]:
-        """`{"parts": [state of each optimizer]}`."""
-        return {"parts": [optimizer.state_dict() for optimizer in self.optimizers]}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores what `state_dict` gave, into the same kinds of optimizers in the same order."""
-        for optimizer, state in zip(self.optimizers, state_dict["parts"], strict=True):
-            optimizer.load_state_dict(state)
-        self.param_groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+def _norm(reads: list[Reads]) -> Tensor:
+    norms = [some.norm() for some in reads]
+    return torch.stack(norms).norm() if norms else torch.zeros((), dtype=torch.float64)
 
 
 def dense_parameters(model: nn.Module) -> list[nn.Parameter]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import final
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,8 @@ class Table(nn.Module):
 
     Attributes:
         weight: (m, v) the rows.
-        log: None while `weight.grad` is a dense tensor; `pkmem.RowAdam` puts a reading log here.
+        log: None while `weight.grad` is a dense tensor; a reading log while a living `pkmem.RowAdam` trains this very
+            table (a copy or a reloaded table has none), and `weight.grad` holds the reads.
         backend: None for the fastest on the device, or one of `pkmem.ops.BACKENDS`.
     """
 
@@ -32,6 +33,14 @@ class Table(nn.Module):
         """Normal with standard deviation 1 / sqrt(v), as in the paper's public code."""
         nn.init.normal_(self.weight, std=self.weight.shape[1] ** -0.5)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy or a pickle takes along: the RowAdam trains the original."""
+        return self.__dict__ | {"log": None}
+
+    def log_of_reads(self) -> ReadLog | None:
+        """The log, if the weight read is the one that its RowAdam trains: not one put in its place for a call."""
+        return self.log if self.log is not None and self.log.weight is self.weight else None
+
     def extra_repr(self) -> str:
         return f"num_slots={self.weight.shape[0]}, width={self.weight.shape[1]}"
 
@@ -42,7 +51,9 @@ class ValueTable(Table):
 
     def forward(self, slots: Tensor, weights: Tensor) -> Tensor:
         """Slots and weights (n, h, knn) -> sums over heads and neighbours (n, v) (eq. 3)."""
-        return ops.weighted_sum(self.weight, slots.flatten(1), weights.flatten(1), log=self.log, backend=self.backend)
+        return ops.weighted_sum(
+            self.weight, slots.flatten(1), weights.flatten(1), log=self.log_of_reads(), backend=self.backend
+        )
 
 
 @final
@@ -51,7 +62,7 @@ class NeuronTable(Table):
 
     def forward(self, slots: Tensor, x: Tensor) -> Tensor:
         """Slots (n, h, knn) and hidden states (n, d) -> their inner products (n, h, knn)."""
-        products = ops.row_products(self.weight, slots.flatten(1), x, log=self.log, backend=self.backend)
+        products = ops.row_products(self.weight, slots.flatten(1), x, log=self.log_of_reads(), backend=self.backend)
         return products.view_as(slots)
 
 

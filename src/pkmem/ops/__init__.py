@@ -118,8 +118,8 @@ def weighted_sum(
         values: (m, v) the table, of any floating dtype; v >= 1.
         slots: (n, b) int64 rows to read, in [0, m); n, b >= 0; a row may be read many times.
         weights: (n, b) their weights, any floating dtype.
-        log: None gives `values` a dense gradient; a log receives the reads instead, and no tensor of the
-            table's size is made (`pkmem.RowAdam` sets and empties it).
+        log: None gives `values` a dense gradient; with the log that a `pkmem.RowAdam` gives its tables, the gradient
+            holds the reads instead, and no tensor of the table's size is made.
         backend: one of `BACKENDS`; None takes the fastest for the device.
 
     Returns:
@@ -157,7 +157,7 @@ def row_products(
         table: (m, d) of any floating dtype; d >= 1.
         slots: (n, b) int64 rows to read, in [0, m); n, b >= 0; a row may be read many times.
         x: (n, d) hidden states, any floating dtype.
-        log: None gives `table` a dense gradient; a log receives the reads instead, as in `weighted_sum`.
+        log: None gives `table` a dense gradient; with a log it holds the reads instead, as in `weighted_sum`.
         backend: one of `BACKENDS`; None takes the fastest for the device.
 
     Returns:

@@ -1,10 +1,47 @@
-"""Arguments of a backend that go together: a step of Adam, the weights of a whole layer."""
+"""Arguments of a backend that go together: sorted reads, a step of Adam, the weights of a whole layer."""
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class SortedReads:
+    """The reads of one table, grouped by row: a segment for each row that was read, ascending.
+
+    A backend that does not wait for its device leaves room for as many rows as there can be: then further segments
+    follow that are empty, whose `rows` hold no meaning.
+
+    Args:
+        rows: (u,) int64 row of each segment.
+        offsets: (u + 1,) int64; the reads of segment i are offsets[i] up to offsets[i + 1].
+        tokens: (r,) int64 row of `grad_output` each read belongs to; in order of reading within a row.
+        weights: (r,) weight of each read.
+        grad_output: (n, v) what came back to each token.
+    """
+
+    rows: Tensor
+    offsets: Tensor
+    tokens: Tensor
+    weights: Tensor
+    grad_output: Tensor
+
+    def without_empty(self) -> SortedReads:
+        """The same reads, a segment for each row that was read and no other; waits for the device."""
+        is_read = self.offsets.diff() > 0
+        offsets = torch.cat((self.offsets[:-1][is_read], self.offsets[-1:]))
+        return replace(self, rows=self.rows[is_read], offsets=offsets)
+
+
+def surely_finite(reads: SortedReads) -> Tensor:
+    """Whether a bound shows, without summing anything, that a table's gradient is finite; a bool scalar."""
+    largest = [torch.linalg.vector_norm(part, math.inf).double() for part in (reads.weights, reads.grad_output)]
+    return len(reads.tokens) * largest[0] * largest[1] < torch.finfo(torch.float32).max / 2
 
 
 class AdamStep(NamedTuple):

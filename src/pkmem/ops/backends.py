@@ -11,8 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from pkmem.ops.arguments import AdamStep, LayerWeights
-from pkmem.ops.reading_log import SortedReads
+from pkmem.ops.arguments import AdamStep, LayerWeights, SortedReads
 
 _logger = logging.getLogger(__name__)
 

@@ -1,94 +1,320 @@
 """The gradient of a value table is its reading log: who read what, with which weight, what came back.
 
-A table of a billion parameters is read at a few rows per token. Its gradient is kept as those reads,
-never as a tensor of the table's size, and summed row by row when the table is updated.
+A table of a billion parameters is read at a few rows per token. Its gradient is kept as those reads, never as a tensor
+of the table's size, and summed row by row when the table is updated. To torch it is a tensor all the same, and the
+table's `.grad`: so whoever zeroes, adds up, clips or unscales gradients does so to the reads, too.
 """
 
 from __future__ import annotations
 
 import itertools
-import math
+import operator
+import warnings
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
+from pkmem.ops.arguments import SortedReads
+from pkmem.ops.backends import backend_module
+
+_MANY_PASSES = 1000  # more than anybody accumulates: some 60 micro-batches of 16 layers that share a table
 _handles = itertools.count()
 _logs: weakref.WeakValueDictionary[int, ReadLog] = weakref.WeakValueDictionary()
+_aten = torch.ops.aten
 
 
-@dataclass(frozen=True)
-class SortedReads:
-    """The reads of one table, grouped by row: a segment for each row that was read, ascending.
+class Reads:
+    """Reads of one table of `num_rows` rows in the order in which they came, times a factor.
 
-    A backend that does not wait for its device leaves room for as many rows as there can be: then further segments
-    follow that are empty, whose `rows` hold no meaning.
-
-    Args:
-        rows: (u,) int64 row of each segment.
-        offsets: (u + 1,) int64; the reads of segment i are offsets[i] up to offsets[i + 1].
-        tokens: (r,) int64 row of `grad_output` each read belongs to; in order of reading within a row.
-        weights: (r,) weight of each read.
-        grad_output: (n, v) what came back to each token.
+    Attributes:
+        entries: of each backward pass: slots and weights (n, b), grad_output (n, v).
+        factor: 1, or a scalar tensor (fp64) by which the gradient was scaled.
     """
 
-    rows: Tensor
-    offsets: Tensor
-    tokens: Tensor
-    weights: Tensor
-    grad_output: Tensor
+    def __init__(self, num_rows: int, backend: str, entries: list[tuple[Tensor, Tensor, Tensor]]) -> None:
+        self.num_rows, self.backend, self.entries = num_rows, backend, entries
+        self.factor: float | Tensor = 1.0
+        self._sorted: tuple[int, SortedReads | None] = (0, None)
 
-    def without_empty(self) -> SortedReads:
-        """The same reads, a segment for each row that was read and no other; waits for the device."""
-        is_read = self.offsets.diff() > 0
-        offsets = torch.cat((self.offsets[:-1][is_read], self.offsets[-1:]))
-        return replace(self, rows=self.rows[is_read], offsets=offsets)
+    def add(self, other: Reads) -> None:
+        """Appends the reads of another pass."""
+        for reads in (self, other):
+            if isinstance(reads.factor, Tensor) or reads.factor != 1.0:
+                reads.entries = [(slots, weights, reads.factor * back) for slots, weights, back in reads.entries]
+                reads.factor, reads._sorted = 1.0, (0, None)
+        few = len(self.entries) < _MANY_PASSES
+        self.entries = self.entries + other.entries
+        if few and len(self.entries) >= _MANY_PASSES:
+            warnings.warn(
+                f"the reads of {_MANY_PASSES} backward passes wait for RowAdam.step(), and take memory: call it, or "
+                "zero_grad() to forget them, or delete the RowAdam to train the table with another optimizer",
+                stacklevel=2,
+            )
+
+    def sorted(self) -> SortedReads | None:
+        """All reads grouped by row, before the factor; None if there are none."""
+        if self._sorted[0] != len(self.entries):
+            entries = [entry for entry in self.entries if entry[0].numel()]
+            grouped = None
+            if entries:
+                slots, weights, backs = (list(part) for part in zip(*entries, strict=True))
+                grouped = backend_module(self.backend).sort_reads(slots, weights, backs, self.num_rows)
+            self._sorted = len(self.entries), grouped
+        return self._sorted[1]
+
+    def scale(self, factor: float | Tensor) -> None:
+        """Multiplies the gradient by a number or a scalar tensor."""
+        self.factor = self.factor * (factor.double() if isinstance(factor, Tensor) else factor)
+
+    def norm(self) -> Tensor:
+        """Euclidean norm of the gradient, an fp64 scalar; not finite if any entry is not."""
+        grouped = self.sorted()
+        if grouped is None:
+            return torch.zeros((), dtype=torch.float64)
+        return (backend_module(self.backend).row_gradient_norm(grouped) * self.factor).abs()
+
+    def is_finite(self) -> Tensor:
+        """Whether every entry of the gradient is finite, a bool scalar."""
+        grouped = self.sorted()
+        if grouped is None:
+            return torch.ones((), dtype=torch.bool)
+        finite = backend_module(self.backend).gradient_is_finite(grouped)
+        return finite & self.factor.isfinite() if isinstance(self.factor, Tensor) else finite
+
+    def copy(self) -> Reads:
+        """The same reads, to be scaled or added to on their own."""
+        twin = Reads(self.num_rows, self.backend, list(self.entries))
+        twin.factor, twin._sorted = self.factor, self._sorted
+        return twin
+
+    def replace(self, other: Reads) -> None:
+        """Forgets all reads and takes another's."""
+        self.entries, self.factor, self._sorted = list(other.entries), other.factor, other._sorted
 
 
-def surely_finite(reads: SortedReads) -> Tensor:
-    """Whether a bound shows, without summing anything, that a table's gradient is finite; a bool scalar."""
-    largest = [torch.linalg.vector_norm(part, math.inf).double() for part in (reads.weights, reads.grad_output)]
-    return len(reads.tokens) * largest[0] * largest[1] < torch.finfo(torch.float32).max / 2
+class RowGradient(Tensor):
+    """The gradient (m, v) of a table, held as its reads: `.grad` while a `pkmem.RowAdam` trains the table.
+
+    What changes, adds up or measures gradients works on the reads; anything else makes the dense tensor first.
+
+    Args:
+        table: (m, v) whose gradient it is.
+        reads: its reads; views share them.
+    """
+
+    reads: Reads
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @staticmethod
+    def __new__(cls, table: Tensor, reads: Reads) -> RowGradient:
+        made: RowGradient = Tensor._make_wrapper_subclass(
+            cls, table.shape, strides=table.stride(), dtype=table.dtype, device=table.device
+        )
+        made.reads = reads
+        return made
+
+    def __init__(self, table: Tensor, reads: Reads) -> None:
+        """All is done in `__new__`: torch makes tensors there."""
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        return f"RowGradient({tuple(self.shape)}, {len(self.reads.entries)} backward passes, dtype={self.dtype})"
+
+    def to_dense(self, *_: Any, **__: Any) -> Tensor:
+        """The gradient as a tensor of numbers, of the table's size."""
+        grouped = self.reads.sorted()
+        if grouped is None:
+            return torch.zeros(self.shape, dtype=self.dtype, device=self.device)
+        dense = backend_module(self.reads.backend).weighted_sum_grad_values(grouped, self.shape[0])
+        return (dense * self.reads.factor).to(self.dtype)
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        on_reads = _ON_READS.get(func)
+        done = NotImplemented if on_reads is None else on_reads(*args, **(kwargs or {}))
+        return _on_numbers(func, args, kwargs or {}) if done is NotImplemented else done
+
+
+def row_gradient(table: Tensor, slots: Tensor, weights: Tensor, grad_output: Tensor, backend: str) -> RowGradient:
+    """What one backward pass gives a table: slots and weights (n, b), grad_output (n, v)."""
+    # Copies: the caller, or a compiler, may reuse the memory of what it passed.
+    return RowGradient(table, Reads(len(table), backend, [(slots.clone(), weights.clone(), grad_output.clone())]))
+
+
+def reads_of(gradient: Tensor, backend: str) -> Reads:
+    """The reads of a gradient; a dense one reads each of its rows that are not zero, with weight 1."""
+    if isinstance(gradient, RowGradient):
+        return gradient.reads
+    rows = gradient.any(1).nonzero()
+    return Reads(len(gradient), backend, [(rows, torch.ones_like(rows, dtype=gradient.dtype), gradient[rows[:, 0]])])
+
+
+def _on_numbers(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Runs an operator on the dense gradients; one that would write into them is refused."""
+    for position, argument in enumerate(func._schema.arguments):
+        given = args[position] if position < len(args) else kwargs.get(argument.name)
+        if argument.alias_info is not None and argument.alias_info.is_write and _holds_reads(given):
+            raise TypeError(
+                f"{func} would write into the gradient of a table that a living RowAdam trains, which is kept as its "
+                "reads: leave the table out of what does this (pkmem's dense_parameters lists all else), "
+                "or delete the RowAdam for a dense gradient"
+            )
+    return func(*tree_map_only(RowGradient, RowGradient.to_dense, args), **kwargs)
+
+
+def _holds_reads(given: Any) -> bool:
+    return any(isinstance(part, RowGradient) for part in (given if isinstance(given, list | tuple) else [given]))
+
+
+def _number(other: Any) -> bool:
+    return other.dim() == 0 if isinstance(other, Tensor) else isinstance(other, int | float)
+
+
+def _alias(gradient: RowGradient) -> RowGradient:
+    return RowGradient(gradient, gradient.reads)
+
+
+def _clone(gradient: RowGradient, **_: Any) -> RowGradient:
+    return RowGradient(gradient, gradient.reads.copy())
+
+
+def _add_(gradient: Any, other: Tensor, *, alpha: float = 1) -> Any:
+    if not isinstance(gradient, RowGradient) or alpha != 1 or other.shape != gradient.shape:
+        return NotImplemented
+    gradient.reads.add(reads_of(other, gradient.reads.backend))
+    return gradient
+
+
+def _add(gradient: Any, other: Any, *, alpha: float = 1) -> Any:
+    both = isinstance(gradient, RowGradient) and isinstance(other, RowGradient)
+    return _add_(_clone(gradient), other, alpha=alpha) if both else NotImplemented
+
+
+def _scaled_by(operation: Callable[[Any, Any], Any], in_place: bool) -> Callable[..., Any]:
+    """A product with a scalar, or a quotient."""
+
+    def scale(gradient: Any, other: Any) -> Any:
+        is_scalar = other.dim() == 0 if isinstance(other, Tensor) else isinstance(other, int | float)
+        if not isinstance(gradient, RowGradient) or not is_scalar:
+            return NotImplemented
+        scaled = gradient if in_place else _clone(gradient)
+        scaled.reads.scale(operation(1.0, other.double() if isinstance(other, Tensor) else other))
+        return scaled
+
+    return scale
+
+
+def _zero_(gradient: RowGradient) -> RowGradient:
+    gradient.reads.replace(Reads(gradient.reads.num_rows, gradient.reads.backend, []))
+    return gradient
+
+
+def _copy_(gradient: Any, source: Tensor, non_blocking: bool = False) -> Any:
+    """DistributedDataParallel writes back like this what it has averaged."""
+    if not isinstance(gradient, RowGradient) or source.shape != gradient.shape:
+        return NotImplemented
+    gradient.reads.replace(reads_of(source.to(gradient.device), gradient.reads.backend))
+    return gradient
+
+
+def _norm(gradient: RowGradient, order: float = 2, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Any:
+    if order != 2 or dim is not None or keepdim:
+        return NotImplemented
+    return gradient.reads.norm().to(gradient.device, dtype or gradient.dtype)
+
+
+def _norms(gradients: list[Tensor], *order: Any, dtype: Any = None) -> list[Tensor]:
+    return [torch.linalg.vector_norm(gradient, *order, dtype=dtype) for gradient in gradients]
+
+
+def _for_each(operation: Callable[..., Any]) -> Callable[..., None]:
+    def on_all(gradients: list[Tensor], *given: Any) -> None:
+        for gradient in gradients:
+            operation(gradient, *given)
+
+    return on_all
+
+
+def _part(gradient: RowGradient, *_: Any) -> None:
+    raise TypeError(
+        "a part of this gradient could not be written to, since it is kept as its reads while a RowAdam lives: "
+        "look at gradient.to_dense() instead"
+    )
+
+
+def _unscale(gradients: list[Tensor], found_inf: Tensor, inverse_scale: Tensor) -> None:
+    """What `torch.amp.GradScaler` does before a step."""
+    dense = [gradient for gradient in gradients if not isinstance(gradient, RowGradient)]
+    if dense:
+        _aten._amp_foreach_non_finite_check_and_unscale_(dense, found_inf, inverse_scale)
+    for gradient in gradients:
+        if isinstance(gradient, RowGradient):
+            found_inf += ~gradient.reads.is_finite()
+            gradient.reads.scale(inverse_scale.double().squeeze())
+
+
+_ON_READS: dict[Any, Callable[..., Any]] = {
+    _aten.detach.default: _alias,
+    _aten.alias.default: _alias,
+    _aten.clone.default: _clone,
+    _aten.select.int: _part,
+    _aten.slice.Tensor: _part,
+    _aten.add.Tensor: _add,
+    _aten.add_.Tensor: _add_,
+    _aten.mul.Tensor: _scaled_by(operator.mul, in_place=False),
+    _aten.mul_.Tensor: _scaled_by(operator.mul, in_place=True),
+    _aten.div.Tensor: _scaled_by(operator.truediv, in_place=False),
+    _aten.div_.Tensor: _scaled_by(operator.truediv, in_place=True),
+    _aten.zero_.default: _zero_,
+    _aten.copy_.default: _copy_,
+    _aten.linalg_vector_norm.default: _norm,
+    _aten._foreach_norm.Scalar: _norms,
+    _aten._foreach_mul_.Tensor: _for_each(Tensor.mul_),
+    _aten._foreach_mul_.Scalar: _for_each(Tensor.mul_),
+    _aten._foreach_div_.Tensor: _for_each(Tensor.div_),
+    _aten._foreach_zero_.default: _for_each(Tensor.zero_),
+    _aten._amp_foreach_non_finite_check_and_unscale_.default: _unscale,
+}
 
 
 class ReadLog:
-    """The reads of one table since its last update, over all micro-batches and sharing layers.
+    """Where the reads of one table go while a living `pkmem.RowAdam` trains it: into the `.grad` of its weight.
 
-    Custom operators take tensors and numbers only, so they find the log through `handle`; they count in
-    `counter`, a tensor they declare to change, so that a compiler keeps them.
+    Compiled code takes tensors and numbers only, so it finds the weight through `handle`; it counts in `counter`, a
+    tensor it declares to change, so that the compiler keeps what it does.
+
+    Args:
+        weight: (m, v) the table.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, weight: Tensor) -> None:
+        self.weight = weight
         self.counter = torch.zeros((), dtype=torch.int64)
-        self.entries: list[tuple[Tensor, Tensor, Tensor]] = []
         self.handle = next(_handles)
         _logs[self.handle] = self
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> ReadLog:
-        return ReadLog()
-
-    def __reduce__(self) -> tuple[type[ReadLog], tuple[()]]:
-        return ReadLog, ()
-
     @staticmethod
     def of(handle: int) -> ReadLog:
-        """The living log with this handle."""
-        return _logs[handle]
+        """The living log with this handle.
 
-    def append(self, slots: Tensor, weights: Tensor, grad_output: Tensor) -> None:
-        """Keeps one backward pass: slots and weights (n, b), grad_output (n, v)."""
-        self.entries.append((slots, weights, grad_output))
+        Raises:
+            RuntimeError: its RowAdam is gone.
+        """
+        log = _logs.get(handle)
+        if log is None:
+            raise RuntimeError("the RowAdam that trained this table is gone since the forward pass: run forward again")
+        return log
 
-    def clear(self) -> None:
-        """Forgets all reads."""
-        self.entries.clear()
+    @property
+    def entries(self) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """The reads that wait for an update: of each backward pass slots and weights (n, b), grad_output (n, v)."""
+        return self.weight.grad.reads.entries if isinstance(self.weight.grad, RowGradient) else []
 
-    def sorted(self, sort: Callable[..., SortedReads], num_rows: int) -> SortedReads | None:
-        """All reads since the last update grouped by row, by a backend's `sort_reads`; None if there were none."""
-        entries = [entry for entry in self.entries if entry[0].numel()]
-        if not entries:
-            return None
-        return sort(*(list(part) for part in zip(*entries, strict=True)), num_rows)
+    def append(self, gradient: RowGradient) -> None:
+        """Adds to the weight's gradient, as autograd does with what it is given."""
+        self.weight.grad = gradient if self.weight.grad is None else self.weight.grad.add_(gradient)

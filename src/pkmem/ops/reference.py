@@ -20,8 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pkmem.ops.arguments import AdamStep, LayerWeights
-from pkmem.ops.reading_log import SortedReads
+from pkmem.ops.arguments import AdamStep, LayerWeights, SortedReads
 
 _WORD = 0xFFFFFFFF
 _CHUNK_BYTES = 1 << 20  # what a pass over rows keeps in cache; 5x faster than all rows at once

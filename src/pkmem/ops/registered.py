@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.library import custom_op
 
 from pkmem.ops.backends import backend_module
-from pkmem.ops.reading_log import ReadLog
+from pkmem.ops.reading_log import ReadLog, row_gradient
 
 
 def nobody_watches(*tensors: Tensor) -> bool:
@@ -117,14 +117,14 @@ def _(slots: Tensor, weights: Tensor, grad_output: Tensor, num_rows: int, backen
 
 
 @custom_op("pkmem::log_reads", mutates_args=("counter",))
-def _log_reads(counter: Tensor, slots: Tensor, weights: Tensor, grad_output: Tensor, handle: int) -> None:
-    # Copies: a compiler reuses the memory of what it passed once the operator has returned.
-    ReadLog.of(handle).append(slots.clone(), weights.clone(), grad_output.clone())
+def _log_reads(counter: Tensor, slots: Tensor, weights: Tensor, grad_output: Tensor, handle: int, backend: str) -> None:
+    log = ReadLog.of(handle)
+    log.append(row_gradient(log.weight, slots, weights, grad_output, backend))
     counter.add_(1)
 
 
 @_log_reads.register_fake
-def _(counter: Tensor, slots: Tensor, weights: Tensor, grad_output: Tensor, handle: int) -> None:
+def _(*_: Any) -> None:
     return None
 
 
@@ -173,11 +173,12 @@ def _read_gradients(ctx: Any, grad_output: Tensor, adjoint: Any, as_read: Any) -
         grad_given = adjoint(table, slots, grad_output, ctx.backend).to(given.dtype)
     if ctx.needs_input_grad[0]:
         weights, back = as_read(given)
-        if ctx.log:
-            counter, handle = ctx.log
-            _log_reads(counter, slots, weights, back, handle)
-        else:
+        if not ctx.log:
             grad_table = _table_gradient(slots, weights, back.to(table.dtype), table.shape[0], ctx.backend)
+        elif type(grad_output) is Tensor:
+            grad_table = row_gradient(table, slots, weights, back, ctx.backend)
+        else:  # a compiler traces
+            _log_reads(ctx.log[0], slots, weights, back, ctx.log[1], ctx.backend)
     return (grad_table, None, grad_given, *(None for _ in ctx.log), None)
 
 

@@ -15,7 +15,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, Trai
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback
 
-from pkmem.layer.optim import CombinedOptimizer, RowAdam, dense_parameters
+from pkmem.layer.combined import CombinedOptimizer
+from pkmem.layer.optim import RowAdam, dense_parameters
 from pkmem.layer.values import tables_in
 from pkmem.training.checkpoint import save_checkpoint
 from pkmem.training.files import load_json, save_json
@@ -129,7 +130,13 @@ class MemoryTrainer(Trainer):
         self.journal.add_loss(loss.item())
         return loss
 
-    # Trainer has no public name for the next three: tests/test_private_names.py
+    # Trainer has no public name for the next four: tests/test_private_names.py
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        """Clips all but the values by rows: see `TrainingConfig.max_norm`."""
+        rows = self.recipe.training.value_grad == "rows"
+        parameters = dense_parameters(model) if rows else list(model.parameters())
+        return self.accelerator.clip_grad_norm_(parameters, self.args.max_grad_norm)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         random = gather_object([rng_state()])  # of each process

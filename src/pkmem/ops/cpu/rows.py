@@ -11,12 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pkmem.ops import reading_log, reference
-from pkmem.ops.arguments import AdamStep
+from pkmem.ops import reference
+from pkmem.ops.arguments import AdamStep, SortedReads, surely_finite
 from pkmem.ops.cpu.halves import mixed, narrow, narrow_at_random, widen
 from pkmem.ops.cpu.kernels import array, kernel, part_of_kernel
 from pkmem.ops.cpu.threads import run_over
-from pkmem.ops.reading_log import SortedReads
 
 _GRAIN_ELEMENTS = 1 << 17  # of a gradient, summed in about 50 us
 _DIGIT_BITS = 11  # sorting: a table of counts that stays in the first cache
@@ -69,7 +68,7 @@ def row_gradient_norm(reads: SortedReads) -> Tensor:
 
 def gradient_is_finite(reads: SortedReads) -> Tensor:
     """See `Backend.gradient_is_finite`; seldom more than a look at the factors."""
-    found = reading_log.surely_finite(reads)
+    found = surely_finite(reads)
     return found if found else row_gradient_norm(reads).isfinite()
 
 

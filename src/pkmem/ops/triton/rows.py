@@ -17,8 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pkmem.ops import reference
-from pkmem.ops.arguments import AdamStep
-from pkmem.ops.reading_log import SortedReads, surely_finite
+from pkmem.ops.arguments import AdamStep, SortedReads, surely_finite
 from pkmem.ops.triton.arithmetic import mixed, narrow, narrow_at_random
 from pkmem.ops.triton.bag import sum_of_rows
 from pkmem.ops.triton.launch import column_block, num_programs, on, warps_for
