@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import processes
 from pkmem import CombinedOptimizer, MemoryConfig, ProductKeyMemory, RowAdam
 from pkmem.layer.optim import dense_parameters
 from pkmem.layer.values import ValueTable, tables_in
@@ -380,3 +381,19 @@ def test_a_table_moved_between_backward_and_step_keeps_its_gradient() -> None:
     optimizer.step()
     its_optimizer.step()
     torch.testing.assert_close(memory.values.weight, twin.values.weight.float(), rtol=1e-5, atol=1e-6)
+
+
+# --- several processes ------------------------------------------------------------------------------------
+
+
+@pytest.mark.case(
+    KIND,
+    "`DistributedDataParallel` over a model whose table RowAdam trains, two processes",
+    "works: as one process with both batches, at the cost of exchanging a dense gradient",
+    "",
+)
+def test_processes_train_the_rows_that_any_of_them_read(tmp_path) -> None:
+    torch.multiprocessing.spawn(processes.train_together, (str(tmp_path),), nprocs=2)
+    expected = processes.trained(lambda model: model, slice(None))
+    for rank in range(2):
+        torch.testing.assert_close(torch.load(tmp_path / f"{rank}.pt"), expected, rtol=1e-8, atol=1e-9)

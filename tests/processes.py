@@ -1,0 +1,35 @@
+"""What a test runs in processes of their own: training of one model by RowAdam under DistributedDataParallel.
+
+PYTEST_DONT_REWRITE: the tests import it, and it asserts nothing.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from pkmem import CombinedOptimizer, MemoryConfig, ProductKeyMemory, RowAdam
+from pkmem.layer.optim import dense_parameters
+
+CONFIG = MemoryConfig(dim=8, num_sub_keys=8, heads=2, knn=3, query_dim=4, query_norm="layer")
+
+
+def trained(wrapped: Callable[[nn.Module], nn.Module], share: int | slice) -> dict[str, Tensor]:
+    """The weights after three steps on one share, or on all, of the same batches."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), ProductKeyMemory(CONFIG)).double()
+    parallel = wrapped(model)
+    optimizer = CombinedOptimizer(torch.optim.Adam(dense_parameters(model), 1e-2), RowAdam(model, 1e-2))
+    for x in torch.randn(3, 2, 5, 8, dtype=torch.float64)[:, share]:
+        parallel(x).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.state_dict()
+
+
+def train_together(rank: int, folder: str) -> None:
+    """Two processes, each with its share of every batch."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    torch.save(trained(nn.parallel.DistributedDataParallel, rank), f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
