@@ -309,7 +309,7 @@ def test_reads_that_nobody_takes_warn_once() -> None:
 
 
 @pytest.mark.case(
-    KIND, "`torch.func.functional_call` and `torch.func.grad` with other weights while RowAdam lives", "works", ""
+    KIND, "`torch.func.functional_call` with other weights while a RowAdam lives, then backward", "works", ""
 )
 def test_weights_given_for_a_call_have_their_own_gradient() -> None:
     memory = make()
