@@ -12,7 +12,7 @@ PACKAGE = Path(pkmem.__file__).parent
 ORDER = {  # folders from the ground up, each with its files in order: a file imports from those before it
     "text": "facts files tokenizer documents tokens blocks",
     "ops": "reading_log arguments reference",
-    "ops.cpu": "threads kernels halves vectors bag rows selection selection_backward decoding compiling",
+    "ops.cpu": "threads cache kernels halves vectors bag rows selection selection_backward decoding compiling",
     "ops.triton": "arithmetic launch bag rows selection selection_backward",
     "ops ": "backends registered",
     "layer": "config huge_pages query keys values gate decoding memory usage optim",

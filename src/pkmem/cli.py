@@ -241,10 +241,9 @@ def _report(options: Namespace) -> None:
 
 def _warmup(options: Namespace) -> None:
     """Compile the CPU kernels ahead of their first use. Once per machine and version. Example: pkmem warmup"""
-    from importlib.util import find_spec
+    from pkmem.ops.backends import backend_module
 
-    if find_spec("numba") is None:
-        raise ValueError("numba is not installed, so there is nothing to compile: pip install 'pkmem[cpu]'")
+    backend_module("cpu")  # says what it needs where that is missing
     from pkmem.ops import cpu
 
     print(f"{cpu.warmup()} CPU kernels are compiled")
