@@ -69,6 +69,7 @@ def _folders() -> Iterator[Path]:
         return
     if numba.config.CACHE_DIR:
         yield Path(numba.config.CACHE_DIR)
+        return
     yield _HERE / "__pycache__"
     with contextlib.suppress(RuntimeError):  # no home
         yield Path.home() / ".cache" / "pkmem" / "kernels"

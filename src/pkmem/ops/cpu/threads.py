@@ -8,6 +8,7 @@ by one thread, so results do not depend on the number of threads.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 from collections import deque
@@ -71,10 +72,8 @@ def _on_openmp_threads(parallel: Any, work: Callable[[], None], threads: int) ->
 
 def _on_python_threads(work: Callable[[], None], threads: int) -> None:
     helpers: list[Future[None]] = []
-    try:
+    with contextlib.suppress(RuntimeError):  # the interpreter shuts down, and starts no thread: this one does it all
         helpers += (_pool().submit(work) for _ in range(threads - 1))
-    except RuntimeError:  # the interpreter is shutting down, and starts no thread any more: we do it all
-        pass
     work()
     for helper in helpers:
         if not helper.cancel():
