@@ -269,11 +269,14 @@ def test_two_processes_fill_the_cache_at_once(folder: Path) -> None:
         )
         for way, (flags, more) in ways.items()
     ]
+    announced = []
     for process in running:
         said, error = process.communicate(timeout=120)
         assert process.returncode == 0, error
         assert said.strip() == b"True"
-        assert error.decode().strip() == ANNOUNCED
+        announced.append(error.decode().strip())
+    assert ANNOUNCED in announced
+    assert {*announced} <= {ANNOUNCED, ""}  # one may have found all of the other's
     assert len(list(folder.iterdir())) == 2
     from pkmem.ops.cpu import bag
 
