@@ -50,6 +50,9 @@ class Verb(NamedTuple):
 def main(arguments: list[str] | None = None) -> None:
     """Runs one verb; exits with 2 where the user can mend what went wrong, 130 after Ctrl-C."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # what a console has no letter for is a question mark there
     if arguments[:1] == ["train"]:
         arguments = [f"--{text}" if _ASSIGNMENT.match(text) else text for text in arguments]
     try:
