@@ -158,7 +158,7 @@ def main() -> None:
     codes, where = compile_all(), environment()
     out.mkdir(parents=True, exist_ok=True)
     save_json(out / "gpu_code.json", {"environment": where, "kernels": [asdict(code) for code in codes]})
-    (out / "gpu_code.md").write_text(table(codes, where))
+    (out / "gpu_code.md").write_text(table(codes, where), encoding="utf-8")
     print(table(codes, where))
 
 

@@ -208,7 +208,7 @@ def available_bytes() -> int:
 
 
 def _kibibytes(file: str, name: str) -> int:
-    lines = Path(file).read_text().splitlines()
+    lines = Path(file).read_text(encoding="utf-8").splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(name + ":"))
 
 
@@ -267,7 +267,7 @@ class Report:
             "seconds_not_to_be_quoted": self.details,
         }
         save_json(self.options.out / f"{self.name}.json", document)
-        (self.options.out / f"{self.name}.md").write_text(table(document) + "\n")
+        (self.options.out / f"{self.name}.md").write_text(table(document) + "\n", encoding="utf-8")
         return document
 
 

@@ -40,7 +40,7 @@ def main() -> None:
         for draw in (layer, product_keys, reading_log, growth, slots, value_rates):
             draw().savefig(BUILD / "figures" / f"{draw.__name__}.svg", metadata={"Date": None})
     for write in (forward, training_step, peak_memory):
-        (BUILD / "tables" / f"{write.__name__}.md").write_text(write())
+        (BUILD / "tables" / f"{write.__name__}.md").write_text(write(), encoding="utf-8")
 
 
 # --- how the layer works --------------------------------------------------------------------------------
@@ -204,7 +204,7 @@ def value_rates() -> Figure:
         folder = ROOT / "experiments" / "results" / "table1" / "laptop"
         found = {}
         for file in folder.glob(f"{cell}__lr{lr}_value_lr*__seed0.json"):
-            run = json.loads(file.read_text())
+            run = json.loads(file.read_text(encoding="utf-8"))
             found[run["recipe"]["training"]["value_lr"]] = run["summary"]["bits_per_byte"]
         rates = sorted(found)
         axes.plot(rates, [found[rate] for rate in rates], color=color, marker="o", label=label)
@@ -221,7 +221,7 @@ def _bits(cell: str) -> list[float]:
     """Bits per byte of all seeds of a cell at one learning rate."""
     files = sorted((ROOT / "experiments" / "results").glob(f"{cell}__seed*.json"))
     assert len(files) == 3, cell
-    return [json.loads(file.read_text())["summary"]["bits_per_byte"] for file in files]
+    return [json.loads(file.read_text(encoding="utf-8"))["summary"]["bits_per_byte"] for file in files]
 
 
 # --- tables ---------------------------------------------------------------------------------------------
@@ -260,7 +260,7 @@ def peak_memory() -> str:
 
 
 def _lines(benchmark: str) -> dict[str, dict[str, Any]]:
-    document = json.loads((ROOT / "benchmarks" / "results" / f"{benchmark}.json").read_text())
+    document = json.loads((ROOT / "benchmarks" / "results" / f"{benchmark}.json").read_text(encoding="utf-8"))
     return {line["what"]: line for line in document["lines"]}
 
 

@@ -14,6 +14,7 @@ import torch
 import yaml
 
 from pkmem.cli import main
+from pkmem.ops import backends
 from pkmem.training.checkpoint import verify_checkpoint
 from tiny import tiny
 
@@ -57,6 +58,7 @@ def printed_config(arguments: list[object], capsys: pytest.CaptureFixture) -> di
 def test_help_needs_no_heavy_import() -> None:
     script = """
 import sys
+from pkmem.ops import backends
 from pkmem.cli import build_parser
 build_parser().format_help()
 heavy = {"torch", "transformers", "numpy", "matplotlib", "tokenizers", "numba"} & sys.modules.keys()
@@ -474,10 +476,13 @@ def test_warmup_without_numba_names_what_to_install(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    for function in (backends._why_no_kernels, backends.backend_module):
+        function.cache_clear()
     with pytest.raises(SystemExit) as caught:
         main(["warmup"])
     assert caught.value.code == 2
-    assert "numba is not installed, so there is nothing to compile: pip install 'pkmem[cpu]'" in capsys.readouterr().err
+    assert "backend 'cpu' cannot run: numba is not installed: pip install 'pkmem[cpu]'" in capsys.readouterr().err
+    backends._why_no_kernels.cache_clear()
 
 
 def test_bench_names_the_benchmarks_there_are(capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,9 +10,9 @@ import pkmem
 
 PACKAGE = Path(pkmem.__file__).parent
 ORDER = {  # folders from the ground up, each with its files in order: a file imports from those before it
-    "text": "facts files tokenizer documents tokens blocks",
+    "text": "durable facts files tokenizer documents tokens blocks",
     "ops": "arguments reference",
-    "ops.cpu": "threads kernels halves vectors bag rows selection selection_backward decoding compiling",
+    "ops.cpu": "threads cache kernels halves vectors bag rows selection selection_backward decoding compiling",
     "ops.triton": "arithmetic launch bag rows selection selection_backward",
     "ops ": "backends reading_log registered",
     "layer": "config huge_pages query keys values gate decoding memory usage optim combined",
@@ -115,6 +115,36 @@ def test_modules_imported_by_computed_name_are_in_two_files() -> None:
 def test_the_command_line_is_light_to_import() -> None:
     heavy = top_imports("pkmem.cli") - {"pkmem.training.reading", "pkmem.training.recipe", "jsonargparse"}
     assert heavy <= {"__future__", "collections.abc", "dataclasses", "os", "pathlib", "re", "sys", "typing"}
+
+
+def opens_text(call: ast.AST) -> bool:
+    """Whether a call opens a file as text, in the platform's encoding unless it names one."""
+    match call:
+        case ast.Call(ast.Attribute(_, "read_text" | "write_text")):
+            return True
+        case ast.Call(ast.Attribute(_, "open"), [ast.Constant(str(mode)), *_]) if len(mode) <= 3:
+            return "b" not in mode
+        case ast.Call(ast.Name("open"), [_, ast.Constant(str(mode)), *_]):
+            return "b" not in mode
+        case ast.Call(ast.Name("open"), [_]):
+            return True
+    return False
+
+
+@pytest.mark.case(
+    "Environments", "a system whose own encoding is not UTF-8 (Windows)", "works: every text file is UTF-8", ""
+)
+def test_every_text_file_names_its_encoding() -> None:
+    calls = [
+        (name, node)
+        for name, file in FILES.items()
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and opens_text(node)
+    ]
+    assert len(calls) > 10
+    assert not [
+        f"{name}:{call.lineno}" for name, call in calls if "encoding" not in {word.arg for word in call.keywords}
+    ]
 
 
 def test_no_import_asks_for_a_certain_system() -> None:

@@ -50,6 +50,9 @@ class Verb(NamedTuple):
 def main(arguments: list[str] | None = None) -> None:
     """Runs one verb; exits with 2 where the user can mend what went wrong, 130 after Ctrl-C."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # what a console has no letter for is a question mark there
     if arguments[:1] == ["train"]:
         arguments = [f"--{text}" if _ASSIGNMENT.match(text) else text for text in arguments]
     try:
@@ -241,10 +244,9 @@ def _report(options: Namespace) -> None:
 
 def _warmup(options: Namespace) -> None:
     """Compile the CPU kernels ahead of their first use. Once per machine and version. Example: pkmem warmup"""
-    from importlib.util import find_spec
+    from pkmem.ops.backends import backend_module
 
-    if find_spec("numba") is None:
-        raise ValueError("numba is not installed, so there is nothing to compile: pip install 'pkmem[cpu]'")
+    backend_module("cpu")  # says what it needs where that is missing
     from pkmem.ops import cpu
 
     print(f"{cpu.warmup()} CPU kernels are compiled")

@@ -3,11 +3,15 @@
 import inspect
 import subprocess
 import sys
+from collections.abc import Iterator
 from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 
+from pkmem.ops import backends
 from pkmem.ops.backends import BACKENDS, Backend, backend_module
 
 CONTRACT = {
@@ -81,19 +85,108 @@ def test_segments_without_reads_change_nothing(backend: str) -> None:
     assert torch.equal(reference.weighted_sum_grad_values(longer, 9), reference.weighted_sum_grad_values(reads, 9))
 
 
-def test_without_numba_the_first_cpu_tensor_warns_and_the_import_does_not() -> None:
-    script = """
-import importlib.util, sys, warnings
-find_spec = importlib.util.find_spec
-importlib.util.find_spec = lambda name, *rest: None if name == "numba" else find_spec(name, *rest)
+# numba as it is where it cannot be used: on the first import of it, in a process of its own
+BROKEN = """
+import pathlib, sys, warnings
 warnings.simplefilter("error")
-import pkmem, torch
+folder = pathlib.Path(sys.argv[1])
+(folder / "numba").mkdir()
+(folder / "numba" / "__init__.py").write_text(f"raise {sys.argv[2]}", encoding="utf-8")
+sys.path.insert(0, str(folder))
+if sys.argv[2] == "none":
+    sys.modules["numba"] = None
+import torch, pkmem
+from pkmem.ops import choose_backend, product_key_topk, weighted_sum
 memory = pkmem.ProductKeyMemory(pkmem.MemoryConfig(dim=4, num_sub_keys=2, knn=1, query_dim=2))
-assert pkmem.ops.choose_backend(torch.device("cuda")) == "reference"
-warnings.simplefilter("default")
-with warnings.catch_warnings(record=True) as caught:
-    memory(torch.randn(3, 4))
-    memory(torch.randn(3, 4))
-assert [str(w.message) for w in caught] == ["numba is not installed, so the slow reference runs: pip install 'pkmem[cpu]'"]
+assert choose_backend(torch.device("cuda")) == "reference"
+said = []
+warnings.simplefilter("always")
+warnings.showwarning = lambda message, *_: said.append(str(message))
+query, sub_keys = torch.randn(3, 1, 2), torch.randn(1, 2, 4, 1)
+if sys.argv[3] == "compiled":
+    @torch.compile(fullgraph=True, backend="eager")
+    def compiled(query): return product_key_topk(query, sub_keys, 2)
+    slots = compiled(query)[1]
+else:
+    memory.eval()
+    with torch.no_grad():
+        memory(torch.randn(3, 4))
+    memory.train()
+    memory(torch.randn(30, 4)).sum().backward()
+    slots = product_key_topk(query, sub_keys, 2)[1]
+assert torch.equal(slots, product_key_topk(query, sub_keys, 2, backend="reference")[1])
+print(*(text for text in said if "numba" in text), sep="\\n")
+try:
+    product_key_topk(query, sub_keys, 2, backend="cpu")
+except ValueError as error:
+    print(error)
 """
-    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+@pytest.mark.case("Environments", "numba is not installed", "works: the reference runs, with one warning", "")
+@pytest.mark.case("Environments", "numba does not import, as beside a newer numpy",
+    "works: the reference runs, with one warning that says why", "https://github.com/librosa/librosa/issues/1786")  # fmt: skip
+@pytest.mark.parametrize(
+    ("raised", "way", "why"),
+    [
+        ("none", "eager", "numba is not installed: pip install 'pkmem[cpu]'"),
+        (
+            "SystemError('initialization of _internal failed')",
+            "compiled",
+            "numba is installed but cannot be used (SystemError: initialization of _internal failed)",
+        ),
+    ],
+)
+def test_where_numba_cannot_be_used_the_reference_runs_with_one_warning(
+    raised: str, way: str, why: str, tmp_path: Path
+) -> None:
+    command = [sys.executable, "-c", BROKEN, str(tmp_path), raised, way]
+    said = subprocess.run(command, capture_output=True, text=True)
+    assert said.returncode == 0, said.stderr
+    assert said.stdout.splitlines() == [f"the slow reference runs, since {why}", f"backend 'cpu' cannot run: {why}"]
+
+
+@pytest.fixture
+def unimported(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """As if nothing had asked for the CPU's kernels yet."""
+    cached = (backends._why_no_kernels, backends._warn_of_the_reference, backends.backend_module)
+    for function in cached:
+        function.cache_clear()
+    for name in [name for name in sys.modules if name.startswith("pkmem.ops.cpu")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.delattr("pkmem.ops.cpu", raising=False)
+    yield
+    monkeypatch.undo()
+    for function in cached:
+        function.cache_clear()
+
+
+@pytest.mark.case(
+    "Environments", "llvmlite is missing or broken", "works: the reference runs, with one warning that says why", ""
+)
+@pytest.mark.case(
+    "Environments", "`NUMBA_DISABLE_JIT=1`", "works: the reference runs, with one warning that says why", ""
+)
+@pytest.mark.parametrize(
+    ("name", "replaced", "why"),
+    [
+        ("llvmlite", None, "ModuleNotFoundError: import of llvmlite halted; None in sys.modules"),
+        ("numba.core.caching", ModuleType("caching"), "ImportError: cannot import name 'NullCache' from 'caching'"),
+        ("NUMBA_DISABLE_JIT", None, "ImportError: NUMBA_DISABLE_JIT is set"),
+    ],
+)
+def test_whatever_stops_the_kernels_is_said(
+    name: str, replaced: ModuleType | None, why: str, unimported: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    numba = pytest.importorskip("numba")
+    if name == "NUMBA_DISABLE_JIT":
+        monkeypatch.setattr(numba.config, "DISABLE_JIT", 1)
+    else:
+        monkeypatch.setitem(sys.modules, name, replaced)
+    cpu = torch.device("cpu")
+    with pytest.warns(UserWarning, match="the slow reference runs, since numba is installed but") as caught:
+        assert [backends.choose_backend(cpu) for _ in range(2)] == ["reference", "reference"]
+    assert len(caught) == 1
+    assert why in str(caught[0].message)
+    with pytest.raises(ValueError, match="backend 'cpu' cannot run"):
+        backends.backend_module("cpu")

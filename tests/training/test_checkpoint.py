@@ -12,6 +12,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from pkmem.text.durable import move
+from pkmem.training import checkpoint
 from pkmem.training.checkpoint import latest_checkpoint, save_checkpoint, verify_checkpoint
 from pkmem.training.files import CheckpointError, load_json, save_json
 from pkmem.training.state import save_state
@@ -100,15 +102,15 @@ def test_a_step_saved_again_is_replaced(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("renames", [1, 2])
 def test_interrupted_while_replacing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, renames: int) -> None:
-    path, rename, done = save_checkpoint(tmp_path, 1, write_small), Path.rename, []
+    path, done = save_checkpoint(tmp_path, 1, write_small), []
 
-    def interrupted(self: Path, target: Path) -> Path:
-        done.append(self.name)
+    def interrupted(source: Path, target: Path) -> None:
+        done.append(source.name)
         if len(done) == renames:
             raise KeyboardInterrupt
-        return rename(self, target)
+        move(source, target)
 
-    monkeypatch.setattr(Path, "rename", interrupted)
+    monkeypatch.setattr(checkpoint, "move", interrupted)
     with pytest.raises(KeyboardInterrupt):
         save_checkpoint(tmp_path, 1, lambda folder: save_json(folder / "new.json", 2))
     verify_checkpoint(path)
@@ -130,6 +132,100 @@ def test_killed_while_replacing(tmp_path: Path) -> None:
     assert latest_checkpoint(tmp_path) == path
     save_checkpoint(tmp_path, 4, write_small, keep=3)
     assert names(tmp_path / "checkpoints") == {"step-2", "step-3", "step-4"}
+
+
+@pytest.mark.case("Environments", "an old checkpoint that another program has open when it is to be deleted (Windows)",
+    "works: a later save deletes it", "https://github.com/huggingface/transformers/issues/28904")  # fmt: skip
+def test_a_checkpoint_that_someone_reads_is_deleted_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    old, rename = save_checkpoint(tmp_path, 1, write_small), Path.rename
+
+    def held(self: Path, target: Path) -> Path:
+        if self == old:
+            raise PermissionError(errno.EACCES, "The process cannot access the file", str(self))
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", held)
+    verify_checkpoint(save_checkpoint(tmp_path, 2, write_small, keep=1))
+    assert names(tmp_path / "checkpoints") == {"step-1", "step-2"}
+    monkeypatch.undo()
+    save_checkpoint(tmp_path, 3, write_small, keep=1)
+    assert names(tmp_path / "checkpoints") == {"step-3"}
+
+
+@pytest.mark.case("Environments", "an output folder that is a link to another disk", "works", "")
+def test_a_run_may_be_a_link(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "run").symlink_to(tmp_path / "disk")
+    path = save_checkpoint(tmp_path / "run", 1, write_small)
+    assert path == tmp_path / "run" / "checkpoints" / "step-1" == latest_checkpoint(tmp_path / "run")
+    verify_checkpoint(tmp_path / "disk" / "checkpoints" / "step-1")
+
+
+SYNCS = {
+    "Windows": "a file system that syncs no folder and no file opened for reading (Windows)",
+    "samba": "a network disk that syncs no folder",
+    "FUSE": "a disk that syncs nothing",
+}
+
+
+@pytest.mark.case("Environments", SYNCS["Windows"], "works", "")
+@pytest.mark.case("Environments", SYNCS["samba"], "works", "https://github.com/borgbackup/borg/issues/1287")
+@pytest.mark.case(
+    "Environments",
+    SYNCS["FUSE"],
+    "works: without a promise for a loss of power",
+    "https://github.com/syncthing/syncthing/issues/5704",
+)
+@pytest.mark.parametrize("system", SYNCS)
+def test_checkpoints_are_saved_where_little_can_be_synced(
+    system: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    open_file, fsync = os.open, os.fsync
+    opened: dict[int, tuple[Path, int]] = {}
+    synced = set()
+
+    def opening(path: Path, flags: int, *mode: int, **folder: int) -> int:
+        if folder:  # shutil's, which opens what it removes
+            return open_file(path, flags, *mode, **folder)
+        if system == "Windows" and Path(path).is_dir():
+            raise PermissionError(errno.EACCES, "Permission denied")
+        handle = open_file(path, flags, *mode)
+        opened[handle] = (Path(path), flags)
+        return handle
+
+    def syncing(handle: int) -> None:
+        path, flags = opened.pop(handle)
+        if system == "Windows" and not flags & os.O_RDWR:
+            raise OSError(errno.EBADF, "Bad file descriptor")
+        if system == "samba" and path.is_dir():
+            raise OSError(errno.EINVAL, "Invalid argument")
+        if system == "FUSE":
+            raise OSError(errno.ENOTSUP, "Operation not supported")
+        fsync(handle)
+        synced.add(path.name)
+
+    monkeypatch.setattr("os.open", opening)
+    monkeypatch.setattr("os.fsync", syncing)
+    for step in (1, 2, 3):
+        verify_checkpoint(save_checkpoint(tmp_path, step, write_small))
+    assert names(tmp_path / "checkpoints") == {"step-2", "step-3"}
+    files = {"b.bin", "empty", "state.json", "state.safetensors"}
+    assert synced >= (set() if system == "FUSE" else files)
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC, errno.EDQUOT])
+def test_a_disk_that_fails_to_sync_fails_the_save(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = save_checkpoint(tmp_path, 1, write_small)
+
+    def failing(handle: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    with monkeypatch.context() as broken:
+        broken.setattr("os.fsync", failing)
+        with pytest.raises(OSError if number == errno.EIO else CheckpointError):
+            save_checkpoint(tmp_path, 2, write_small)
+    verify_checkpoint(path)
+    assert names(tmp_path / "checkpoints") == {"step-1"}
 
 
 def all_files(path: Path) -> list[Path]:

@@ -1,7 +1,6 @@
 """Nested state: what is saved comes back bit for bit, and what is broken or would change is refused."""
 
 import errno
-import os
 import random
 import signal
 import struct
@@ -17,7 +16,7 @@ from safetensors.torch import save_file
 
 from pkmem.training import state as state_module
 from pkmem.training.checkpoint import save_checkpoint, verify_checkpoint
-from pkmem.training.files import CheckpointError, fsync, load_json, save_json
+from pkmem.training.files import CheckpointError, load_json, save_json
 from pkmem.training.state import load_state, rng_state, save_state, set_rng_state
 
 
@@ -240,22 +239,6 @@ def test_json_is_atomic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         save_json(file, {"loss": 3.5})
     assert load_json(file) == {"loss": 2.5}
     assert names(tmp_path) == {"summary.json"}
-
-
-def test_windows_syncs_files_opened_for_writing_and_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = os.open
-
-    def of_windows(path: Path, flags: int, *mode: int) -> int:
-        if Path(path).is_dir():
-            raise PermissionError(errno.EACCES, "Permission denied")
-        assert flags & os.O_RDWR, "Bad file descriptor, says fsync"
-        return real(path, flags, *mode)
-
-    monkeypatch.setattr("sys.platform", "win32")
-    monkeypatch.setattr("os.open", of_windows)
-    (tmp_path / "a").write_bytes(b"a")
-    for path in (tmp_path / "a", tmp_path):
-        fsync(path)
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from pkmem.experiments.plots import plot_learning_curves
 from pkmem.lm.huggingface import context_tokens
 from pkmem.lm.speed import measure_speed
 from pkmem.text import read_documents, train_tokenizer
-from pkmem.training.files import save_json
+from pkmem.training.files import empty, save_json
 from pkmem.training.journal import read_metrics
 from pkmem.training.reading import read_yaml
 from pkmem.training.recipe import Recipe
@@ -100,8 +99,8 @@ def _make_room(out: Path, overwrite: bool) -> None:
             raise ValueError(f"{out} already exists: choose another --out, or --overwrite it")
         if not (out / "tokenizer").exists():
             raise ValueError(f"{out} is not a demo's directory (it has no tokenizer): choose another --out")
-        shutil.rmtree(out)
-    out.mkdir(parents=True, exist_ok=True)
+        empty(out)
+    out.resolve().mkdir(parents=True, exist_ok=True)
 
 
 def _figures(summary: dict[str, Any]) -> dict[str, Any]:

@@ -182,7 +182,7 @@ def _locked(file: Path) -> Iterator[int]:
         import fcntl
     except ImportError:
         raise ValueError("pkmem experiment locks its runs as Windows cannot: use Linux, macOS or WSL") from None
-    with file.open("w") as stream:
+    with file.open("w", encoding="utf-8") as stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -212,7 +212,7 @@ def _start(family: Family, run: Run, out: Path, resume: bool, lock: int) -> None
         shutil.rmtree(out, ignore_errors=True)
     program = ["pkmem"] if family.processes == 1 else ["torch.distributed.run", *_torchrun_options(family)]
     command = [*program, *train_command(family, run, family.base, out), *(["--resume"] if go_on else [])]
-    with _log_file(out).open("w") as log:
+    with _log_file(out).open("w", encoding="utf-8") as log:
         child = subprocess.Popen(
             [sys.executable, "-m", *command], stdout=log, stderr=log, pass_fds=[lock], start_new_session=True
         )
@@ -237,7 +237,7 @@ def _log_file(out: Path) -> Path:
 
 
 def _last_line(log: Path) -> str:
-    lines = log.read_text().split("\n")
+    lines = log.read_text(encoding="utf-8", errors="replace").split("\n")
     return next((line for line in reversed(lines) if line.strip()), "ended without a word").split("\r")[-1]
 
 

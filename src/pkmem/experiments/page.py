@@ -102,7 +102,7 @@ def is_page(folder: Path) -> bool:
     """Whether a folder holds a page that `write_page` made: its index.html or, where that is not kept, its index.md."""
     for name, mark in (("index.html", _GENERATOR), ("index.md", _COMMENT)):
         if (folder / name).exists():
-            return mark in (folder / name).read_text(errors="replace")[:1000]
+            return mark in (folder / name).read_text(encoding="utf-8", errors="replace")[:1000]
     return False
 
 

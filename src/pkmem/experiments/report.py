@@ -74,7 +74,7 @@ def write_report(folders: Iterable[Path], out: Path) -> Path:
         raise ValueError(f"{out} is there and holds no page of `pkmem report`: choose another --out")
     out.mkdir(parents=True, exist_ok=True)
     blocks: list[Block] = [Heading("Files that could not be read"), Items(damaged)] if damaged else []
-    papers = yaml.safe_load((config_folder() / "paper_results.yaml").read_text())
+    papers = yaml.safe_load((config_folder() / "paper_results.yaml").read_text(encoding="utf-8"))
     order = list(papers["families"])  # the paper's, then what is beyond it
     found = {(r.family, r.scale) for r in results} | {(s.family, s.scale) for s in speeds}
     for name, scale in sorted(found, key=lambda pair: (pair[1], [*order, pair[0]].index(pair[0]), pair[0])):

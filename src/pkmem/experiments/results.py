@@ -94,7 +94,7 @@ def load_result(file: Path) -> Result | Speeds:
         ValueError: the file is damaged or of something else.
     """
     try:
-        document = json.loads(file.read_text())
+        document = json.loads(file.read_text(encoding="utf-8"))
         if "models" in document:
             recipes = {cell: read_recipe(recipe) for cell, recipe in document["recipes"].items()}
             for speeds in document["models"].values():

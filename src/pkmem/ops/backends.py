@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import logging
 import warnings
 from typing import Protocol
 
@@ -13,10 +12,7 @@ from torch import Tensor
 
 from pkmem.ops.arguments import AdamStep, LayerWeights, SortedReads
 
-_logger = logging.getLogger(__name__)
-
 BACKENDS = ("reference", "cpu", "triton")
-_HAS_NUMBA = importlib.util.find_spec("numba") is not None
 
 
 class Backend(Protocol):
@@ -128,26 +124,46 @@ def choose_backend(device: torch.device, backend: str | None = None) -> str:
 def _fastest(device_type: str) -> str:
     if device_type != "cpu":
         return "reference"
-    if _HAS_NUMBA:
+    if _why_no_kernels() is None:
         return "cpu"
-    if not torch.compiler.is_compiling():
-        _warn_of_missing_numba()
+    _warn_of_the_reference()
     return "reference"
 
 
+# `torch.compiler.assume_constant_result`, without importing the compiler: it would trace the import of numba.
+_fastest._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@functools.cache
+def _why_no_kernels() -> str | None:
+    """Why the CPU's kernels cannot run; None where they can."""
+    if importlib.util.find_spec("numba") is None:
+        return "numba is not installed: pip install 'pkmem[cpu]'"
+    try:
+        from pkmem.ops import cpu  # noqa: F401
+    except Exception as error:  # numba raises many kinds: a numpy it does not know, a library that is missing
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        return f"numba is installed but cannot be used ({reason})"
+    return None
+
+
 @functools.cache  # once
-def _warn_of_missing_numba() -> None:
-    warnings.warn("numba is not installed, so the slow reference runs: pip install 'pkmem[cpu]'", stacklevel=4)
+def _warn_of_the_reference() -> None:
+    warnings.warn(f"the slow reference runs, since {_why_no_kernels()}", stacklevel=4)
 
 
 @functools.cache
 def backend_module(backend: str) -> Backend:
-    """The module that implements `backend`, imported now; the first use on a machine says that it compiles."""
+    """The module that implements `backend`, imported now.
+
+    Raises:
+        ValueError: it cannot run here.
+    """
     if backend == "cpu":
+        if why := _why_no_kernels():
+            raise ValueError(f"backend 'cpu' cannot run: {why}")
         from pkmem.ops import cpu
 
-        if cpu.is_cold():
-            _logger.warning("pkmem compiles its CPU kernels, once (about 15 s); `pkmem warmup` does it ahead")
         return cpu
     if backend == "triton":
         from pkmem.ops import triton
@@ -163,5 +179,4 @@ def prepare(device: torch.device, dtype: torch.dtype) -> None:
     if choose_backend(device) == "cpu" and dtype != torch.float64:
         from pkmem.ops import cpu
 
-        backend_module("cpu")
         cpu.warmup((dtype,))

@@ -77,7 +77,7 @@ def find_files(data: str) -> list[TextFile]:
         return _standard_library()
     if data == "python+":
         return _standard_library() + [file for name in CORPUS_PACKAGES for file in _package(name)]
-    path = Path(data).expanduser()
+    path = _expanded(data)
     if path.is_file() and not _is_read(path):
         raise ValueError(f"{data}: cannot read a {path.suffix or path.name!r} file as text; read are {ENDINGS_READ}")
     if path.is_file():
@@ -94,6 +94,13 @@ def find_files(data: str) -> list[TextFile]:
     if not files:
         raise ValueError(f"{data}: no file to read there; read are {ENDINGS_READ}")
     return files
+
+
+def _expanded(data: str) -> Path:
+    try:
+        return Path(data).expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"{data}: there is no such home folder; give the whole path") from error
 
 
 def _standard_library() -> list[TextFile]:

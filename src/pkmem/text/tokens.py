@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
-import uuid
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING
 
 import numpy as np
 from tokenizers import Tokenizer
 
 from pkmem.text.documents import Split, read_documents
+from pkmem.text.durable import replacing
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -73,7 +73,8 @@ def tokenize(
         The file and its counts.
 
     Raises:
-        ValueError: nothing to read, as in `read_documents`, or the tokenizer has no eos token.
+        ValueError: nothing to read, as in `read_documents`, the tokenizer has no eos token, or the cache's folder
+            cannot be written.
     """
     from tqdm import tqdm
 
@@ -84,12 +85,28 @@ def tokenize(
     path = (cache_dir or _default_cache_dir()) / f"{key}.{encoder.dtype}"
     if cached := _read_cached(path):
         return cached
+    _make(path.parent)
     bar = tqdm(desc=f"tokenize {split}", total=total_bytes, unit="B", unit_scale=True, disable=not progress)
     return _write_tokens(path, data, split, encoder, bar)
 
 
 def _default_cache_dir() -> Path:
-    return Path(os.environ.get("PKMEM_CACHE") or Path.home() / ".cache" / "pkmem" / "tokens")
+    if named := os.environ.get("PKMEM_CACHE"):
+        return Path(named)
+    try:
+        return Path.home() / ".cache" / "pkmem" / "tokens"
+    except RuntimeError as error:
+        raise ValueError("there is no home folder to keep tokens in: set PKMEM_CACHE to a folder") from error
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        reason = f"tokens cannot be written to {folder} ({error.strerror})"
+        raise ValueError(f"{reason}: set PKMEM_CACHE to a folder where they can") from error
 
 
 class _Encoder:
@@ -134,7 +151,7 @@ def _fingerprint(data: str, split: Split, encoder: _Encoder) -> tuple[str, int |
 
 def _read_cached(path: Path) -> TokenFile | None:
     try:
-        cached = TokenFile(path, **json.loads(path.with_suffix(".json").read_text()))
+        cached = TokenFile(path, **json.loads(path.with_suffix(".json").read_text(encoding="utf-8")))
         is_whole = path.stat().st_size == cached.num_tokens * np.dtype(path.suffix[1:]).itemsize
     except (OSError, ValueError, TypeError):
         return None
@@ -149,7 +166,7 @@ def _write_tokens(path: Path, data: str, split: Split, encoder: _Encoder, bar: t
         num_skipped += 1
 
     numbers_path = path.with_suffix(".json")
-    with bar, _replacing(path) as file:
+    with bar, replacing(path) as file:
         for texts in _batches(read_documents(data, split, skip)):
             tokens = encoder(texts)
             file.write(tokens.tobytes())
@@ -160,7 +177,7 @@ def _write_tokens(path: Path, data: str, split: Split, encoder: _Encoder, bar: t
             bar.update(batch_bytes)
         numbers_path.unlink(missing_ok=True)  # numbers never stand beside tokens that are not theirs
     written = TokenFile(path, num_tokens, num_bytes, num_documents, num_skipped)
-    with _replacing(numbers_path) as file:
+    with replacing(numbers_path) as file:
         numbers = {name: number for name, number in asdict(written).items() if name != "path"}
         file.write(json.dumps(numbers).encode())
     return written
@@ -177,18 +194,3 @@ def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
             batch, num_chars = [], 0
     if batch:
         yield batch
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file to write that takes the place of `path` once all of it is on disk, and is removed otherwise."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -9,6 +9,7 @@ sizes and hashes, synced to the disk and only then renamed, so a reader never me
 JSON: nothing here writes or reads a pickle. One process writes to a run at a time; any number may read.
 """
 
+import contextlib
 import errno
 import hashlib
 import re
@@ -16,7 +17,8 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from pkmem.training.files import CheckpointError, fsync, load_json, save_json
+from pkmem.text.durable import move, sync
+from pkmem.training.files import CheckpointError, load_json, save_json
 
 
 def save_checkpoint(run: Path, step: int, write: Callable[[Path], None], keep: int = 2) -> Path:
@@ -44,15 +46,15 @@ def save_checkpoint(run: Path, step: int, write: Callable[[Path], None], keep: i
     final, tmp, old = (folder / f"step-{step}{suffix}" for suffix in ("", ".tmp", ".old"))
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        fsync(run)
+        sync(run)
         _tidy(folder)
         tmp.mkdir()
         write(tmp)
         _seal(tmp)
         if final.exists():
-            final.rename(old)
-        tmp.rename(final)
-        fsync(folder)
+            move(final, old)
+        move(tmp, final)
+        sync(folder)
     except BaseException as error:
         _tidy(folder)
         if not _disk_is_full(error):
@@ -62,7 +64,8 @@ def save_checkpoint(run: Path, step: int, write: Callable[[Path], None], keep: i
         raise CheckpointError(f"{final}: no space left ({error}); free some, save again; {intact}") from error
     earlier = {n: path for n, path in _complete(folder).items() if n < step}
     for n in sorted(earlier, reverse=True)[keep - 1 :]:
-        earlier[n].rename(folder / f"step-{n}.tmp")  # so that a kill leaves no half-deleted step-n
+        with contextlib.suppress(OSError):  # someone reads it on Windows: it goes with a later save
+            earlier[n].rename(folder / f"step-{n}.tmp")  # so that a kill leaves no half-deleted step-n
     _tidy(folder)
     return final
 
@@ -124,7 +127,7 @@ def _tidy(folder: Path) -> None:
         if old.with_suffix("").exists():
             shutil.rmtree(old, ignore_errors=True)
         else:
-            old.rename(old.with_suffix(""))
+            move(old, old.with_suffix(""))
 
 
 def _seal(folder: Path) -> None:
@@ -134,7 +137,7 @@ def _seal(folder: Path) -> None:
         raise CheckpointError(f"{folder / 'manifest.json'}: the checkpoint needs this name; choose another")
     manifest = {name: {"size": file.stat().st_size, "sha256": _sha256(file)} for name, file in files.items()}
     for path in [*files.values(), *(path for path in folder.rglob("*") if path.is_dir())]:
-        fsync(path)
+        sync(path)
     save_json(folder / "manifest.json", manifest)
 
 

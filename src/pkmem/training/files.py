@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import sys
+import shutil
 from pathlib import Path
 from typing import Any
+
+from pkmem.text.durable import replacing
 
 
 class CheckpointError(ValueError):
@@ -28,17 +29,17 @@ def save_json(path: Path, document: Any) -> None:
 
 def save_text(path: Path, text: str) -> None:
     """Writes a text file, in a folder that exists, atomically: a reader sees the old one or the new one."""
-    tmp = path.with_name(f"{path.name}.tmp")
-    try:
-        with tmp.open("w", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        tmp.replace(path)
-    except BaseException:
-        tmp.unlink(missing_ok=True)
-        raise
-    fsync(path.parent)
+    with replacing(path) as file:
+        file.write(text.encode())
+
+
+def empty(folder: Path) -> None:
+    """Removes all that is in a folder. The folder stays: it may be a link, or where a disk is mounted."""
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def load_json(path: Path) -> Any:
@@ -53,15 +54,3 @@ def load_json(path: Path) -> Any:
         raise CheckpointError(f"{path}: {error.strerror}; check the path or use another checkpoint") from error
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not JSON, truncated? ({error}); use another checkpoint") from error
-
-
-def fsync(path: Path) -> None:
-    """Has a file or folder written to the disk before returning; Windows knows no such thing of a folder."""
-    windows = sys.platform == "win32"
-    if windows and path.is_dir():
-        return
-    handle = os.open(path, os.O_RDWR if windows else os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -125,7 +125,7 @@ class Journal(TrainerCallback):
     def _write(self, step: int, kind: str, figures: dict[str, float]) -> None:
         tokens = step * self.recipe.training.batch_tokens
         record = {"kind": kind, "step": step, "tokens": tokens, "seconds": self.seconds, **figures}
-        with self.path.open("a") as file:
+        with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
         for name, figure in figures.items():
             self._board.add_scalar(f"{kind}/{name}", figure, step)
@@ -134,7 +134,7 @@ class Journal(TrainerCallback):
 def read_metrics(run: Path) -> list[dict[str, Any]]:
     """The records of a run's metrics.jsonl, in order; a half-written last line is left out."""
     records = []
-    for line in (run / "metrics.jsonl").read_text().splitlines():
+    for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
         try:
             records.append(json.loads(line))
         except json.JSONDecodeError:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -13,6 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from pkmem.text import TokenFile, read_documents, tokenize, train_tokenizer
 from pkmem.training.checkpoint import CheckpointError, latest_checkpoint, verify_checkpoint
+from pkmem.training.files import empty, save_text
 from pkmem.training.recipe import Recipe
 
 _TOKENIZER_CHARS = 50_000_000  # text a tokenizer is trained on; more changes little and takes minutes
@@ -77,9 +77,9 @@ def _check_run_directory(out: Path, resume: bool, overwrite: bool) -> None:
 def make_run_directory(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> None:
     """In place of the one to overwrite; made when all else is ready, so that a bad recipe leaves nothing behind."""
     if (recipe.out / "config.yaml").exists():
-        shutil.rmtree(recipe.out)
-    recipe.out.mkdir(parents=True, exist_ok=True)
-    (recipe.out / "config.yaml").write_text(yaml.safe_dump(recipe.to_dict(), sort_keys=False))
+        empty(recipe.out)
+    recipe.out.resolve().mkdir(parents=True, exist_ok=True)  # also where a link leads that leads nowhere yet
+    save_text(recipe.out / "config.yaml", yaml.safe_dump(recipe.to_dict(), sort_keys=False))
     tokenizer.save_pretrained(recipe.out / "tokenizer")
 
 

@@ -16,7 +16,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pkmem.training.files import CheckpointError, fsync, load_json, save_json
+from pkmem.text.durable import sync
+from pkmem.training.files import CheckpointError, load_json, save_json
 
 
 def save_state(path: Path, state: Any) -> None:
@@ -50,7 +51,7 @@ def save_state(path: Path, state: Any) -> None:
         save_file(tensors, file, metadata={"structure": _fingerprint(structure)})
     except (SafetensorError, KeyError) as error:  # KeyError: a dtype it does not know
         raise CheckpointError(f"{file}: not written, safetensors says: {error}") from error
-    fsync(file)
+    sync(file)
     save_json(_beside(path, ".json"), structure)
 
 

@@ -4,7 +4,7 @@ See `pkmem.ops` for what each computes; fp64 goes to the reference.
 """
 
 from pkmem.ops.cpu.bag import row_products, weighted_sum
-from pkmem.ops.cpu.compiling import is_cold, warmup
+from pkmem.ops.cpu.compiling import warmup
 from pkmem.ops.cpu.decoding import decode
 from pkmem.ops.cpu.rows import adam_rows, gradient_is_finite, row_gradient_norm, sort_reads, weighted_sum_grad_values
 from pkmem.ops.cpu.selection import flat_topk, product_key_topk
@@ -15,7 +15,6 @@ __all__ = [
     "decode",
     "flat_topk",
     "gradient_is_finite",
-    "is_cold",
     "product_key_topk",
     "product_key_topk_backward",
     "row_gradient_norm",

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 
 from pkmem.ops.arguments import AdamStep, LayerWeights
@@ -25,11 +23,6 @@ KERNELS = (
     rows.adam,
 )
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-def is_cold() -> bool:
-    """Whether no kernel is on disk yet: the first calls will have to compile, which takes seconds each."""
-    return not any(_is_on_disk(kernel) for kernel in KERNELS)
 
 
 def warmup(dtypes: tuple[torch.dtype, ...] = _DTYPES) -> int:
@@ -56,11 +49,3 @@ def warmup(dtypes: tuple[torch.dtype, ...] = _DTYPES) -> int:
             table, first, second = (weights.to(kind, copy=True) for kind in (dtype, moments, moments))
             rows.adam_rows(table, first, second, reads, AdamStep(0.1, (0.9, 0.9), eps=1.0, step=1, scale=1.0))
     return sum(len(kernel.signatures) for kernel in KERNELS)
-
-
-def _is_on_disk(kernel) -> bool:  # type: ignore[no-untyped-def]
-    folder, source = kernel.stats.cache_path, Path(kernel.py_func.__code__.co_filename)
-    if folder is None:
-        return False
-    entries = Path(folder).glob(f"{source.stem}.{kernel.py_func.__name__}-*.nbi")
-    return any(entry.stat().st_mtime >= source.stat().st_mtime for entry in entries)

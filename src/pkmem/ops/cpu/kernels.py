@@ -7,8 +7,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import njit
+from numba import config, njit
 from torch import Tensor
+
+from pkmem.ops.cpu.cache import KernelCache
+
+if config.DISABLE_JIT:
+    raise ImportError("NUMBA_DISABLE_JIT is set")
 
 _HALF_VIEWS = {torch.bfloat16: torch.uint16, torch.float16: torch.int16}  # numba knows neither half float
 
@@ -20,10 +25,9 @@ inlined = njit(forceinline=True, **_OPTIONS)  # where a call would pass many arr
 
 def kernel(function: Callable[..., Any]) -> Any:
     """Compiles a function on its first call and keeps the code on disk."""
-    try:
-        return njit(cache=True, **_OPTIONS)(function)
-    except RuntimeError:  # no folder to write to
-        return njit(**_OPTIONS)(function)
+    compiled = njit(**_OPTIONS)(function)
+    compiled._cache = KernelCache(function)  # where `cache=True` puts numba's own
+    return compiled
 
 
 def array(tensor: Tensor) -> np.ndarray:

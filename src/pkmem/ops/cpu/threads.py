@@ -8,13 +8,13 @@ by one thread, so results do not depend on the number of threads.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
-import re
+from collections import deque
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
-from pathlib import Path
 from threading import Event
 from typing import Any
 
@@ -39,10 +39,14 @@ def run_over(kernel: Callable[..., Any], arguments: tuple[Any, ...], size: int, 
         kernel(*arguments, 0, size)
         return
     step = max(grain // 2, -(-size // (threads * _RANGES_PER_THREAD)))
-    firsts = iter(range(0, size, step))
+    firsts = deque(range(0, size, step))  # several threads may pop from it, in a Python without the lock too
 
     def work() -> None:
-        for first in firsts:
+        while True:
+            try:
+                first = firsts.popleft()
+            except IndexError:
+                return
             kernel(*arguments, first, min(first + step, size))
 
     parallel = None if _FORKED.is_set() else _openmp()
@@ -67,7 +71,9 @@ def _on_openmp_threads(parallel: Any, work: Callable[[], None], threads: int) ->
 
 
 def _on_python_threads(work: Callable[[], None], threads: int) -> None:
-    helpers = [_pool().submit(work) for _ in range(threads - 1)]
+    helpers: list[Future[None]] = []
+    with contextlib.suppress(RuntimeError):  # the interpreter shuts down, and starts no thread: this one does it all
+        helpers += (_pool().submit(work) for _ in range(threads - 1))
     work()
     for helper in helpers:
         if not helper.cancel():
@@ -76,16 +82,32 @@ def _on_python_threads(work: Callable[[], None], threads: int) -> None:
 
 @lru_cache(maxsize=1)
 def _openmp() -> Any:
-    """GOMP_parallel of the OpenMP library that torch has loaded; None if it has none, or where we cannot tell."""
-    maps = Path("/proc/self/maps")
-    if "OpenMP" not in torch.__config__.parallel_info() or not maps.exists():
-        return None
-    for path in dict.fromkeys(re.findall(r"/.*/lib[gi]?omp\S*\.so\S*", maps.read_text())):
-        if hasattr(library := ctypes.CDLL(path), "GOMP_parallel"):  # LLVM's and Intel's have it as well
-            library.GOMP_parallel.argtypes = [_BODY, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
-            library.GOMP_parallel.restype = None
-            return library.GOMP_parallel
+    """GOMP_parallel of the OpenMP library that torch itself uses; None if it uses none, or where we cannot tell.
+
+    A process may hold several: scikit-learn and others bring their own, and one may be loaded ahead of all.
+    """
+    for name in (torch._C.__file__, None):  # what torch was linked with, then what was loaded ahead of all
+        try:
+            library = ctypes.CDLL(name)
+            parallel = library.GOMP_parallel  # LLVM's and Intel's have it as well
+            if not _is_torchs(library):
+                continue
+        except (OSError, AttributeError, TypeError):
+            continue
+        parallel.argtypes = [_BODY, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+        parallel.restype = None
+        return parallel
     return None
+
+
+def _is_torchs(library: Any) -> bool:
+    """Whether torch sees it when this thread's number of threads is changed in this OpenMP library."""
+    wanted = torch.get_num_threads() + 1
+    before = library.omp_get_max_threads()
+    library.omp_set_num_threads(wanted)
+    seen = torch.get_num_threads()
+    library.omp_set_num_threads(before)
+    return seen == wanted
 
 
 @lru_cache(maxsize=1)

@@ -1,8 +1,4 @@
-"""A few vector instructions, for kernels that choose and rank.
-
-numba looks for changes only in the file of the kernel it compiled: after a change here delete the
-`__pycache__` of this folder.
-"""
+"""A few vector instructions, for kernels that choose and rank."""
 
 from __future__ import annotations
 
