@@ -23,8 +23,21 @@ from pkmem.ops.backends import backend_module, choose_backend
 from pkmem.ops.registered import is_plain, nobody_watches
 
 MOST_TOKENS = 8  # for more, matrix products pay
-_NORMS: dict[type, str] = {MaskedBatchNorm: "batch", nn.LayerNorm: "layer", nn.RMSNorm: "rms", nn.Identity: "none"}
-_PARTS = (*_NORMS, QueryNetwork, nn.Linear, ProductKeys, ValueTable, OutputGate, nn.Dropout)
+_NORMS: dict[type[nn.Module], str] = {
+    MaskedBatchNorm: "batch",
+    nn.LayerNorm: "layer",
+    nn.RMSNorm: "rms",
+    nn.Identity: "none",
+}
+_PARTS: tuple[type[nn.Module], ...] = (
+    *_NORMS,
+    QueryNetwork,
+    nn.Linear,
+    ProductKeys,
+    ValueTable,
+    OutputGate,
+    nn.Dropout,
+)
 _FORWARD = {part: part.forward for part in _PARTS}  # as built: a class's may be replaced, too
 _VALUES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 

@@ -47,7 +47,7 @@ def scores_of_slots(query: Tensor, sub_keys: Tensor, slots: Tensor) -> Tensor:
     """The scores (n, h, knn) of slots chosen already, by operations that torch differentiates any number of times."""
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     num_sub_keys = sub_keys.shape[2]
-    head = torch.arange(len(sub_keys), device=slots.device).unsqueeze(-1)
+    first_row = torch.arange(len(sub_keys), device=slots.device).unsqueeze(-1) * num_sub_keys  # of each head
     scores = []
     for half, keys, chosen in zip(
         query.to(dtype).chunk(2, dim=-1),
@@ -55,7 +55,8 @@ def scores_of_slots(query: Tensor, sub_keys: Tensor, slots: Tensor) -> Tensor:
         (slots // num_sub_keys, slots % num_sub_keys),
         strict=True,
     ):
-        scores.append((keys[head, chosen] * half.unsqueeze(-2)).sum(-1))
+        rows = F.embedding(first_row + chosen, keys.flatten(0, 1))
+        scores.append((rows * half.unsqueeze(-2)).sum(-1))
     return scores[0] + scores[1]
 
 

@@ -17,7 +17,6 @@ from pkmem.ops.backends import backend_module
 from pkmem.ops.reading_log import ReadLog
 from pkmem.ops.reference import scores_of_slots
 
-
 _PLAIN = (Tensor, nn.Parameter)
 
 
@@ -30,18 +29,17 @@ def nobody_watches(*tensors: Tensor) -> bool:
         return False
     if torch._C._len_torch_dispatch_stack() or has_torch_function(tensors):
         return False
-    return all([is_plain(tensor) for tensor in tensors])
+    return all(map(is_plain, tensors))
 
 
-def is_plain(tensor: Tensor | None) -> bool:
-    """Whether a tensor's memory holds its numbers one by one, as a kernel reads them."""
+def is_plain(tensor: Any) -> bool:
+    """Whether this is a tensor whose memory holds its numbers one by one, as a kernel reads them."""
     return type(tensor) in _PLAIN and tensor.layout is torch.strided and not tensor.is_neg()
 
 
+@torch.compiler.assume_constant_result  # a compiler guards by itself what is asked here
 def is_transformed() -> bool:
     """Whether `torch.func` or forward-mode differentiation sees more in a tensor than its numbers."""
-    if torch.compiler.is_compiling():
-        return False
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
@@ -217,6 +215,11 @@ def _read_gradients(ctx: Any, grad_output: Tensor, adjoint: Any, as_read: Any) -
 
     A sum weights rows, a product weighs them: each is the adjoint of the other.
     """
+    if ctx.log and torch.is_grad_enabled():
+        raise RuntimeError(
+            "a gradient that is kept as reads, as pkmem.RowAdam's tables have it, has no second derivative: "
+            "leave create_graph=True out, or train the table by an optimizer of torch.optim"
+        )
     table, slots, given = ctx.saved_tensors
     grad_table = grad_given = None
     if ctx.needs_input_grad[2]:
