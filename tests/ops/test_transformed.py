@@ -175,7 +175,7 @@ def test_torch_func_finds_the_same_second_derivatives(backend: str) -> None:
     KIND,
     "forward mode: `torch.autograd.forward_ad` and `torch.func.jvp`, with and without `no_grad`",
     "works",
-    "https://github.com/pytorch/pytorch/issues/71117",
+    "https://github.com/flatironinstitute/pytorch-finufft/issues/110",
 )
 @of_forward_mode
 @pytest.mark.parametrize("grad", [True, False])
