@@ -14,7 +14,7 @@ ORDER = {  # folders from the ground up, each with its files in order: a file im
     "ops": "arguments reference",
     "ops.cpu": "threads cache kernels halves vectors bag rows selection selection_backward decoding compiling",
     "ops.triton": "arithmetic launch bag rows selection selection_backward",
-    "ops ": "backends reading_log registered",
+    "ops ": "backends reading_log registered transformed",
     "layer": "config huge_pages query keys values gate decoding memory usage optim combined",
     "lm": "config evaluation speed huggingface build recall inspection autoload",
     "training": "recipe reading files checkpoint state saved journal trainer prepare run",

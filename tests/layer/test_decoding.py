@@ -7,8 +7,12 @@ import warnings
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.nn.utils import parametrize
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pkmem import MemoryConfig, MemoryUsage, ProductKeyMemory
 
@@ -18,6 +22,7 @@ from pkmem.layer.decoding import MOST_TOKENS
 from pkmem.ops.arguments import NORM_TENSORS, LayerWeights
 from pkmem.ops.cpu import decoding
 
+KIND = "Modules that others rewrite"
 NORMS = tuple(NORM_TENSORS)
 
 
@@ -230,6 +235,144 @@ def test_parts_run_where_a_global_hook_watches_all_modules(register, calls: list
     assert calls == []
     memory(torch.randn(2, 20))
     assert calls == [2]
+
+
+@pytest.mark.case(
+    KIND, "dropout left in training mode in a model that evaluates, as Monte Carlo dropout does", "works", ""
+)
+@torch.no_grad()
+def test_a_part_in_training_mode_is_in_training_mode(calls: list[int]) -> None:
+    memory, x = build(dropout=0.5, query_dropout=0.5), torch.randn(1, 20).expand(2, 20)
+    torch.testing.assert_close(*memory(x))
+    memory.dropout.train()
+    assert not torch.allclose(*memory(x))
+    memory.dropout.eval()
+    memory.query.dropout.train()
+    assert not torch.allclose(*memory(x))
+    memory.query.dropout.eval()
+    memory.query.norm.train()
+    assert memory(x).equal(by_parts(memory, x))
+    assert memory.query.norm.num_batches_tracked > 0
+    assert calls == [2]
+
+
+@pytest.mark.case(
+    KIND, "a `forward` replaced on the class: `nn.Linear.forward = mine`, for all of its modules", "works", ""
+)
+@pytest.mark.parametrize("kind", [nn.Linear, type(build().keys), type(build().values), type(build().query.norm)])
+@torch.no_grad()
+def test_a_forward_replaced_on_the_class_is_run(kind: type, monkeypatch: pytest.MonkeyPatch, calls: list[int]) -> None:
+    memory, x, seen = build(), torch.randn(2, 20), []
+    forward = kind.forward
+
+    def watched(self: nn.Module, *given: Tensor) -> object:
+        seen.append(type(self))
+        return forward(self, *given)
+
+    monkeypatch.setattr(kind, "forward", watched)
+    memory(x)
+    assert seen == [kind]
+    assert calls == []
+
+
+@pytest.mark.case(
+    KIND, "`memory.keys.knn` set to more than there are sub-keys, or to 0", "refused: ValueError names the range", ""
+)
+@pytest.mark.parametrize("knn", [0, -1, 38, 10**6])
+@torch.no_grad()
+def test_neighbours_that_there_are_not_are_refused(knn: int, calls: list[int]) -> None:
+    memory = build()
+    memory.keys.knn = knn
+    for tokens in (1, MOST_TOKENS, MOST_TOKENS + 1):
+        with pytest.raises(ValueError, match=rf"knn is {knn} but must be in \[1, s = 37\]"):
+            memory(torch.randn(tokens, 20))
+    assert calls == []
+
+
+@pytest.mark.case(KIND, "`memory.keys.knn` lowered after training, to read fewer slots", "works", "")
+@torch.no_grad()
+def test_neighbours_can_be_fewer_than_were_trained(calls: list[int]) -> None:
+    memory, x = build(), torch.randn(2, 20)
+    memory.keys.knn = 2
+    torch.testing.assert_close(memory(x), by_parts(memory, x))
+    assert calls == [2]
+
+
+@pytest.mark.case(
+    KIND, "tensors that share memory with others in a way of their own: sparse weights, negative views", "works", ""
+)
+@torch.no_grad()
+def test_parts_run_where_memory_is_not_the_numbers(calls: list[int]) -> None:
+    memory, x = build(), torch.randn(2, 20)
+    negative = torch.imag(torch.complex(x, -x).conj())
+    assert negative.is_neg()
+    torch.testing.assert_close(memory(negative), by_parts(memory, x))
+    expected = by_parts(memory, x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # torch calls its CSR tensors a beta
+        memory.query.project.weight = nn.Parameter(memory.query.project.weight.to_sparse_csr(), requires_grad=False)
+    torch.testing.assert_close(memory(x), expected)
+    assert calls == []
+
+
+class _Watch(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.seen.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+class _WatchFunctions(TorchFunctionMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        self.seen.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.case(
+    KIND,
+    "a mode that sees every operator: `FlopCounterMode`, `TorchDispatchMode`, `TorchFunctionMode`, `make_fx`",
+    "works: sees `pkmem::product_key_topk` and `pkmem::weighted_sum`",
+    "",
+)
+@torch.no_grad()
+def test_modes_see_one_token_as_they_see_nine(calls: list[int]) -> None:
+    memory = build()
+    for kind in (_Watch, _WatchFunctions):
+        seen = []
+        for tokens in (1, 9):
+            with kind() as watch:
+                memory(torch.randn(tokens, 20))
+            seen.append(watch.seen)
+        assert seen[0] == seen[1]
+        assert [name for name in seen[0] if "pkmem" in name and "topk" in name]
+        assert [name for name in seen[0] if "pkmem" in name and "weighted_sum" in name]
+    traced = make_fx(memory)(torch.randn(2, 20))
+    x = torch.randn(2, 20)
+    torch.testing.assert_close(traced(x), by_parts(memory, x))
+    assert calls == []
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is:DeprecationWarning")  # torch's own rules of forward mode
+@pytest.mark.parametrize("enter", [torch.enable_grad, torch.no_grad])
+def test_parts_run_under_transforms(enter, calls: list[int]) -> None:
+    memory, x = build(), torch.randn(2, 20)
+    with torch.no_grad():
+        expected = by_parts(memory, x)
+    with enter():
+        torch.testing.assert_close(torch.vmap(memory)(x.unsqueeze(1)).squeeze(1), expected)
+        tangent = torch.func.jvp(memory, (x,), (x,))[1]
+        with forward_ad.dual_level():
+            dual = memory(forward_ad.make_dual(x, x))
+            assert forward_ad.unpack_dual(dual).tangent.equal(tangent)
+    assert tangent.abs().min() > 0
+    assert calls == []
 
 
 @torch.no_grad()

@@ -20,10 +20,26 @@ from pkmem.layer.query import MaskedBatchNorm, QueryNetwork
 from pkmem.layer.values import ValueTable
 from pkmem.ops.arguments import NORM_TENSORS, LayerWeights
 from pkmem.ops.backends import backend_module, choose_backend
-from pkmem.ops.registered import nobody_watches
+from pkmem.ops.registered import is_plain, nobody_watches
 
 MOST_TOKENS = 8  # for more, matrix products pay
-_NORMS: dict[type, str] = {MaskedBatchNorm: "batch", nn.LayerNorm: "layer", nn.RMSNorm: "rms", nn.Identity: "none"}
+_NORMS: dict[type[nn.Module], str] = {
+    MaskedBatchNorm: "batch",
+    nn.LayerNorm: "layer",
+    nn.RMSNorm: "rms",
+    nn.Identity: "none",
+}
+_PARTS: tuple[type[nn.Module], ...] = (
+    *_NORMS,
+    QueryNetwork,
+    nn.Linear,
+    ProductKeys,
+    ValueTable,
+    OutputGate,
+    nn.Dropout,
+)
+_FORWARD = {part: part.forward for part in _PARTS}  # as built: a class's may be replaced, too
+_VALUES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 
 
 def in_one_kernel_if_few(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -31,6 +47,9 @@ def in_one_kernel_if_few(forward: Callable[..., Tensor]) -> Callable[..., Tensor
 
     @functools.wraps(forward)
     def read(memory: Any, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        # In this order: who compiles or exports for any number of tokens must not see that it matters.
+        if memory.training or not nobody_watches(x) or not x.is_cpu:
+            return forward(memory, x, mask)
         out = _decode(memory, x.reshape(-1, x.shape[-1]))
         if out is None:
             return forward(memory, x, mask)
@@ -41,52 +60,76 @@ def in_one_kernel_if_few(forward: Callable[..., Tensor]) -> Callable[..., Tensor
 
 def _decode(memory: Any, x: Tensor) -> Tensor | None:
     """The output (n, d') for hidden states (n, d), from one kernel; None where the parts have to run."""
-    if memory.training or not nobody_watches(x) or x.shape[0] > MOST_TOKENS:
+    if x.shape[0] > MOST_TOKENS:
         return None
     layer = _weights_of(memory)
-    if layer is None or not _fit(x, layer) or torch.is_autocast_enabled(x.device.type):
+    if layer is None or not _fit(x, layer) or torch.is_autocast_enabled("cpu"):
         return None
     return backend_module(choose_backend(x.device, memory.values.backend)).decode(x, layer)
 
 
 def _weights_of(memory: Any) -> LayerWeights | None:
-    """The layer's weights; None where a part is not what it was built as, or is watched."""
-    query, keys, values, gate = memory.query, memory.keys, memory.values, memory.gate
-    if type(query) is not QueryNetwork or memory.neurons is not None or _has_any_global_hook():
+    """The layer's weights; None where a part is not what it was built as, or is watched.
+
+    Read from the modules' own dictionaries: half the time of asking for attributes, and a weight that something else
+    computes, as a parametrization does, is not there.
+    """
+    parts = memory._modules
+    query, keys, values, gate = parts.get("query"), parts.get("keys"), parts.get("values"), parts.get("gate")
+    if parts.get("neurons") is not None or _has_any_global_hook() or not _is_as_built(query, QueryNetwork):
         return None
-    project: Any = query.project
-    norm = query.norm
-    kind = _NORMS.get(type(norm))
-    parts = [(query, QueryNetwork), (project, nn.Linear), (norm, type(norm)), (query.dropout, nn.Dropout)]
-    parts += [(keys, ProductKeys), (values, ValueTable), (memory.dropout, nn.Dropout)]
+    project, norm = query._modules.get("project"), query._modules.get("norm")
+    if not (
+        _is_as_built(project, nn.Linear)
+        and type(norm) in _NORMS
+        and _is_as_built(norm, type(norm))
+        and _is_as_built(query._modules.get("dropout"), nn.Dropout)
+        and _is_as_built(keys, ProductKeys)
+        and _is_as_built(values, ValueTable)
+        and _is_as_built(parts.get("dropout"), nn.Dropout)
+        and keys.backend == values.backend
+    ):
+        return None
+    gates = None
     if gate is not None:
-        if type(gate) is not OutputGate or gate.gate.bias is not None or gate.project.bias is not None:
+        gates = _weights_of_gate(gate)
+        if gates is None:
             return None
-        parts += [(gate, OutputGate), (gate.gate, nn.Linear), (gate.project, nn.Linear)]
-    for part, built_as in parts:
-        if not _is_untouched(part, built_as):
-            return None
-    if kind is None or keys.backend != values.backend:
-        return None
-    eps = getattr(norm, "eps", None)
+    kind = _NORMS[type(norm)]
+    statistics = norm._parameters | norm._buffers
+    eps = norm.__dict__.get("eps")
     return LayerWeights(
-        project.weight,
-        project.bias,
+        project._parameters.get("weight"),
+        project._parameters.get("bias"),
         kind,
-        tuple([getattr(norm, name) for name in NORM_TENSORS[kind]]),
+        tuple([statistics.get(name) for name in NORM_TENSORS[kind]]),
         torch.finfo(torch.float32).eps if eps is None else eps,
-        keys.sub_keys,
-        values.weight,
-        None if gate is None else (gate.gate.weight, gate.project.weight),
+        keys._parameters.get("sub_keys"),
+        values._parameters.get("weight"),
+        gates,
         keys.knn,
     )
 
 
-def _is_untouched(part: nn.Module, built_as: type[nn.Module]) -> bool:
-    """Whether a part is of this very class, runs the class's own `forward`, and has no hook of any kind."""
+def _weights_of_gate(gate: Any) -> tuple[Any, Any] | None:
+    if not _is_as_built(gate, OutputGate):
+        return None
+    opening, project = gate._modules.get("gate"), gate._modules.get("project")
+    if not (_is_as_built(opening, nn.Linear) and _is_as_built(project, nn.Linear)):
+        return None
+    if opening.bias is not None or project.bias is not None:
+        return None
+    return opening._parameters.get("weight"), project._parameters.get("weight")
+
+
+def _is_as_built(part: Any, built_as: type[nn.Module]) -> bool:
+    """Whether a part is of this very class, in evaluation mode, runs the class's first `forward`, and has no hook."""
+    if type(part) is not built_as or built_as.forward is not _FORWARD[built_as]:
+        return False
     state = part.__dict__
-    return type(part) is built_as and not (
-        state["_forward_hooks"]
+    return not (
+        state["training"]  # as dropout is that samples in evaluation
+        or state["_forward_hooks"]
         or state["_forward_pre_hooks"]
         or state["_backward_hooks"]
         or state["_backward_pre_hooks"]
@@ -95,19 +138,14 @@ def _is_untouched(part: nn.Module, built_as: type[nn.Module]) -> bool:
 
 
 def _fit(x: Tensor, layer: LayerWeights) -> bool:
-    """Whether all weights are plain, fp32 (the values: or half as wide), where x is, and of shapes that agree.
+    """Whether all weights are plain, fp32 (the values: or half as wide), on the CPU, and of shapes that agree.
 
     Where they are not, the parts say what is wrong.
     """
-    read = (x, layer.project, layer.bias, *layer.norm_tensors, layer.sub_keys, *(layer.gate or ()))
-    for tensor in read:
-        if tensor is None or tensor.dtype is not torch.float32 or tensor.device != x.device:
+    for tensor in (x, layer.project, layer.bias, *layer.norm_tensors, layer.sub_keys, *(layer.gate or ())):
+        if not is_plain(tensor) or tensor.dtype is not torch.float32 or not tensor.is_cpu:
             return False
-    if (
-        layer.values.dtype is torch.float64
-        or layer.values.device != x.device
-        or not nobody_watches(*read, layer.values)
-    ):
+    if not is_plain(layer.values) or layer.values.dtype not in _VALUES or not layer.values.is_cpu:
         return False
     heads, _, num_sub_keys, half = layer.sub_keys.shape
     num_slots, value_width = layer.values.shape
@@ -117,6 +155,7 @@ def _fit(x: Tensor, layer: LayerWeights) -> bool:
         layer.project.shape == (channels, width)
         and layer.bias.shape == (channels,)
         and all(tensor.shape == norm_shape for tensor in layer.norm_tensors)
+        and 1 <= layer.knn <= num_sub_keys
         and num_sub_keys**2 <= min(num_slots, 1 << 32)
         and (
             layer.gate is None

@@ -29,6 +29,11 @@ class QueryNetwork(nn.Module):
         query = self.project(x)
         if isinstance(self.norm, MaskedBatchNorm):
             query = self.norm(query, mask).unflatten(-1, (self.heads, -1))
+        elif isinstance(self.norm, nn.SyncBatchNorm):
+            raise ValueError(
+                "query.norm is a SyncBatchNorm, which counts padding: convert_sync_batchnorm must not reach a memory; "
+                "convert other parts alone, or build the memory with query_norm='layer' or 'rms'"
+            )
         else:
             query = self.norm(query.unflatten(-1, (self.heads, -1)))
         return self.dropout(query)

@@ -44,6 +44,12 @@ class Table(nn.Module):
     def extra_repr(self) -> str:
         return f"num_slots={self.weight.shape[0]}, width={self.weight.shape[1]}"
 
+    def _replicate_for_data_parallel(self) -> Table:
+        raise ValueError(
+            "nn.DataParallel would copy the whole table to every device at every step: start a process per device with "
+            "torchrun, or show one device only (CUDA_VISIBLE_DEVICES=0)"
+        )
+
 
 @final
 class ValueTable(Table):

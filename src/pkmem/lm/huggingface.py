@@ -134,6 +134,7 @@ class PkmemForCausalLM(PreTrainedModel, GenerationMixin):
     ) -> Any:
         """What the decoder's forward takes and returns."""
         if self.training:
+            self._require_one_shared_table()
             mask = None
             if attention_mask is not None and attention_mask.dim() == 2:
                 tokens = kwargs["inputs_embeds"] if input_ids is None else input_ids
@@ -141,6 +142,26 @@ class PkmemForCausalLM(PreTrainedModel, GenerationMixin):
             for mlp in self.memory_mlps():
                 mlp.mask = mask
         return self.base(input_ids=input_ids, attention_mask=attention_mask, labels=labels, **kwargs)
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """As every model's.
+
+        Raises:
+            ValueError: memories that share a table by the config hold several.
+        """
+        self._require_one_shared_table()
+        super().save_pretrained(*args, **kwargs)
+
+    def _require_one_shared_table(self) -> None:
+        if not self.config.share_values:
+            return
+        num_tables = len({id(memory.values) for memory in memories_in(self.base).values()})
+        if num_tables > 1:
+            raise ValueError(
+                f"share_values is set but the memories hold {num_tables} tables, as after modules_to_save or "
+                "target_parameters of PEFT, which see each memory alone: instead let gradients reach the one table, "
+                "`values.weight.requires_grad_()` after get_peft_model, or build the model with share_values=False"
+            )
 
     def memory_mlps(self) -> list[MemoryMLP]:
         """The modules that hold a memory, by block."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pkmem.ops import transformed
 from pkmem.ops.backends import BACKENDS as BACKENDS
 from pkmem.ops.backends import backend_module as backend_module
 from pkmem.ops.backends import choose_backend as choose_backend
@@ -19,6 +20,7 @@ from pkmem.ops.registered import (
     checked_bag,
     checked_products,
     flat,
+    is_transformed,
     logged_bag,
     logged_products,
     nobody_watches,
@@ -69,6 +71,8 @@ def product_key_topk(query: Tensor, sub_keys: Tensor, knn: int, *, backend: str 
     chosen = choose_backend(query.device, backend)
     if nobody_watches(query, sub_keys):
         return select(query, sub_keys, knn, chosen)
+    if is_transformed():
+        return transformed.product_key_topk(query, sub_keys, knn, chosen)
     return topk(query, sub_keys, knn, chosen)
 
 
@@ -139,6 +143,8 @@ def weighted_sum(
     chosen = choose_backend(values.device, backend)
     if nobody_watches(values, slots, weights):
         return checked_bag(values, slots, weights, chosen)
+    if is_transformed():
+        return transformed.weighted_sum(values, slots, weights)
     if log is None:
         return bag(values, slots, weights, chosen)
     return logged_bag(values, slots, weights, log.counter, log.handle, chosen)
@@ -177,6 +183,8 @@ def row_products(
     chosen = choose_backend(table.device, backend)
     if nobody_watches(table, slots, x):
         return checked_products(table, slots, x, chosen)
+    if is_transformed():
+        return transformed.row_products(table, slots, x)
     if log is None:
         return products(table, slots, x, chosen)
     return logged_products(table, slots, x, log.counter, log.handle, chosen)

@@ -42,6 +42,23 @@ def product_key_topk(query: Tensor, sub_keys: Tensor, knn: int) -> tuple[Tensor,
     return best_first(scores, slots, knn, num_sub_keys**2)
 
 
+def scores_of_slots(query: Tensor, sub_keys: Tensor, slots: Tensor) -> Tensor:
+    """The scores (n, h, knn) of slots chosen already, by operations that torch differentiates any number of times."""
+    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    num_sub_keys = sub_keys.shape[2]
+    first_row = torch.arange(len(sub_keys), device=slots.device).unsqueeze(-1) * num_sub_keys  # of each head
+    scores = []
+    for half, keys, chosen in zip(
+        query.to(dtype).chunk(2, dim=-1),
+        sub_keys.to(dtype).unbind(1),
+        (slots // num_sub_keys, slots % num_sub_keys),
+        strict=True,
+    ):
+        rows = F.embedding(first_row + chosen, keys.flatten(0, 1))
+        scores.append((rows * half.unsqueeze(-2)).sum(-1))
+    return scores[0] + scores[1]
+
+
 def product_key_topk_backward(
     grad_scores: Tensor, query: Tensor, sub_keys: Tensor, slots: Tensor
 ) -> tuple[Tensor, Tensor]:

@@ -9,20 +9,38 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.library import custom_op
+from torch.overrides import has_torch_function
 
 from pkmem.ops.backends import backend_module
 from pkmem.ops.reading_log import ReadLog, row_gradient
+from pkmem.ops.reference import scores_of_slots
+
+_PLAIN = (Tensor, nn.Parameter)
 
 
 def nobody_watches(*tensors: Tensor) -> bool:
-    """Whether neither a gradient nor a compiler nor a tracer nor a tensor subclass has to see an operator.
+    """Whether nothing has to see an operator: no gradient, compiler, tracer, transform, mode or tensor subclass.
 
     A registered operator costs some 35 us a call before it does anything, half of a decoded token's whole memory.
     """
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing() or is_transformed():
         return False
-    return all(type(tensor) in (Tensor, nn.Parameter) for tensor in tensors)
+    if torch._C._len_torch_dispatch_stack() or has_torch_function(tensors):
+        return False
+    return all(map(is_plain, tensors))
+
+
+def is_plain(tensor: Any) -> bool:
+    """Whether this is a tensor whose memory holds its numbers one by one, as a kernel reads them."""
+    return type(tensor) in _PLAIN and tensor.layout is torch.strided and not tensor.is_neg()
+
+
+@torch.compiler.assume_constant_result  # a compiler guards by itself what is asked here
+def is_transformed() -> bool:
+    """Whether `torch.func` or forward-mode differentiation sees more in a tensor than its numbers."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def select(query: Tensor, sub_keys: Tensor, knn: int, backend: str) -> tuple[Tensor, Tensor]:
@@ -66,6 +84,21 @@ def _topk_gradients(ctx: Any, grad_scores: Tensor, _: Any) -> tuple[Any, ...]:
 
 
 topk.register_autograd(_topk_gradients, setup_context=_topk_context)
+
+
+def _second_topk_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.backend = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _second_topk_gradients(ctx: Any, grad_query: Tensor, grad_sub_keys: Tensor) -> tuple[Any, ...]:
+    """A score is linear in its query and in its sub-keys, so what meets one gradient takes the other's place."""
+    grad_scores, query, sub_keys, slots = ctx.saved_tensors
+    scores = scores_of_slots(grad_query, sub_keys, slots) + scores_of_slots(query, grad_sub_keys, slots)
+    return (scores, *_topk_backward(grad_scores, grad_query, grad_sub_keys, slots, ctx.backend), None, None)
+
+
+_topk_backward.register_autograd(_second_topk_gradients, setup_context=_second_topk_context)
 
 
 @custom_op("pkmem::flat_topk", mutates_args=())
@@ -128,6 +161,21 @@ def _(*_: Any) -> None:
     return None
 
 
+def _table_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, _, ctx.backend = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _second_table_gradients(ctx: Any, grad_table: Tensor) -> tuple[Any, ...]:
+    slots, weights, grad_output = ctx.saved_tensors
+    grad_weights = products(grad_table, slots, grad_output, ctx.backend).to(weights.dtype)
+    grad_grad_output = bag(grad_table, slots, weights, ctx.backend).to(grad_output.dtype)
+    return None, grad_weights, grad_grad_output, None, None
+
+
+_table_gradient.register_autograd(_second_table_gradients, setup_context=_table_context)
+
+
 def checked_products(table: Tensor, slots: Tensor, x: Tensor, backend: str) -> Tensor:
     """The backend's row products, unregistered, of slots that are in the table."""
     _check_bounds(slots, table)
@@ -173,7 +221,7 @@ def _read_gradients(ctx: Any, grad_output: Tensor, adjoint: Any, as_read: Any) -
         grad_given = adjoint(table, slots, grad_output, ctx.backend).to(given.dtype)
     if ctx.needs_input_grad[0]:
         weights, back = as_read(given)
-        if not ctx.log:
+        if not ctx.log or torch.is_grad_enabled():  # a second derivative needs the numbers
             grad_table = _table_gradient(slots, weights, back.to(table.dtype), table.shape[0], ctx.backend)
         elif type(grad_output) is Tensor:
             grad_table = row_gradient(table, slots, weights, back, ctx.backend)
