@@ -74,9 +74,11 @@ class MaskedBatchNorm(nn.BatchNorm1d):
         assert self.running_mean is not None
         assert self.running_var is not None
         assert self.num_batches_tracked is not None
-        assert self.momentum is not None
         unbiased = variance * (count / (count - 1).clamp_min(1.0))
-        self.num_batches_tracked.add_(1)
-        share = self.momentum * (count > 1).to(self.running_mean.dtype)  # one token has no variance to follow
+        has_variance = count > 1  # one token has none to follow
+        self.num_batches_tracked.add_(has_variance)
+        # Without a momentum, as while `torch.optim.swa_utils.update_bn` runs, all batches have the same share.
+        share = 1 / self.num_batches_tracked.clamp_min(1) if self.momentum is None else self.momentum
+        share = share * has_variance.to(self.running_mean.dtype)
         self.running_mean.lerp_(mean.to(self.running_mean.dtype), share)
         self.running_var.lerp_(unbiased.to(self.running_var.dtype), share)
