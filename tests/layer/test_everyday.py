@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_model, save_file, save_model
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.nn.utils import parameters_to_vector, prune, skip_init, vector_to_parameters
 from torch.optim.swa_utils import AveragedModel, update_bn
 
@@ -679,38 +678,6 @@ def test_a_step_within_backward_is_a_step_after_it() -> None:
     other(tokens()).square().sum().backward()
     optimizer.step()
     assert_same(memory, other)
-
-
-@case(
-    "Modules that others rewrite",
-    "forward-mode differentiation (`torch.func.jvp`, `jacfwd`, `torch.autograd.forward_ad`)",
-    "refused: NotImplementedError: use reverse mode, such as `torch.autograd.grad`",
-    "https://github.com/facebookresearch/xformers/issues/552",
-)
-@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # torch's own use of it
-@pytest.mark.parametrize("gradient", [True, False])
-@pytest.mark.parametrize("n", [1, 20])
-def test_forward_mode_is_refused_instead_of_silently_zero(n, gradient) -> None:
-    memory, x = build(experts=True).eval(), tokens(n)
-    weights = dict(memory.named_parameters())
-    tangents = {name: torch.ones_like(weight) for name, weight in weights.items()}
-
-    def by_weights(weights: dict[str, Tensor]) -> Tensor:
-        return torch.func.functional_call(memory, weights, (x,))
-
-    with torch.set_grad_enabled(gradient):
-        for transform in (
-            lambda: torch.func.jvp(memory, (x,), (torch.ones_like(x),)),
-            lambda: torch.func.jvp(by_weights, (weights,), (tangents,)),
-            lambda: torch.func.jacfwd(memory)(x),
-        ):
-            with pytest.raises(NotImplementedError, match="use reverse mode"):
-                transform()
-        with forward_ad.dual_level():
-            with pytest.raises(NotImplementedError, match="use reverse mode"):
-                memory(forward_ad.make_dual(x, torch.ones_like(x)))
-            assert torch.equal(memory(x), memory(x))  # no tangent, no refusal
-    assert memory(x).isfinite().all()
 
 
 @pytest.mark.parametrize(

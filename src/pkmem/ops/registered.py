@@ -27,7 +27,7 @@ def nobody_watches(*tensors: Tensor) -> bool:
     """
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing() or is_transformed():
         return False
-    if torch._C._len_torch_dispatch_stack() or has_torch_function(tensors):
+    if torch._C._len_torch_dispatch_stack() or has_torch_function(tensors) or tensors[0].is_meta:
         return False
     return all(map(is_plain, tensors))
 
