@@ -411,6 +411,27 @@ def test_weights_may_have_another_dtype_than_values(
     assert (np.array(bag_errors(backend, values, slots, weights)) <= rounding).all()
 
 
+@pytest.mark.case(
+    "Gradual surprises",
+    "the decoder of a sparse autoencoder as a bag (`acts @ W_dec`): hundreds of activations a token, some zero or named "
+    "twice, and batches without a token or without an activation",
+    "works: `pkmem.weighted_sum`, values and gradients those of the matrix product",
+    "https://github.com/decoderesearch/SAELens/issues/428",
+)
+@pytest.mark.parametrize(("num_tokens", "num_active"), [(3, 300), (3, 1), (0, 5), (3, 0)])
+def test_a_bag_is_a_sparse_autoencoders_decoder(backend: str, num_tokens: int, num_active: int) -> None:
+    decoder, slots, acts = bag_inputs(64, 5, num_tokens, num_active)
+    decoder, acts = leaf(decoder.double()), leaf(acts.double().relu())
+    dense = torch.zeros(num_tokens, 64, dtype=torch.float64).scatter_add(1, slots, acts)
+    expected, summed = dense @ decoder, weighted_sum(decoder, slots, acts, backend=backend)
+    torch.testing.assert_close(summed, expected)
+    back = torch.randn(num_tokens, 5, dtype=torch.float64)
+    for ours, theirs in zip(
+        *(torch.autograd.grad(out, (decoder, acts), back) for out in (summed, expected)), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs)
+
+
 def test_sums_of_bf16_rows_are_accumulated_in_fp32(backend: str) -> None:
     values = leaf(torch.tensor([[1.0], [2.0**-9]]).bfloat16())
     slots = torch.tensor([[0] + [1] * 256])
