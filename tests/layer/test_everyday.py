@@ -20,7 +20,6 @@ from torch.optim.swa_utils import AveragedModel, update_bn
 from pkmem import CombinedOptimizer, MemoryConfig, MemoryUsage, ProductKeyMemory, RowAdam
 from pkmem.layer.memory import memories_in
 from pkmem.layer.optim import dense_parameters
-from pkmem.layer.query import MaskedBatchNorm
 
 case = pytest.mark.case
 PYTORCH = "https://github.com/pytorch/pytorch"
@@ -255,7 +254,6 @@ def test_a_mapped_table_is_read_and_trained_and_the_file_left_alone(tmp_path: Pa
     "refused: RuntimeError from `RowAdam.step()`: make the RowAdam anew after loading",
     "https://github.com/pytorch/tutorials/pull/2522",
 )
-@pytest.mark.xfail(strict=True, reason="StopIteration until rows mode belongs to a living RowAdam")
 def test_weights_assigned_after_row_adam_was_made_are_not_silently_left_untrained() -> None:
     memory = build()
     optimizer = RowAdam(memory)
@@ -288,6 +286,75 @@ def test_a_memory_made_of_nothing_is_drawn_by_reset_parameters() -> None:
         [0],
         [1],
     ]
+
+
+@case(
+    "Modules that others rewrite",
+    "all weights drawn anew between folds: `reset_parameters()` of everything that has one",
+    "works: the norm's statistics and a shared table too",
+    "https://github.com/havakv/pycox/issues/151",
+)
+@pytest.mark.parametrize("deep", [True, False])
+def test_resetting_whatever_can_be_reset_draws_every_weight_anew(deep) -> None:
+    memory = build("batch", gate=True, experts=True, query_hidden_dim=5)
+    model = nn.Sequential(memory, ProductKeyMemory(memory.config, values=memory.values))
+    for part in model:
+        part(9 + tokens())
+    before = copy.deepcopy(model.state_dict())
+    for part in model.modules() if deep else model.children():
+        if hasattr(part, "reset_parameters"):
+            part.reset_parameters()
+    for name, tensor in model.state_dict().items():
+        if "query.norm" not in name:
+            assert not torch.equal(tensor, before[name]), name
+    for norm in (part.query.norm for part in model):
+        assert (norm.running_mean == 0).all()
+        assert (norm.running_var == 1).all()
+
+
+@case(
+    "Life of the reading log",
+    "averaged weights copied in for an evaluation and the trained ones back (diffusers' `EMAModel.store`, `restore`)",
+    "works: training goes on to the same bits",
+    "https://github.com/huggingface/diffusers/pull/2302",
+)
+def test_weights_exchanged_for_an_evaluation_leave_training_alone() -> None:
+    memory = build()
+    other = copy.deepcopy(memory)
+    optimizers = RowAdam(memory, lr=0.1), RowAdam(other, lr=0.1)
+    train(memory, optimizers[0])
+    train(other, optimizers[1])
+    stored = [parameter.detach().clone() for parameter in memory.parameters()]
+    for parameter in memory.parameters():
+        parameter.data.copy_(torch.zeros_like(parameter))
+    assert all((out == 0).all() for out in outputs(memory))
+    for parameter, kept in zip(memory.parameters(), stored, strict=True):
+        parameter.data.copy_(kept)
+    train(memory, optimizers[0])
+    train(other, optimizers[1])
+    assert_same(memory, other)
+
+
+@case(
+    "Gradual surprises",
+    "the table and the norms kept in fp32 in a model cast to bf16",
+    "works: rows are summed as they are, and the output is bf16",
+    "https://github.com/unslothai/unsloth/issues/5313",
+)
+@pytest.mark.parametrize("norm", ["batch", "layer", "rms"])
+@pytest.mark.parametrize("n", [1, 20])
+def test_a_table_may_be_more_exact_than_the_model_around_it(norm, n, backend) -> None:
+    memory = build(norm).bfloat16().eval()
+    memory.backend = backend
+    memory.values.float()
+    memory.query.norm.float()
+    memory.values.reset_parameters()
+    x = tokens(n, torch.bfloat16)
+    for gradient in (True, False):
+        with torch.set_grad_enabled(gradient):
+            slots, weights = memory.keys(memory.query(x))
+            exact = (memory.values.weight.double()[slots] * weights.double()[..., None]).sum((1, 2))
+            torch.testing.assert_close(memory(x), exact.bfloat16())
 
 
 @case(
@@ -446,7 +513,6 @@ def _deterministic() -> None:
                     "works",
                     "https://github.com/deepmodeling/deepmd-kit/pull/3307",
                 ),
-                pytest.mark.xfail(strict=True, reason="the log's counter is on the default device: garbage, silently"),
             ],
         ),
         pytest.param(
@@ -556,6 +622,24 @@ def test_saved_tensors_may_wait_on_disk(tmp_path: Path) -> None:
 
 
 @case(
+    "Life of the reading log",
+    "`torch.autograd.detect_anomaly` over a table whose gradient is not dense",
+    "works: the same bits, and a NaN is found",
+    PYTORCH + "/issues/28649",
+)
+@pytest.mark.filterwarnings("ignore:Anomaly Detection has been enabled:UserWarning")
+def test_anomaly_detection_sees_the_gradient_of_rows() -> None:
+    memory = build()
+    other = copy.deepcopy(memory)
+    train(memory)
+    with torch.autograd.detect_anomaly():
+        train(other)
+        assert_same(memory, other)
+        with pytest.raises(RuntimeError, match="returned nan values"):
+            (memory(tokens()) * float("nan")).sum().backward()
+
+
+@case(
     "Modules that others rewrite",
     "full backward hooks on every part, whose outputs are tuples with integers (Captum's way of attribution)",
     "works",
@@ -581,7 +665,6 @@ def test_backward_hooks_on_every_part_see_its_gradients() -> None:
     "works: RowAdam's next step does not train on it",
     "https://github.com/pytorch/PiPPy/issues/1031",
 )
-@pytest.mark.xfail(strict=True, reason="every backward pass is logged, whatever gradient was asked for")
 def test_a_gradient_in_the_input_alone_is_not_trained_on() -> None:
     memory, x = build().double(), tokens(dtype=torch.float64).requires_grad_()
     optimizer = RowAdam(memory, lr=0.1)
@@ -603,10 +686,7 @@ def test_a_gradient_in_the_input_alone_is_not_trained_on() -> None:
     "optimize",
     [
         lambda memory: torch.optim.Adam(memory.parameters(), lr=0.1),
-        pytest.param(
-            lambda memory: RowAdam(memory, lr=0.1),
-            marks=pytest.mark.xfail(strict=True, reason="the hook is handed None"),
-        ),
+        lambda memory: RowAdam(memory, lr=0.1),
     ],
     ids=["Adam", "RowAdam"],
 )
@@ -744,7 +824,6 @@ def test_pruned_weights_are_read_as_zero_and_stay_so() -> None:
     "works: one update a step; `ProductKeyMemory(config, values=a.values)` says the same",
     PYTORCH + "/issues/188346",
 )
-@pytest.mark.xfail(strict=True, reason="the table is updated twice a step")
 def test_a_table_tied_by_assignment_is_updated_once_a_step() -> None:
     model = nn.ModuleList([build(), build()]).double()
     model[1].values.weight = model[0].values.weight
@@ -796,14 +875,8 @@ def test_lbfgs_follows_the_gradients_of_the_plain_memory() -> None:
     "refused: ValueError, since LBFGS needs the closure for itself: step the two apart",
     "https://github.com/huggingface/peft/pull/3382",
 )
-@pytest.mark.xfail(strict=True, reason="a TypeError in the first step")
 def test_an_optimizer_that_needs_a_closure_is_refused_in_a_union() -> None:
     memory = build()
     parts = torch.optim.LBFGS(dense_parameters(memory)), RowAdam(memory)
     with pytest.raises(ValueError, match="LBFGS"):
         CombinedOptimizer(*parts)
-
-
-def test_the_batch_norm_of_the_query_is_a_class_of_its_own() -> None:
-    """So that what replaces batch norms by class is noticed: see QueryNetwork.forward."""
-    assert type(build("batch").query.norm) is MaskedBatchNorm

@@ -183,7 +183,7 @@ def test_other_auto_classes_refuse_the_config(auto, tmp_path: Path) -> None:
 @case(
     "Optimizer protocol",
     "optimizer states by parameter name: `torch.distributed.checkpoint.state_dict.get_state_dict`",
-    "works: hand a CombinedOptimizer's parts over, `get_state_dict(model, optimizer.optimizers)`",
+    "works: for RowAdam and for a CombinedOptimizer",
     "https://github.com/nvidia-cosmos/cosmos-rl/pull/150",
 )
 def test_states_by_parameter_name_resume_training() -> None:
@@ -196,10 +196,10 @@ def test_states_by_parameter_name_resume_training() -> None:
     memory, other = ProductKeyMemory(config), ProductKeyMemory(config)
     optimizer, fresh = union_for(memory), union_for(other)
     step(memory, optimizer)
-    weights, states = get_state_dict(memory, optimizer.optimizers)
+    weights, states = get_state_dict(memory, optimizer)
     assert set(states["state"]["values.weight"]) >= {"step", "exp_avg", "exp_avg_sq"}
     weights, states = copy.deepcopy((weights, states))
-    set_state_dict(other, fresh.optimizers, model_state_dict=weights, optim_state_dict=states)
+    set_state_dict(other, fresh, model_state_dict=weights, optim_state_dict=states)
     step(memory, optimizer)
     step(other, fresh)
     assert_same_weights(memory, other, rtol=0, atol=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -20,10 +21,14 @@ class CombinedOptimizer(Optimizer):
         optimizers: each with its own parameters, e.g. `torch.optim.AdamW(...)` and `RowAdam(...)`.
 
     Raises:
-        ValueError: two optimizers train the same parameter.
+        ValueError: two optimizers train the same parameter, or one of them needs a closure for itself, as LBFGS does.
     """
 
     def __init__(self, *optimizers: Optimizer) -> None:
+        for optimizer in optimizers:
+            closure = inspect.signature(optimizer.step).parameters.get("closure")
+            if closure is not None and closure.default is closure.empty:
+                raise ValueError(f"{type(optimizer).__name__} runs the closure itself, many times: step it on its own")
         self.optimizers = optimizers
         parameters = [p for group in self.param_groups for p in group["params"]]
         if len(set(parameters)) < len(parameters):

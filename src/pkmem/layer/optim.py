@@ -147,7 +147,10 @@ class RowAdam(Optimizer):
         for index, weight in zip(saved, self._weights(), strict=True):
             if index not in loaded[0]["state"]:
                 continue
-            state, given = self.state[weight], {"num_skipped": torch.zeros(()), **loaded[0]["state"][index]}
+            state, given = (
+                self.state[weight],
+                {"num_skipped": torch.zeros((), device="cpu"), **loaded[0]["state"][index]},
+            )
             for name in ("exp_avg", "exp_avg_sq"):
                 state[name] = given[name].to(weight.device, self._dtype_of_moments(weight))
             state["step"] = given["step"].to(weight.device)
@@ -192,7 +195,7 @@ class RowAdam(Optimizer):
             is_finite, clip = norm.isfinite(), (self.max_norm / (norm + 1e-6)).clamp(max=1.0)
         else:
             are_finite = [some.is_finite() for some in reads]
-            is_finite = torch.stack(are_finite).all() if are_finite else torch.ones((), dtype=torch.bool)
+            is_finite = torch.stack(are_finite).all() if are_finite else torch.ones((), dtype=torch.bool, device="cpu")
             clip = torch.ones_like(is_finite, dtype=torch.float64)
         return torch.where(is_finite, clip, math.nan)
 
@@ -268,7 +271,7 @@ def _disown(owned: weakref.ref[Table], log: ReadLog) -> None:
 
 def _norm(reads: list[Reads]) -> Tensor:
     norms = [some.norm() for some in reads]
-    return torch.stack(norms).norm() if norms else torch.zeros((), dtype=torch.float64)
+    return torch.stack(norms).norm() if norms else torch.zeros((), dtype=torch.float64, device="cpu")
 
 
 def dense_parameters(model: nn.Module) -> list[nn.Parameter]:

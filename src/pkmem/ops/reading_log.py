@@ -74,14 +74,14 @@ class Reads:
         """Euclidean norm of the gradient, an fp64 scalar; not finite if any entry is not."""
         grouped = self.sorted()
         if grouped is None:
-            return torch.zeros((), dtype=torch.float64)
+            return torch.zeros((), dtype=torch.float64, device="cpu")
         return (backend_module(self.backend).row_gradient_norm(grouped) * self.factor).abs()
 
     def is_finite(self) -> Tensor:
         """Whether every entry of the gradient is finite, a bool scalar."""
         grouped = self.sorted()
         if grouped is None:
-            return torch.ones((), dtype=torch.bool)
+            return torch.ones((), dtype=torch.bool, device="cpu")
         finite = backend_module(self.backend).gradient_is_finite(grouped)
         return finite & self.factor.isfinite() if isinstance(self.factor, Tensor) else finite
 
@@ -294,7 +294,7 @@ class ReadLog:
 
     def __init__(self, weight: Tensor) -> None:
         self.weight = weight
-        self.counter = torch.zeros((), dtype=torch.int64)
+        self.counter = torch.zeros((), dtype=torch.int64, device="cpu")  # whatever torch's default: it picks the kernel
         self.handle = next(_handles)
         _logs[self.handle] = self
 

@@ -200,7 +200,7 @@ def row_gradients(reads: SortedReads) -> Iterator[tuple[Tensor, Tensor]]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # torch calls its CSR tensors a beta
             summing = torch.sparse_csr_tensor(
-                offsets, reads.tokens[begin:end], weights[begin:end], (len(rows), num_tokens)
+                offsets, reads.tokens[begin:end], weights[begin:end], (len(rows), num_tokens), device=weights.device
             )
         yield rows, summing @ grad_output
 
