@@ -383,6 +383,22 @@ def test_a_table_moved_between_backward_and_step_keeps_its_gradient() -> None:
     torch.testing.assert_close(memory.values.weight, twin.values.weight.float(), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.case(
+    KIND, "a gradient penalty (`torch.autograd.grad(..., create_graph=True)`) on a model that RowAdam trains", "works", ""
+)
+def test_a_gradient_penalty_trains_the_rows() -> None:
+    memory = make()
+    twin = copy.deepcopy(memory)
+    optimizer = RowAdam(memory)
+    for one in (memory, twin):
+        x = torch.randn(5, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        (slope,) = torch.autograd.grad(one(x).square().sum(), x, create_graph=True)
+        (one(x).square().sum() + slope.square().sum()).backward()
+    for (name, one), other in zip(memory.named_parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(one.grad.to_dense(), other.grad, rtol=1e-10, atol=1e-12, msg=name)
+    assert optimizer.grad_norm() == pytest.approx(twin.values.weight.grad.norm().item())
+
+
 # --- several processes ------------------------------------------------------------------------------------
 
 
