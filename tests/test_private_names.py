@@ -31,6 +31,7 @@ NAMES = {
     "_is_hf_initialized",  # of a module: its weights are drawn already
     "_load_optimizer_and_scheduler",  # of Trainer: reads its part of a checkpoint
     "_load_rng_state",  # of Trainer: reads its part of a checkpoint
+    "_set_gradient_checkpointing",  # of a model: hands its blocks the function that checkpoints them
     "_save_checkpoint",  # of Trainer: writes a checkpoint
     "_supports_flash_attn",  # of a model: an attention it lets through to the decoder
     "_supports_flex_attn",  # as before

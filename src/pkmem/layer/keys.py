@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from pkmem import ops
 from pkmem.layer.config import MemoryConfig
+from pkmem.layer.padding import reads_of_real_tokens
 
 
 class ProductKeys(nn.Module):
@@ -26,10 +27,10 @@ class ProductKeys(nn.Module):
         bound = 1 / math.sqrt(self.sub_keys.shape[-1])
         nn.init.uniform_(self.sub_keys, -bound, bound)
 
-    def forward(self, query: Tensor) -> tuple[Tensor, Tensor]:
-        """Queries (n, h, q) -> slots and softmax weights (eq. 2), both (n, h, knn)."""
+    def forward(self, query: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Queries (n, h, q) and a mask (n,) or None -> slots and softmax weights (eq. 2), both (n, h, knn)."""
         scores, slots = ops.product_key_topk(query, self.sub_keys, self.knn, backend=self.backend)
-        return slots, scores.softmax(-1)
+        return reads_of_real_tokens(slots, scores.softmax(-1), mask)
 
 
 class FlatKeys(nn.Module):
@@ -47,12 +48,12 @@ class FlatKeys(nn.Module):
         bound = 1 / math.sqrt(self.keys.shape[-1])
         nn.init.uniform_(self.keys, -bound, bound)
 
-    def forward(self, query: Tensor) -> tuple[Tensor, Tensor]:
-        """Queries (n, h, q) -> slots and softmax weights (eq. 2), both (n, h, knn)."""
+    def forward(self, query: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Queries (n, h, q) and a mask (n,) or None -> slots and softmax weights (eq. 2), both (n, h, knn)."""
         heads, num_slots, _ = self.keys.shape
         slots = ops.flat_topk(query, self.keys, self.knn, backend=self.backend)
         first_row = torch.arange(heads, device=slots.device).unsqueeze(-1) * num_slots
         scores = ops.row_products(
             self.keys.flatten(0, 1), (slots + first_row).flatten(0, 1), query.flatten(0, 1), backend=self.backend
         )
-        return slots, scores.view_as(slots).softmax(-1)
+        return reads_of_real_tokens(slots, scores.view_as(slots).softmax(-1), mask)

@@ -12,7 +12,9 @@ from pkmem.layer.config import MemoryConfig
 from pkmem.layer.decoding import in_one_kernel_if_few
 from pkmem.layer.gate import OutputGate
 from pkmem.layer.keys import FlatKeys, ProductKeys
+from pkmem.layer.padding import flat_mask, without_padding
 from pkmem.layer.query import QueryNetwork
+from pkmem.layer.room import num_weights, require_room
 from pkmem.layer.values import NeuronTable, ValueTable, tables_in
 
 
@@ -34,7 +36,7 @@ class ProductKeyMemory(nn.Module):
         backend: None for the fastest on the device, or one of `pkmem.ops.BACKENDS`.
 
     Raises:
-        ValueError: `config.dim` is None, or the shared table has another shape.
+        ValueError: `config.dim` is None, the shared table has another shape, or the memory does not fit the device.
 
     Example:
         >>> memory = ProductKeyMemory(MemoryConfig(dim=64, num_sub_keys=32, knn=8, query_dim=32))
@@ -47,6 +49,8 @@ class ProductKeyMemory(nn.Module):
         shape = (config.num_slots, config.value_width)
         if values is not None and tuple(values.weight.shape) != shape:
             raise ValueError(f"the shared table is {tuple(values.weight.shape)} but this memory needs (m, v) = {shape}")
+        size = num_weights(config, shares_values=values is not None)
+        require_room(f"a memory of {config.num_slots:,} slots", size)
         self.config = config
         self.query = QueryNetwork(config)
         self.keys = ProductKeys(config) if config.keys == "product" else FlatKeys(config)
@@ -61,20 +65,43 @@ class ProductKeyMemory(nn.Module):
 
         Args:
             x: (..., d) hidden states.
-            mask: (...) bool, True where a token is real; padding stays out of batch-norm statistics.
+            mask: (...) bool, True where a token is real. Padding reads nothing: it stays out of outputs, gradients,
+                batch-norm statistics, usage and updates. None where all are.
 
         Returns:
-            (..., d') in the dtype of x.
+            (..., d') in the dtype of x, zeros where there is padding.
+
+        Raises:
+            ValueError: x or the mask has another shape or dtype, with what is needed.
         """
-        tokens = x.reshape(-1, x.shape[-1])
-        query = self.query(tokens, None if mask is None else mask.flatten())
-        slots, weights = self.keys(query)
+        if x.dim() == 0 or x.shape[-1] != self.config.bound_dim or not x.is_floating_point():
+            raise ValueError(
+                f"x is {tuple(x.shape)} {x.dtype} but this memory reads hidden states (..., {self.config.dim}) "
+                "of a floating dtype"
+            )
+        mask = None if mask is None else flat_mask(mask, x)
+        tokens = without_padding(x.reshape(-1, x.shape[-1]), mask)
+        query = self._queries(tokens, mask)
+        slots, weights = self.keys(query, mask)
         if self.neurons is not None:
             weights = weights * F.gelu(self.neurons(slots, tokens))
         out = self.values(slots, weights).to(x.dtype)
         if self.gate is not None:
             out = self.gate(out, tokens)
-        return self.dropout(out).reshape(*x.shape[:-1], out.shape[-1]).to(x.dtype)
+        out = without_padding(self.dropout(out), mask)
+        return out.reshape(*x.shape[:-1], out.shape[-1]).to(x.dtype)
+
+    def _queries(self, tokens: Tensor, mask: Tensor | None) -> Tensor:
+        try:
+            return self.query(tokens, mask)
+        except RuntimeError as error:
+            dtypes = {weight.dtype for weight in self.query.parameters() if weight.is_floating_point()}
+            if tokens.dtype in dtypes or not dtypes:
+                raise
+            raise ValueError(
+                f"x is {tokens.dtype} but the memory's queries are {', '.join(map(str, dtypes))}: convert one of them "
+                "with .to(), or use torch.autocast for halves"
+            ) from error
 
     @property
     def backend(self) -> str | None:

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pkmem.layer.config import MemoryConfig
+from pkmem.layer.recomputation import is_recomputation
 
 
 class QueryNetwork(nn.Module):
@@ -51,34 +52,64 @@ def _query_norm(config: MemoryConfig) -> nn.Module:
 
 
 class MaskedBatchNorm(nn.BatchNorm1d):
-    """Batch normalisation over the tokens that are real: padding counts neither now nor in eval statistics."""
+    """Batch normalisation over the tokens that are real: padding counts neither now nor in eval statistics.
+
+    A forward that activation checkpointing runs again does not follow the batch a second time.
+    """
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """(n, c) and a mask (n,) or None -> (n, c); every row is normalised, real rows alone are counted."""
         if not self.training or len(x) == 0:
             # A cast here: eval statistics stay in the module's dtype, whatever the activations are in.
             return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        momentum = self._momentum()
         if mask is None:
-            return super().forward(x)
+            mean, variance = self.running_mean.clone(), self.running_var.clone()
+            out = F.batch_norm(x, mean, variance, self.weight, self.bias, True, momentum, self.eps)
+            self._adopt(mean, variance, torch.ones((), dtype=torch.bool, device=x.device))
+            return out
         exact = x.to(torch.promote_types(x.dtype, torch.float32))
         share = mask.to(exact.dtype).unsqueeze(-1)
         count = share.sum().clamp_min(1.0)
         mean = (exact * share).sum(0) / count
         variance = ((exact - mean).square() * share).sum(0) / count
-        self._follow(mean.detach(), variance.detach(), count)
         normal = (exact - mean) * (variance + self.eps).rsqrt()
+        with torch.no_grad():
+            unbiased = variance * (count / (count - 1).clamp_min(1.0))
+            counted = count > 1  # one token has no variance to follow
+            followed = momentum * counted.to(self.running_mean.dtype)
+            self._adopt(
+                self.running_mean.lerp(mean.to(self.running_mean.dtype), followed),
+                self.running_var.lerp(unbiased.to(self.running_var.dtype), followed),
+                counted,
+            )
         return (normal * self.weight + self.bias).to(x.dtype)
 
-    @torch.no_grad()
-    def _follow(self, mean: Tensor, variance: Tensor, count: Tensor) -> None:
+    def _momentum(self) -> float:
+        """The share of this batch; without one, as `torch.optim.swa_utils.update_bn` sets it, all have the same."""
+        assert self.num_batches_tracked is not None
+        return 1 / (float(self.num_batches_tracked) + 1) if self.momentum is None else self.momentum
+
+    def _adopt(self, mean: Tensor, variance: Tensor, counted: Tensor) -> None:
         assert self.running_mean is not None
         assert self.running_var is not None
         assert self.num_batches_tracked is not None
-        unbiased = variance * (count / (count - 1).clamp_min(1.0))
-        has_variance = count > 1  # one token has none to follow
-        self.num_batches_tracked.add_(has_variance)
-        # Without a momentum, as while `torch.optim.swa_utils.update_bn` runs, all batches have the same share.
-        share = 1 / self.num_batches_tracked.clamp_min(1) if self.momentum is None else self.momentum
-        share = share * has_variance.to(self.running_mean.dtype)
-        self.running_mean.lerp_(mean.to(self.running_mean.dtype), share)
-        self.running_var.lerp_(unbiased.to(self.running_var.dtype), share)
+        adopt = _compiled_adopt if torch.compiler.is_compiling() else _adopt
+        adopt(self.running_mean, self.running_var, self.num_batches_tracked, mean, variance, counted)
+
+
+def _adopt(
+    running_mean: Tensor, running_var: Tensor, num_batches: Tensor, mean: Tensor, variance: Tensor, counted: Tensor
+) -> None:
+    if not is_recomputation():
+        running_mean.copy_(mean)
+        running_var.copy_(variance)
+        num_batches.add_(counted)
+
+
+# An operator of its own, so that compiled code asks each time it runs.
+_compiled_adopt = torch.library.custom_op(
+    "pkmem::adopt_statistics", _adopt, mutates_args=("running_mean", "running_var", "num_batches")
+)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pkmem.layer.memory import ProductKeyMemory, memories_in
+from pkmem.layer.recomputation import is_recomputation
 
 
 class MemoryUsage:
@@ -41,19 +42,20 @@ class MemoryUsage:
         self.num_reads = torch.zeros(self._num_slots, dtype=torch.int64)
         self.num_top1 = torch.zeros(self._num_slots, dtype=torch.int64)
 
-    def _count(self, module: nn.Module, inputs: Any, output: tuple[Tensor, Tensor]) -> None:
-        self.update(*output)
+    def _count(self, module: nn.Module, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        self._add(*output, inputs[1] if len(inputs) > 1 else None)
 
-    @torch.no_grad()
     def update(self, slots: Tensor, weights: Tensor) -> None:
         """Adds one reading: slots and weights (n, h, knn), the best of each head first."""
+        self._add(slots, weights, None)
+
+    @torch.no_grad()
+    def _add(self, slots: Tensor, weights: Tensor, mask: Tensor | None) -> None:
         if self.weight_sum.device != slots.device:
             for name in ("weight_sum", "num_reads", "num_top1"):
                 setattr(self, name, getattr(self, name).to(slots.device))
-        read = slots.flatten()
-        self.weight_sum += torch.bincount(read, weights.flatten().double(), self._num_slots)
-        self.num_reads += torch.bincount(read, minlength=self._num_slots)
-        self.num_top1 += torch.bincount(slots[..., 0].flatten(), minlength=self._num_slots)
+        add = _compiled_add if torch.compiler.is_compiling() else _add
+        add(self.weight_sum, self.num_reads, self.num_top1, slots, weights.detach(), mask)
 
     @property
     def usage(self) -> float:
@@ -102,6 +104,24 @@ class MemoryUsage:
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+
+def _add(
+    weight_sum: Tensor, num_reads: Tensor, num_top1: Tensor, slots: Tensor, weights: Tensor, mask: Tensor | None
+) -> None:
+    """Adds what real tokens read, the first time that activation checkpointing has them read it."""
+    if is_recomputation():
+        return
+    if mask is not None:
+        slots, weights = slots[mask], weights[mask]
+    read, num_slots = slots.flatten(), len(num_reads)
+    weight_sum += torch.bincount(read, weights.flatten().double(), num_slots)
+    num_reads += torch.bincount(read, minlength=num_slots)
+    num_top1 += torch.bincount(slots[..., :1].flatten(), minlength=num_slots)
+
+
+# An operator of its own, so that compiled code asks each time it runs, and its shapes depend on no mask.
+_compiled_add = torch.library.custom_op("pkmem::add_reads", _add, mutates_args=("weight_sum", "num_reads", "num_top1"))
 
 
 def usage_figures(usages: dict[str, MemoryUsage]) -> dict[str, float]:

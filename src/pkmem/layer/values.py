@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from pkmem import ops
 from pkmem.layer.huge_pages import prefer_huge_pages
+from pkmem.layer.room import require_room
 from pkmem.ops.reading_log import ReadLog
 
 
@@ -24,6 +25,7 @@ class Table(nn.Module):
 
     def __init__(self, num_slots: int, width: int) -> None:
         super().__init__()
+        require_room(f"a table of {num_slots:,} rows", num_slots * width)
         self.weight = nn.Parameter(prefer_huge_pages(torch.empty(num_slots, width)))
         self.log: ReadLog | None = None
         self.backend: str | None = None

@@ -12,10 +12,13 @@ from __future__ import annotations
 import ast
 import inspect
 import textwrap
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from typing import Any, ClassVar, Literal
 
+import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -26,6 +29,8 @@ from transformers import (
 
 from pkmem.layer.config import MemoryConfig
 from pkmem.layer.memory import ProductKeyMemory, memories_in
+from pkmem.layer.room import num_weights, require_room
+from pkmem.lm.padding import keep_mask_with, keeping_mask, mask_of_pass, real_tokens, under_mask
 
 Placement = Literal["replace", "parallel"]
 
@@ -72,11 +77,14 @@ class MemoryMLP(nn.Module):
         super().__init__()
         self.memory = memory
         self.mlp = mlp
-        self.mask: Tensor | None = None
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """(..., d) -> (..., d), and beside an MLP that returns more, such as router scores, those too."""
-        out: Tensor = self.memory(hidden_states, self.mask)
+        mask = mask_of_pass()
+        if mask is not None:
+            mask = mask.to(hidden_states.device)  # another one's, where a model is spread over several
+            mask = mask.flatten() if hidden_states.dim() == 2 else mask
+        out: Tensor = self.memory(hidden_states, mask)
         if self.mlp is None:
             return out
         mlps = self.mlp(hidden_states, *args, **kwargs)
@@ -135,13 +143,17 @@ class PkmemForCausalLM(PreTrainedModel, GenerationMixin):
         """What the decoder's forward takes and returns."""
         if self.training:
             self._require_one_shared_table()
-            mask = None
-            if attention_mask is not None and attention_mask.dim() == 2:
-                tokens = kwargs["inputs_embeds"] if input_ids is None else input_ids
-                mask = attention_mask[:, -tokens.shape[1] :].bool()  # it covers what a cache holds, too
-            for mlp in self.memory_mlps():
-                mlp.mask = mask
-        return self.base(input_ids=input_ids, attention_mask=attention_mask, labels=labels, **kwargs)
+        tokens = kwargs.get("inputs_embeds") if input_ids is None else input_ids
+        mask = None if tokens is None else real_tokens(attention_mask, tokens.shape[1])
+        with under_mask(mask):
+            outputs = self.base(input_ids=input_ids, attention_mask=attention_mask, labels=labels, **kwargs)
+            keep_mask_with(outputs)
+        return outputs
+
+    def _set_gradient_checkpointing(
+        self, enable: bool = True, gradient_checkpointing_func: Callable[..., Any] = checkpoint, **options: Any
+    ) -> None:
+        super()._set_gradient_checkpointing(enable, keeping_mask(gradient_checkpointing_func), **options)
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """As every model's.
@@ -275,6 +287,7 @@ def _insert_memories(model: PreTrainedModel, config: PkmemConfig) -> dict[str, s
     if config.placement == "replace":
         for layer in layers:
             _require_replaceable(getattr(blocks[layer], config.mlp_name))
+    _require_room_for_memories(blocks, layers, memory_config, config)
     shared = None
     for layer in layers:
         old = getattr(blocks[layer], config.mlp_name)
@@ -288,6 +301,18 @@ def _insert_memories(model: PreTrainedModel, config: PkmemConfig) -> dict[str, s
         setattr(blocks[layer], config.mlp_name, mlp.train(model.training))
     names = [f"base.{name}.values.weight" for name in memories_in(model)]
     return dict.fromkeys(names[1:], names[0]) if config.share_values else {}
+
+
+def _require_room_for_memories(
+    blocks: nn.ModuleList, layers: list[int], memory: MemoryConfig, config: PkmemConfig
+) -> None:
+    """Refuses memories that do not fit together, before a block is edited."""
+    sizes: Counter[tuple[torch.device, torch.dtype]] = Counter()
+    for place, layer in enumerate(layers):
+        like = next(getattr(blocks[layer], config.mlp_name).parameters())
+        sizes[like.device, like.dtype] += num_weights(memory, shares_values=config.share_values and place > 0)
+    for (device, dtype), size in sizes.items():
+        require_room(f"{len(layers)} memories of {memory.num_slots:,} slots", size, device, dtype)
 
 
 def _require_replaceable(mlp: nn.Module) -> None:

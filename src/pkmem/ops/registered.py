@@ -37,10 +37,13 @@ def is_plain(tensor: Any) -> bool:
     return type(tensor) in _PLAIN and tensor.layout is torch.strided and not tensor.is_neg()
 
 
-@torch.compiler.assume_constant_result  # a compiler guards by itself what is asked here
 def is_transformed() -> bool:
     """Whether `torch.func` or forward-mode differentiation sees more in a tensor than its numbers."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+# `torch.compiler.assume_constant_result`, without importing the compiler: it guards by itself what is asked here.
+is_transformed._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def select(query: Tensor, sub_keys: Tensor, knn: int, backend: str) -> tuple[Tensor, Tensor]:
