@@ -11,10 +11,14 @@ from __future__ import annotations
 
 import ast
 import inspect
+import os
+import shutil
 import textwrap
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+import torch
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -26,8 +30,10 @@ from transformers import (
 
 from pkmem.layer.config import MemoryConfig
 from pkmem.layer.memory import ProductKeyMemory, memories_in
+from pkmem.lm.signature import decoder_signature
 
 Placement = Literal["replace", "parallel"]
+_OF_THE_DECODER = ("main_input_name", "input_modalities", "accepts_loss_kwargs", "_is_stateful")
 
 
 class PkmemConfig(PreTrainedConfig):
@@ -63,6 +69,18 @@ class PkmemConfig(PreTrainedConfig):
         """The decoder's."""
         size: int = self.get_text_config().vocab_size
         return size
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+        """Saves the config, and beside it the file that `trust_remote_code=True` runs."""
+        stub = Path(__file__).with_name("modeling_pkmem.py")
+        names = {"AutoConfig": PkmemConfig.__name__, "AutoModelForCausalLM": PkmemForCausalLM.__name__}
+        self.auto_map = {auto: f"{stub.stem}.{name}" for auto, name in names.items()}
+        super().save_pretrained(save_directory, *args, **kwargs)
+        shutil.copyfile(stub, Path(save_directory) / stub.name)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = "AutoConfig") -> None:
+        """Does nothing: what is saved names its code already, and transformers would save a copy of this file."""
 
 
 class MemoryMLP(nn.Module):
@@ -104,7 +122,12 @@ class PkmemForCausalLM(PreTrainedModel, GenerationMixin):
     def __init__(self, config: PkmemConfig, base: PreTrainedModel | None = None) -> None:
         super().__init__(config)
         self.base = AutoModelForCausalLM.from_config(config.text_config) if base is None else base
+        config.text_config = self.base.config  # one config: what changes the decoder's is saved
+        for name in _OF_THE_DECODER:
+            if hasattr(self.base, name):
+                setattr(self, name, getattr(self.base, name))
         self._tied_weights_keys = _insert_memories(self.base, config)
+        self._keep_in_fp32_modules = [f"base.{name}" for name in memories_in(self.base)]  # what quantisers leave alone
         self.post_init()
 
     @classmethod
@@ -125,9 +148,20 @@ class PkmemForCausalLM(PreTrainedModel, GenerationMixin):
             )
         return (model, info) if wants_info else model
 
+    def _get_dtype_plan(self, dtype: torch.dtype) -> dict[str, torch.dtype]:
+        """Which modules stay in fp32 when loaded in half precision: the decoder's, not the memories."""
+        plan = super()._get_dtype_plan(dtype)
+        return {name: kept for name, kept in plan.items() if name not in memories_in(self)}
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = "AutoModel") -> None:
+        """Does nothing, see `PkmemConfig.register_for_auto_class`."""
+
+    @decoder_signature
     def forward(
         self,
         input_ids: Tensor | None = None,
+        *,
         attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
         **kwargs: Any,
@@ -146,6 +180,7 @@ class PkmemForCausalLM(PreTrainedModel, GenerationMixin):
         """The modules that hold a memory, by block."""
         return [module for module in self.base.modules() if isinstance(module, MemoryMLP)]
 
+    @decoder_signature
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """The decoder's own."""
         inputs: dict[str, Any] = self.base.prepare_inputs_for_generation(*args, **kwargs)
@@ -166,6 +201,10 @@ class PkmemForCausalLM(PreTrainedModel, GenerationMixin):
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         """Sets the decoder's own."""
         self.base.set_output_embeddings(new_embeddings)
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """Resizes the decoder's own; some decoders keep the size of the vocabulary beside their config."""
+        return self.base.resize_token_embeddings(*args, **kwargs)
 
 
 def add_memory(
