@@ -64,6 +64,11 @@ class PkmemConfig(PreTrainedConfig):
             self.text_config = AutoConfig.for_model(**{"model_type": "gpt2", **(self.text_config or {})})
         super().__post_init__(**kwargs)
 
+    def get_text_config(self, *args: Any, **kwargs: Any) -> PreTrainedConfig:
+        """The config of the language model: the decoder's own, or a part of it where that sees pictures, too."""
+        config: PreTrainedConfig = super().get_text_config(*args, **kwargs)
+        return config if config is self else config.get_text_config(*args, **kwargs)
+
     @property
     def vocab_size(self) -> int:
         """The decoder's."""
@@ -148,6 +153,10 @@ class PkmemForCausalLM(PreTrainedModel, GenerationMixin):
             )
         return (model, info) if wants_info else model
 
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """As in transformers; weights keep the names that they have here, which no rule of the decoder's renames."""
+        super().save_pretrained(*args, **{"save_original_format": False} | kwargs)
+
     def _get_dtype_plan(self, dtype: torch.dtype) -> dict[str, torch.dtype]:
         """Which modules stay in fp32 when loaded in half precision: the decoder's, not the memories."""
         plan = super()._get_dtype_plan(dtype)
@@ -185,6 +194,11 @@ class PkmemForCausalLM(PreTrainedModel, GenerationMixin):
         """The decoder's own."""
         inputs: dict[str, Any] = self.base.prepare_inputs_for_generation(*args, **kwargs)
         return inputs
+
+    def _supports_default_dynamic_cache(self) -> bool:
+        """Whether the decoder, which transformers knows by its name, takes the usual cache."""
+        takes: bool = self.base._supports_default_dynamic_cache()
+        return takes
 
     def get_input_embeddings(self) -> nn.Module:
         """The decoder's own."""
@@ -238,7 +252,7 @@ def add_memory(
     text_config = model.config.get_text_config(decoder=True)
     config = (config or MemoryConfig()).bound_to(text_config.hidden_size)
     wrapped = PkmemConfig(
-        text_config=text_config,
+        text_config=model.config,
         memory=config.to_dict(),
         layers=list(layers),
         placement=placement,
@@ -260,7 +274,7 @@ def find_blocks(model: PreTrainedModel, mlp_name: str = "mlp") -> nn.ModuleList:
     Raises:
         ValueError: there is none; the message names what the blocks do have.
     """
-    num_layers = model.config.get_text_config(decoder=True).num_hidden_layers
+    num_layers = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", None)
     lists = [part for part in model.modules() if isinstance(part, nn.ModuleList) and len(part) == num_layers]
     for blocks in lists:
         if all(isinstance(getattr(block, mlp_name, None), nn.Module) for block in blocks):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from functools import partial, update_wrapper
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,8 +20,8 @@ class decoder_signature:
     """Decorates a method of a module whose attribute `base` is the decoder."""
 
     def __init__(self, method: Callable[..., Any]) -> None:
-        update_wrapper(self, method)
         self.method = method
+        self.__doc__ = method.__doc__
 
     def __get__(self, model: nn.Module | None, owner: type | None = None) -> Callable[..., Any]:
         """The method, bound to the model; unbound, as it was written."""
