@@ -384,7 +384,10 @@ def test_a_table_moved_between_backward_and_step_keeps_its_gradient() -> None:
 
 
 @pytest.mark.case(
-    KIND, "a gradient penalty (`torch.autograd.grad(..., create_graph=True)`) on a model that RowAdam trains", "works", ""
+    KIND,
+    "a gradient penalty (`torch.autograd.grad(..., create_graph=True)`) on a model that RowAdam trains",
+    "works",
+    "",
 )
 def test_a_gradient_penalty_trains_the_rows() -> None:
     memory = make()

@@ -18,42 +18,13 @@ from transformers import (
     TrainingArguments,
 )
 
+from decoders import FAMILIES, MEMORY, MODEL, NORMS, VOCAB, decoder, ids, reloaded, with_memories
 from pkmem import CombinedOptimizer, MemoryConfig, MemoryUsage, RowAdam, add_memory
 from pkmem.layer.memory import memories_in
 from pkmem.layer.optim import dense_parameters
 from pkmem.layer.values import tables_in
 from pkmem.lm.build import build_model
-from pkmem.lm.config import ModelConfig
 from pkmem.lm.huggingface import MemoryMLP, PkmemForCausalLM, find_blocks
-
-FAMILIES = ("gpt2", "llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "gpt_neox")
-NORMS = ("batch", "layer", "rms", "none")
-MEMORY = MemoryConfig(num_sub_keys=6, heads=2, knn=3, query_dim=8)
-MODEL = ModelConfig(num_layers=3, width=32, num_heads=4, context_tokens=32)
-VOCAB = 64
-
-
-def decoder(family: str = "gpt2", **options) -> PreTrainedModel:
-    """A tiny decoder without memories, in eval mode."""
-    return build_model(dataclasses.replace(MODEL, family=family, **options), MEMORY, VOCAB, eos_token_id=0).eval()
-
-
-def with_memories(family: str = "gpt2", norm: str = "batch", **options) -> PkmemForCausalLM:
-    """The same with memories in its first and last block, and batch norms that have seen something."""
-    memory = dataclasses.replace(MEMORY, query_norm=norm)
-    model = add_memory(decoder(family), [0, 2], memory, **options).train()
-    model(ids(4, 9))
-    return model.eval()
-
-
-def ids(batch: int = 2, length: int = 7) -> Tensor:
-    return torch.randint(1, VOCAB, (batch, length))
-
-
-def reloaded(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
-    model.save_pretrained(folder)
-    return AutoModelForCausalLM.from_pretrained(folder)
-
 
 # --- every family -----------------------------------------------------------------------------------------
 

@@ -11,9 +11,12 @@ from __future__ import annotations
 
 import ast
 import inspect
+import os
+import shutil
 import textwrap
 from collections import Counter
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -31,8 +34,10 @@ from pkmem.layer.config import MemoryConfig
 from pkmem.layer.memory import ProductKeyMemory, memories_in
 from pkmem.layer.room import num_weights, require_room
 from pkmem.lm.padding import keep_mask_with, keeping_mask, mask_of_pass, real_tokens, under_mask
+from pkmem.lm.signature import decoder_signature
 
 Placement = Literal["replace", "parallel"]
+_OF_THE_DECODER = ("main_input_name", "input_modalities", "accepts_loss_kwargs", "_is_stateful")
 
 
 class PkmemConfig(PreTrainedConfig):
@@ -63,11 +68,28 @@ class PkmemConfig(PreTrainedConfig):
             self.text_config = AutoConfig.for_model(**{"model_type": "gpt2", **(self.text_config or {})})
         super().__post_init__(**kwargs)
 
+    def get_text_config(self, *args: Any, **kwargs: Any) -> PreTrainedConfig:
+        """The config of the language model: the decoder's own, or a part of it where that sees pictures, too."""
+        config: PreTrainedConfig = super().get_text_config(*args, **kwargs)
+        return config if config is self else config.get_text_config(*args, **kwargs)
+
     @property
     def vocab_size(self) -> int:
         """The decoder's."""
         size: int = self.get_text_config().vocab_size
         return size
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+        """Saves the config, and beside it the file that `trust_remote_code=True` runs."""
+        stub = Path(__file__).with_name("modeling_pkmem.py")
+        names = {"AutoConfig": PkmemConfig.__name__, "AutoModelForCausalLM": PkmemForCausalLM.__name__}
+        self.auto_map = {auto: f"{stub.stem}.{name}" for auto, name in names.items()}
+        super().save_pretrained(save_directory, *args, **kwargs)
+        shutil.copyfile(stub, Path(save_directory) / stub.name)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = "AutoConfig") -> None:
+        """Does nothing: what is saved names its code already, and transformers would save a copy of this file."""
 
 
 class MemoryMLP(nn.Module):
@@ -112,7 +134,12 @@ class PkmemForCausalLM(PreTrainedModel, GenerationMixin):
     def __init__(self, config: PkmemConfig, base: PreTrainedModel | None = None) -> None:
         super().__init__(config)
         self.base = AutoModelForCausalLM.from_config(config.text_config) if base is None else base
+        config.text_config = self.base.config  # one config: what changes the decoder's is saved
+        for name in _OF_THE_DECODER:
+            if hasattr(self.base, name):
+                setattr(self, name, getattr(self.base, name))
         self._tied_weights_keys = _insert_memories(self.base, config)
+        self._keep_in_fp32_modules = [f"base.{name}" for name in memories_in(self.base)]  # what quantisers leave alone
         self.post_init()
 
     @classmethod
@@ -133,9 +160,24 @@ class PkmemForCausalLM(PreTrainedModel, GenerationMixin):
             )
         return (model, info) if wants_info else model
 
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """As in transformers; weights keep the names that they have here, which no rule of the decoder's renames."""
+        super().save_pretrained(*args, **{"save_original_format": False} | kwargs)
+
+    def _get_dtype_plan(self, dtype: torch.dtype) -> dict[str, torch.dtype]:
+        """Which modules stay in fp32 when loaded in half precision: the decoder's, not the memories."""
+        plan = super()._get_dtype_plan(dtype)
+        return {name: kept for name, kept in plan.items() if name not in memories_in(self)}
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = "AutoModel") -> None:
+        """Does nothing, see `PkmemConfig.register_for_auto_class`."""
+
+    @decoder_signature
     def forward(
         self,
         input_ids: Tensor | None = None,
+        *,
         attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
         **kwargs: Any,
@@ -179,10 +221,16 @@ class PkmemForCausalLM(PreTrainedModel, GenerationMixin):
         """The modules that hold a memory, by block."""
         return [module for module in self.base.modules() if isinstance(module, MemoryMLP)]
 
+    @decoder_signature
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """The decoder's own."""
         inputs: dict[str, Any] = self.base.prepare_inputs_for_generation(*args, **kwargs)
         return inputs
+
+    def _supports_default_dynamic_cache(self) -> bool:
+        """Whether the decoder, which transformers knows by its name, takes the usual cache."""
+        takes: bool = self.base._supports_default_dynamic_cache()
+        return takes
 
     def get_input_embeddings(self) -> nn.Module:
         """The decoder's own."""
@@ -199,6 +247,10 @@ class PkmemForCausalLM(PreTrainedModel, GenerationMixin):
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         """Sets the decoder's own."""
         self.base.set_output_embeddings(new_embeddings)
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """Resizes the decoder's own; some decoders keep the size of the vocabulary beside their config."""
+        return self.base.resize_token_embeddings(*args, **kwargs)
 
 
 def add_memory(
@@ -232,7 +284,7 @@ def add_memory(
     text_config = model.config.get_text_config(decoder=True)
     config = (config or MemoryConfig()).bound_to(text_config.hidden_size)
     wrapped = PkmemConfig(
-        text_config=text_config,
+        text_config=model.config,
         memory=config.to_dict(),
         layers=list(layers),
         placement=placement,
@@ -254,7 +306,7 @@ def find_blocks(model: PreTrainedModel, mlp_name: str = "mlp") -> nn.ModuleList:
     Raises:
         ValueError: there is none; the message names what the blocks do have.
     """
-    num_layers = model.config.get_text_config(decoder=True).num_hidden_layers
+    num_layers = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", None)
     lists = [part for part in model.modules() if isinstance(part, nn.ModuleList) and len(part) == num_layers]
     for blocks in lists:
         if all(isinstance(getattr(block, mlp_name, None), nn.Module) for block in blocks):
