@@ -160,10 +160,6 @@ class PkmemForCausalLM(PreTrainedModel, GenerationMixin):
             )
         return (model, info) if wants_info else model
 
-    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
-        """As in transformers; weights keep the names that they have here, which no rule of the decoder's renames."""
-        super().save_pretrained(*args, **{"save_original_format": False} | kwargs)
-
     def _get_dtype_plan(self, dtype: torch.dtype) -> dict[str, torch.dtype]:
         """Which modules stay in fp32 when loaded in half precision: the decoder's, not the memories."""
         plan = super()._get_dtype_plan(dtype)
@@ -198,13 +194,13 @@ class PkmemForCausalLM(PreTrainedModel, GenerationMixin):
         super()._set_gradient_checkpointing(enable, keeping_mask(gradient_checkpointing_func), **options)
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
-        """As every model's.
+        """As in transformers; weights keep the names that they have here, which no rule of the decoder's renames.
 
         Raises:
             ValueError: memories that share a table by the config hold several.
         """
         self._require_one_shared_table()
-        super().save_pretrained(*args, **kwargs)
+        super().save_pretrained(*args, **{"save_original_format": False} | kwargs)
 
     def _require_one_shared_table(self) -> None:
         if not self.config.share_values:
