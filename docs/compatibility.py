@@ -29,6 +29,7 @@ KINDS = {
     "Gradual surprises": "These mistakes could go unnoticed for a while. The library names them at once.",
 }
 LIBRARIES = ("torch", "transformers", "accelerate", "peft", "safetensors", "numba", "numpy")
+_TEXT = (ast.Constant, ast.Name, ast.Load, ast.BinOp, ast.Add, ast.JoinedStr, ast.FormattedValue, ast.Dict, ast.Subscript)  # what text is made of
 HEAD = """# Compatibility
 
 <!-- Written by docs/compatibility.py from the tests; do not edit. -->
@@ -60,17 +61,14 @@ def cases() -> list[Case]:
 
 def _cases_of(file: Path) -> Iterator[Case]:
     tree = ast.parse(file.read_text(encoding="utf-8"))
-    names = {
-        node.targets[0].id: node.value.value
-        for node in tree.body
-        if isinstance(node, ast.Assign)
-        and isinstance(node.targets[0], ast.Name)
-        and isinstance(node.value, ast.Constant)
-    }
+    names: dict[str, Any] = {}  # of strings, of which a mark's arguments may be made up
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and _is_text(node.value):
+            names[node.targets[0].id] = _text(node.value, names)
     for test in (node for node in tree.body if isinstance(node, ast.FunctionDef)):
         for call in (node for part in test.decorator_list for node in ast.walk(part) if _marks_a_case(node)):
             yield Case(
-                *(_string(argument, names) for argument in call.args), file.relative_to(ROOT).as_posix(), test.name
+                *(_text(argument, names) for argument in call.args), file.relative_to(ROOT).as_posix(), test.name
             )
 
 
@@ -81,8 +79,13 @@ def _marks_a_case(node: ast.AST) -> bool:
     return False
 
 
-def _string(node: ast.expr, names: dict[str, Any]) -> str:
-    return names[node.id] if isinstance(node, ast.Name) else ast.literal_eval(node)
+def _is_text(node: ast.expr) -> bool:
+    return all(isinstance(part, _TEXT) for part in ast.walk(node))
+
+
+def _text(node: ast.expr, names: dict[str, Any]) -> str:
+    assert _is_text(node), ast.unparse(node)
+    return str(eval(compile(ast.Expression(node), "mark", "eval"), {"__builtins__": {}}, names))
 
 
 def page() -> str:
