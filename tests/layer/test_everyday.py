@@ -15,14 +15,13 @@ import torch.nn.functional as F
 from safetensors.torch import load_model, save_file, save_model
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector, prune, skip_init, vector_to_parameters
-from torch.optim.swa_utils import AveragedModel, update_bn
+from torch.optim.swa_utils import update_bn
 
 from pkmem import CombinedOptimizer, MemoryConfig, MemoryUsage, ProductKeyMemory, RowAdam
 from pkmem.layer.memory import memories_in
 from pkmem.layer.optim import dense_parameters
 
 case = pytest.mark.case
-PYTORCH = "https://github.com/pytorch/pytorch"
 CONFIG = MemoryConfig(dim=6, num_sub_keys=5, heads=2, knn=3, query_dim=4, query_norm="rms")
 
 
@@ -76,42 +75,10 @@ def outputs(memory: ProductKeyMemory) -> tuple[Tensor, Tensor]:
 
 
 @case(
-    "Modules that others rewrite",
-    "`SyncBatchNorm.convert_sync_batchnorm` on a model with memories, no padding mask",
-    "works",
-    PYTORCH + "/issues/187298",
-)
-@pytest.mark.parametrize("training", [True, False])
-def test_a_synchronised_batch_norm_normalises_as_ours(training) -> None:
-    memory = build("batch", query_dim=6)
-    memory(3 + tokens())  # statistics to normalise by in eval mode
-    converted = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(memory))
-    assert type(converted.query.norm) is nn.SyncBatchNorm
-    expected, out = (module.train(training)(tokens()) for module in (memory, converted))
-    assert torch.equal(out, expected)
-    assert_same(memory, converted)
-
-
-@case(
-    "Padding and recomputation",
-    "`SyncBatchNorm.convert_sync_batchnorm`, then training with a padding mask",
-    "refused: ValueError, since a SyncBatchNorm counts padding: leave memories out of the conversion, or set "
-    "query_norm='rms'",
-    "https://github.com/huggingface/pytorch-image-models/issues/1254",
-)
-def test_a_synchronised_batch_norm_refuses_padding() -> None:
-    memory, mask = nn.SyncBatchNorm.convert_sync_batchnorm(build("batch")), torch.arange(20) < 15
-    with pytest.raises(ValueError, match="leave memories out of convert_sync_batchnorm, or set query_norm="):
-        memory(tokens(), mask)
-    memory.eval()
-    assert torch.equal(memory(tokens(), mask), memory(tokens()))
-
-
-@case(
     "Padding and recomputation",
     "`swa_utils.update_bn` over padded batches: it takes the batch norm's momentum away",
     "works",
-    PYTORCH + "/pull/30559",
+    "https://github.com/pytorch/pytorch/pull/30559",
 )
 def test_update_bn_averages_the_statistics_of_real_tokens() -> None:
     memory = build("batch").double()
@@ -138,7 +105,7 @@ def test_update_bn_averages_the_statistics_of_real_tokens() -> None:
     "Modules that others rewrite",
     "the query norm frozen by `memory.query.norm.eval()` while all else trains",
     "works: `model.train()` thaws it, as it does with every batch norm, so call `eval()` on it again after that",
-    PYTORCH + "/issues/66073",
+    "https://github.com/pytorch/pytorch/issues/66073",
 )
 def test_a_frozen_query_norm_normalises_by_its_statistics_and_keeps_them() -> None:
     memory = build("batch")
@@ -166,26 +133,6 @@ def test_a_batch_of_one_token_is_refused_by_batch_norm_alone() -> None:
 
 
 # --- copies, loading, saving ----------------------------------------------------------------------------------
-
-
-@case(
-    "Modules that others rewrite",
-    "an average of the weights over training (`AveragedModel`, timm's `ModelEmaV2`)",
-    "works",
-    "https://github.com/NVlabs/FasterViT/issues/24",
-)
-def test_an_averaged_model_holds_the_mean_of_every_weight_and_buffer() -> None:
-    memory = build("batch", gate=True)
-    averaged, seen = AveragedModel(memory, use_buffers=True), []
-    optimizer = torch.optim.Adam(memory.parameters(), lr=0.1)
-    for _ in range(3):
-        train(memory, optimizer, num_steps=1)
-        averaged.update_parameters(memory)
-        seen.append(copy.deepcopy(memory.state_dict()))
-    for name, mean in averaged.module.state_dict().items():
-        if mean.is_floating_point():
-            torch.testing.assert_close(mean, torch.stack([state[name] for state in seen]).mean(0), msg=name)
-    assert averaged.eval()(tokens()).isfinite().all()
 
 
 @case(
@@ -267,7 +214,7 @@ def test_weights_assigned_after_row_adam_was_made_are_not_silently_left_untraine
     "Modules that others rewrite",
     "a memory built on the meta device, then `to_empty` and `reset_parameters`, as FSDP does",
     "works",
-    PYTORCH + "/issues/104187",
+    "https://github.com/pytorch/pytorch/issues/104187",
 )
 def test_a_memory_made_of_nothing_is_drawn_by_reset_parameters() -> None:
     with torch.device("meta"):
@@ -362,7 +309,7 @@ def test_a_table_may_be_more_exact_than_the_model_around_it(norm, n, backend) ->
     "`torch.nn.utils.skip_init(ProductKeyMemory, config)`, to leave the weights undrawn",
     "refused: RuntimeError of torch, since memories take no `device`: build under `torch.device('meta')`, then "
     "`to_empty`",
-    PYTORCH + "/pull/57555",
+    "https://github.com/pytorch/pytorch/pull/57555",
 )
 def test_skip_init_is_refused() -> None:
     with pytest.raises(RuntimeError, match="must support a 'device' arg"):
@@ -435,7 +382,7 @@ def _transposed(memory: ProductKeyMemory) -> None:
                 "Modules that others rewrite",
                 "`model.to(memory_format=torch.channels_last)`, which gives the 4-d sub-keys other strides",
                 "works",
-                PYTORCH + "/issues/99519",
+                "https://github.com/pytorch/pytorch/issues/99519",
             ),
         ),
         pytest.param(
@@ -453,7 +400,7 @@ def _transposed(memory: ProductKeyMemory) -> None:
                 "Modules that others rewrite",
                 "a table that is not contiguous, such as the transpose of an encoder's weight",
                 "works: reads, gradients and RowAdam's updates",
-                PYTORCH + "/issues/1246",
+                "https://github.com/pytorch/pytorch/issues/1246",
             ),
         ),
     ],
@@ -521,7 +468,7 @@ def _deterministic() -> None:
                 "Environments",
                 "another default dtype (`torch.set_default_dtype`, fp64 or bf16) than the memory's",
                 "works",
-                PYTORCH + "/issues/137186",
+                "https://github.com/pytorch/pytorch/issues/137186",
             ),
         ),
         _bf16_by_default,
@@ -531,7 +478,7 @@ def _deterministic() -> None:
                 "Environments",
                 "`torch.use_deterministic_algorithms(True)`",
                 "works: the same bits, since sums are ordered anyway",
-                PYTORCH + "/issues/108569",
+                "https://github.com/pytorch/pytorch/issues/108569",
             ),
         ),
     ],
@@ -586,7 +533,7 @@ def test_an_evaluation_in_inference_mode_leaves_training_alone(norm) -> None:
     "Gradual surprises",
     "shapes computed on the meta device without gradient, as tools that estimate memory do",
     "works",
-    PYTORCH + "/issues/95202",
+    "https://github.com/pytorch/pytorch/issues/95202",
 )
 @pytest.mark.parametrize("gradient", [True, False])
 def test_the_meta_device_gives_shapes(gradient) -> None:
@@ -604,7 +551,7 @@ def test_the_meta_device_gives_shapes(gradient) -> None:
     "Modules that others rewrite",
     "saved tensors kept elsewhere until backward (`save_on_cpu`, `saved_tensors_hooks` to disk)",
     "works",
-    PYTORCH + "/pull/61834",
+    "https://github.com/pytorch/pytorch/pull/61834",
 )
 def test_saved_tensors_may_wait_on_disk(tmp_path: Path) -> None:
     memory, x = build().double(), tokens(dtype=torch.float64)
@@ -625,7 +572,7 @@ def test_saved_tensors_may_wait_on_disk(tmp_path: Path) -> None:
     "Life of the reading log",
     "`torch.autograd.detect_anomaly` over a table whose gradient is not dense",
     "works: the same bits, and a NaN is found",
-    PYTORCH + "/issues/28649",
+    "https://github.com/pytorch/pytorch/issues/28649",
 )
 @pytest.mark.filterwarnings("ignore:Anomaly Detection has been enabled:UserWarning")
 def test_anomaly_detection_sees_the_gradient_of_rows() -> None:
@@ -745,7 +692,7 @@ def test_a_table_frozen_in_training_stays(optimize) -> None:
     "Optimizer protocol",
     "an optimizer step within the backward pass (`register_post_accumulate_grad_hook`) on a dense table",
     "works",
-    PYTORCH + "/issues/76464",
+    "https://github.com/pytorch/pytorch/issues/76464",
 )
 def test_a_step_within_backward_is_a_step_after_it() -> None:
     memory = build()
@@ -760,46 +707,13 @@ def test_a_step_within_backward_is_a_step_after_it() -> None:
     assert_same(memory, other)
 
 
-@pytest.mark.parametrize(
-    ("trace", "error"),
-    [
-        pytest.param(
-            torch.fx.symbolic_trace,
-            torch.fx.proxy.TraceError,
-            marks=case(
-                "Modules that others rewrite",
-                "`torch.fx.symbolic_trace` of a memory",
-                "refused: TraceError of torch, since what runs depends on the input's shape: use `torch.export`",
-                "https://github.com/vllm-project/llm-compressor/issues/1603",
-            ),
-        ),
-        pytest.param(
-            torch.jit.script,
-            torch.jit.frontend.FrontendError,
-            marks=[
-                case(
-                    "Modules that others rewrite",
-                    "`torch.jit.script` of a memory",
-                    "refused: FrontendError of torch, whose script compiler knows a part of Python: use `torch.export`",
-                    PYTORCH + "/issues/42885",
-                ),
-                pytest.mark.filterwarnings("ignore:.torch.jit.script. is:DeprecationWarning"),
-            ],
-        ),
-    ],
-)
-def test_what_compiles_source_is_refused(trace, error) -> None:
-    with pytest.raises(error):
-        trace(build("batch").eval())
-
-
 # --- weights others compute or share --------------------------------------------------------------------------
 
 
 @case(
     "Modules that others rewrite",
-    "`torch.nn.utils.prune` on the table and the query network",
-    "works: the pruned stay zero through training; RowAdam refuses such a table, `prune.remove` gives it back",
+    "training after `torch.nn.utils.prune` of the table and the query network",
+    "works: the pruned stay zero; RowAdam refuses such a table until `prune.remove`",
     "https://github.com/horseee/LLM-Pruner/issues/55",
 )
 def test_pruned_weights_are_read_as_zero_and_stay_so() -> None:
@@ -822,7 +736,7 @@ def test_pruned_weights_are_read_as_zero_and_stay_so() -> None:
     "Life of the reading log",
     "two memories tied by assigning a weight (`b.values.weight = a.values.weight`)",
     "works: one update a step; `ProductKeyMemory(config, values=a.values)` says the same",
-    PYTORCH + "/issues/188346",
+    "https://github.com/pytorch/pytorch/issues/188346",
 )
 def test_a_table_tied_by_assignment_is_updated_once_a_step() -> None:
     model = nn.ModuleList([build(), build()]).double()

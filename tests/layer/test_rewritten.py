@@ -219,7 +219,9 @@ def test_dynamically_quantised_linear_layers() -> None:
             torch.testing.assert_close(quantised(x), quantised.gate(summed, x))
 
 
-@pytest.mark.case(KIND, "`torch.optim.swa_utils.AveragedModel` of a memory", "works", "")
+@pytest.mark.case(
+    KIND, "`torch.optim.swa_utils.AveragedModel` of a memory", "works", "https://github.com/NVlabs/FasterViT/issues/24"
+)
 def test_an_averaged_model() -> None:
     from torch.optim.swa_utils import AveragedModel
 
@@ -362,9 +364,17 @@ def test_a_compiled_memory_reads_any_number_of_tokens(grad: bool) -> None:
     assert len(graphs) <= 2
 
 
-@pytest.mark.case(KIND, "`torch.fx.symbolic_trace` of a memory", "refused: TraceError; use `torch.export`", "")
 @pytest.mark.case(
-    KIND, "`torch.jit.script` of a memory", "not supported: torch itself replaces it by `torch.export`", ""
+    KIND,
+    "`torch.fx.symbolic_trace` of a memory",
+    "refused: TraceError; use `torch.export`",
+    "https://github.com/vllm-project/llm-compressor/issues/1603",
+)
+@pytest.mark.case(
+    KIND,
+    "`torch.jit.script` of a memory",
+    "not supported: torch itself replaces it by `torch.export`",
+    "https://github.com/pytorch/pytorch/issues/42885",
 )
 @pytest.mark.filterwarnings("ignore:.torch.jit.script. is:DeprecationWarning")
 def test_older_graphs_are_refused() -> None:
