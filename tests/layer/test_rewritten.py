@@ -178,19 +178,6 @@ def test_a_query_fused_with_its_norm() -> None:
     assert_same(changed, expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.case(
-    KIND,
-    "`nn.SyncBatchNorm.convert_sync_batchnorm` of a model with a memory",
-    "refused: ValueError says to leave the memory out, or to take another query norm",
-    "https://github.com/pytorch/pytorch/issues/187298",
-)
-def test_a_synchronised_batch_norm_is_refused() -> None:
-    model = nn.SyncBatchNorm.convert_sync_batchnorm(build())
-    for tokens in TOKENS:
-        with pytest.raises(ValueError, match=r"convert_sync_batchnorm must not reach a memory.*query_norm='layer'"):
-            model(torch.randn(tokens, 10))
-
-
 # --- modules that are replaced ----------------------------------------------------------------------------
 
 
@@ -360,15 +347,3 @@ def test_a_compiled_memory_reads_any_number_of_tokens(grad: bool) -> None:
             x = torch.randn(tokens, 10)
             torch.testing.assert_close(compiled(x), memory(x))
     assert len(graphs) <= 2
-
-
-@pytest.mark.case(KIND, "`torch.fx.symbolic_trace` of a memory", "refused: TraceError; use `torch.export`", "")
-@pytest.mark.case(
-    KIND, "`torch.jit.script` of a memory", "not supported: torch itself replaces it by `torch.export`", ""
-)
-@pytest.mark.filterwarnings("ignore:.torch.jit.script. is:DeprecationWarning")
-def test_older_graphs_are_refused() -> None:
-    with pytest.raises(torch.fx.proxy.TraceError):
-        torch.fx.symbolic_trace(build())
-    with pytest.raises((RuntimeError, torch.jit.frontend.NotSupportedError)):
-        torch.jit.script(build())
