@@ -1,15 +1,18 @@
-"""Every private name of Hugging Face that the source uses, and that transformers still acts on each.
+"""Every private name of Hugging Face and of torch that the source uses, and that each still does what it did.
 
 There is no public name for what these do. A test here that fails after an update says what to write anew.
 """
 
 import ast
+import inspect
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -37,6 +40,21 @@ NAMES = {
     "_supports_flex_attn",  # as before
     "_supports_sdpa",  # as before
     "_tied_weights_keys",  # of a model: weights that repeat others
+}
+OF_TORCH = {
+    "_C",  # of torch: what has no public name yet, the next two
+    "_are_functorch_transforms_active",  # whether torch.func transforms
+    "_len_torch_dispatch_stack",  # how many modes see every operator
+    "_current_level",  # of torch.autograd.forward_ad: -1 outside forward mode
+    "_has_any_global_hook",  # of torch.nn.modules.module
+    "_modules",  # of a module: its parts by name
+    "_parameters",  # of a module: its weights by name
+    "_buffers",  # of a module: its statistics by name
+    "_forward_hooks",  # of a module: tests/layer/test_decoding.py adds each kind of hook
+    "_forward_pre_hooks",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_replicate_for_data_parallel",  # of a module: makes a copy for nn.DataParallel
 }
 MEMORY = MemoryConfig(num_sub_keys=4, heads=1, knn=2, query_dim=4)
 SIZES = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -73,6 +91,48 @@ def test_the_list_is_complete() -> None:
             case ast.Attribute(_, name) | ast.Call(ast.Name("getattr"), [_, ast.Constant(str(name)), *_]):
                 said.add(name)
     assert {name for name in (said - own) | (said & theirs) if is_private(name)} == set(NAMES)
+
+
+def test_the_list_of_torch_is_complete() -> None:
+    rooms = [Path(pkmem.__file__).parent / room for room in ("ops", "layer")]
+    said, own = set(), set()
+    for node in (
+        node for room in rooms for file in room.rglob("*.py") for node in ast.walk(ast.parse(file.read_text()))
+    ):
+        match node:
+            case ast.FunctionDef(name) | ast.ClassDef(name) | ast.Name(name, ast.Store()):
+                said.add(name)
+                own.add(name)
+            case ast.Attribute(ast.Name("self" | "cls" | "ctx"), name):
+                said.add(name)
+                own.add(name)
+            case ast.Attribute(_, name) | ast.Subscript(_, ast.Constant(str(name))):
+                said.add(name)
+            case ast.ImportFrom(str(module), names) if module.startswith("torch"):
+                said.update(name.name for name in names)
+    theirs = {*dir(nn.Module), *vars(nn.Module())}
+    assert {name for name in (said - own) | (said & theirs) if is_private(name)} == OF_TORCH
+
+
+def test_torch_says_what_watches_tensors() -> None:
+    class Mode(TorchDispatchMode):
+        pass
+
+    def watched(x: torch.Tensor) -> torch.Tensor:
+        seen.append(torch._C._are_functorch_transforms_active())
+        return x
+
+    seen: list[bool] = []
+    watched(torch.ones(2))
+    torch.vmap(watched)(torch.ones(2))
+    assert seen == [False, True]
+    assert (torch._C._len_torch_dispatch_stack(), forward_ad._current_level) == (0, -1)
+    with Mode(), forward_ad.dual_level():
+        assert (torch._C._len_torch_dispatch_stack(), forward_ad._current_level) == (1, 0)
+
+
+def test_torch_replicates_modules_by() -> None:
+    assert "._replicate_for_data_parallel()" in inspect.getsource(nn.parallel.replicate)
 
 
 class Watched(Trainer):

@@ -178,19 +178,6 @@ def test_a_query_fused_with_its_norm() -> None:
     assert_same(changed, expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.case(
-    KIND,
-    "`nn.SyncBatchNorm.convert_sync_batchnorm` of a model with a memory",
-    "refused: ValueError says to leave the memory out, or to take another query norm",
-    "https://github.com/pytorch/pytorch/issues/187298",
-)
-def test_a_synchronised_batch_norm_is_refused() -> None:
-    model = nn.SyncBatchNorm.convert_sync_batchnorm(build())
-    for tokens in TOKENS:
-        with pytest.raises(ValueError, match=r"convert_sync_batchnorm must not reach a memory.*query_norm='layer'"):
-            model(torch.randn(tokens, 10))
-
-
 # --- modules that are replaced ----------------------------------------------------------------------------
 
 

@@ -22,21 +22,25 @@ class QueryNetwork(nn.Module):
             self.project = nn.Linear(config.bound_dim, width)
         else:
             self.project = nn.Sequential(nn.Linear(config.bound_dim, hidden), nn.ReLU(), nn.Linear(hidden, width))
+        self.is_batch_norm = config.query_norm == "batch"  # of all heads' channels; the others norm a query alone
         self.norm = _query_norm(config)
         self.dropout = nn.Dropout(config.query_dropout)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """(n, d) and a mask (n,) or None -> (n, h, q)."""
         query = self.project(x)
-        if isinstance(self.norm, MaskedBatchNorm):
-            query = self.norm(query, mask).unflatten(-1, (self.heads, -1))
+        if not self.is_batch_norm:
+            return self.dropout(self.norm(query.unflatten(-1, (self.heads, -1))))
+        if mask is None or not self.norm.training:
+            query = self.norm(query)
         elif isinstance(self.norm, nn.SyncBatchNorm):
             raise ValueError(
-                "query.norm is a SyncBatchNorm, which counts padding: convert_sync_batchnorm must not reach a memory; "
-                "convert other parts alone, or build the memory with query_norm='layer' or 'rms'"
+                "query.norm is a SyncBatchNorm, which counts padding: leave memories out of convert_sync_batchnorm, "
+                "or set query_norm='layer' or 'rms'"
             )
         else:
-            query = self.norm(query.unflatten(-1, (self.heads, -1)))
+            query = self.norm(query, mask)
+        query = query.unflatten(-1, (self.heads, -1))
         return self.dropout(query)
 
 
