@@ -31,7 +31,7 @@ def in_one_kernel_if_few(forward: Callable[..., Tensor]) -> Callable[..., Tensor
 
     @functools.wraps(forward)
     def read(memory: Any, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        out = _decode(memory, x.reshape(-1, x.shape[-1]))
+        out = _decode(memory, x.reshape(-1, x.shape[-1])) if mask is None and x.dim() else None
         if out is None:
             return forward(memory, x, mask)
         return out.to(x.dtype).view(*x.shape[:-1], out.shape[-1])
