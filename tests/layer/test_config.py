@@ -1,7 +1,9 @@
 import dataclasses
 import json
 
+import numpy as np
 import pytest
+import torch
 
 from pkmem import MemoryConfig
 
@@ -21,6 +23,12 @@ def test_the_output_is_as_wide_as_a_value_or_as_the_model_behind_a_gate(options,
     assert (config.value_width, config.output_dim) == (value_width, output_dim)
 
 
+@pytest.mark.case(
+    "Gradual surprises",
+    "A config with a float, NaN, a quoted number or 'false' out of YAML, None",
+    "refused: ValueError with the value and the range",
+    "",
+)
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -39,6 +47,15 @@ def test_the_output_is_as_wide_as_a_value_or_as_the_model_behind_a_gate(options,
         ({"dropout": 1.0}, r"dropout is 1.0 but must be in \[0, 1\)"),
         ({"query_dropout": -0.1}, r"query_dropout is -0.1 but must be in \[0, 1\)"),
         ({"dropout": float("nan")}, r"dropout is nan but must be in \[0, 1\)"),
+        ({"dropout": "1e-1"}, r"dropout is '1e-1' but must be in \[0, 1\)"),
+        ({"query_dropout": None}, r"query_dropout is None but must be in \[0, 1\)"),
+        ({"dropout": 1 + 0j}, r"dropout is \(1\+0j\) but must be in \[0, 1\)"),
+        ({"knn": float("nan")}, "knn is nan but must be an integer >= 1"),
+        ({"num_sub_keys": "512"}, "num_sub_keys is '512' but must be an integer >= 1"),
+        ({"dim": np.float64(64)}, "dim is 64.0 but must be an integer >= 1"),
+        ({"gate": "false"}, "gate is 'false' but must be True or False"),
+        ({"experts": 1}, "experts is 1 but must be True or False"),
+        ({"query_norm": None}, "query_norm is None but must be one of 'batch', 'layer', 'rms', 'none'"),
     ],
 )
 def test_a_field_outside_its_range_is_named_with_its_value_and_the_range(options, message) -> None:
@@ -68,6 +85,15 @@ def test_a_width_asked_before_binding_is_an_error(width) -> None:
 
 def test_a_config_survives_json() -> None:
     config = MemoryConfig(dim=8, num_sub_keys=9, knn=3, query_hidden_dim=5, query_norm="rms", gate=True, keys="flat")
+    assert MemoryConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+@pytest.mark.case("Gradual surprises", "A config with numbers of NumPy or torch, saved as JSON", "works", "")
+def test_numbers_of_numpy_and_torch_become_pythons() -> None:
+    config = MemoryConfig(
+        dim=np.int64(8), num_sub_keys=torch.tensor(9), knn=np.uint8(3), dropout=np.float32(0.5), gate=np.bool_(True)
+    )
+    assert config == MemoryConfig(dim=8, num_sub_keys=9, knn=3, dropout=0.5, gate=True)
     assert MemoryConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 

@@ -2,6 +2,7 @@ import copy
 import dataclasses
 import itertools
 import math
+import re
 
 import numpy as np
 import pytest
@@ -152,7 +153,8 @@ def test_eval_uses_the_running_statistics_and_leaves_them() -> None:
     query = (memory.query.project(x) - norm.running_mean) / (norm.running_var + 1e-5).sqrt() * norm.weight + norm.bias
     torch.testing.assert_close(memory(x), read(memory, query.unflatten(-1, (2, 4))), rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(memory(x)[:1], memory(x[:1]), rtol=1e-12, atol=1e-12)  # one token alone
-    assert torch.equal(memory(x, torch.zeros(4, dtype=torch.bool)), memory(x))
+    mask = torch.tensor([True, False, True, True])
+    torch.testing.assert_close(memory(x, mask)[mask], memory(x)[mask], rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(memory.state_dict(), before, rtol=0, atol=0)
 
 
@@ -277,6 +279,73 @@ def test_any_leading_shape_is_kept_and_tokens_are_read_one_by_one(shape, variant
         torch.testing.assert_close(out[place], memory(x[place]), rtol=1e-12, atol=1e-12)
     out.sum().backward()
     assert x.grad.shape == shape
+
+
+@pytest.mark.case(
+    "Gradual surprises",
+    "Hidden states of another width, token ids in their place, or a tensor without a dimension",
+    "refused: ValueError with both widths, before anything is computed",
+    "",
+)
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(
+    ("x", "given"),
+    [
+        (torch.randn(2, 10, 7), "(2, 10, 7) torch.float32"),
+        (torch.randn(5), "(5,) torch.float32"),
+        (torch.randn(6, 1), "(6, 1) torch.float32"),
+        (torch.randn(()), "() torch.float32"),
+        (torch.randint(9, (2, 6)), "(2, 6) torch.int64"),
+        (torch.ones(2, 6, dtype=torch.bool), "(2, 6) torch.bool"),
+        (torch.ones(2, 6, dtype=torch.complex64), "(2, 6) torch.complex64"),
+        (torch.randn(0, 7), "(0, 7) torch.float32"),
+    ],
+)
+def test_what_is_not_hidden_states_of_its_width_is_refused_with_both_numbers(x, given, training) -> None:
+    memory = make("batch", torch.float32).train(training)
+    before = copy.deepcopy(memory.state_dict())
+    message = f"x is {given} but this memory reads hidden states (..., 6) of a floating dtype"
+    for gradient in (True, False):
+        with torch.set_grad_enabled(gradient), pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+            memory(x)
+    torch.testing.assert_close(memory.state_dict(), before, rtol=0, atol=0)
+
+
+@pytest.mark.case(
+    "Gradual surprises",
+    "fp64 or bf16 hidden states in an fp32 memory, without autocast",
+    "refused: ValueError with both dtypes; convert one with .to(), or use torch.autocast for halves",
+    "",
+)
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    ("given", "weights"),
+    [(torch.float64, torch.float32), (torch.bfloat16, torch.float32), (torch.float32, torch.float16)],
+)
+def test_hidden_states_of_another_dtype_are_refused_with_both_dtypes(given, weights, variant, training) -> None:
+    memory = make("layer", weights, **VARIANTS[variant]).train(training)
+    message = f"x is {given} but the memory's queries are {weights}: convert one of them with .to()"
+    for gradient in (True, False):
+        with torch.set_grad_enabled(gradient), pytest.raises(ValueError, match=re.escape(message)):
+            memory(torch.randn(3, 6).to(given))
+
+
+@pytest.mark.case("Gradual surprises", "A table of another dtype than the rest of its memory", "works", "")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_table_may_have_a_dtype_of_its_own(dtype) -> None:
+    memory = make("layer", torch.float32)
+    memory.values.to(dtype)
+    x = torch.randn(3, 6)
+    expected = read(memory, memory.query(x))
+    torch.testing.assert_close(memory(x).double(), expected, rtol=torch.finfo(torch.bfloat16).eps, atol=1e-5)
+
+
+def test_another_error_of_the_query_network_is_its_own() -> None:
+    memory = make("none", torch.float32)
+    memory.query.project.weight = nn.Parameter(torch.randn(8, 5))
+    with pytest.raises(RuntimeError, match="shapes"):
+        memory(torch.randn(3, 6))
 
 
 @pytest.mark.parametrize("norm", NORMS)

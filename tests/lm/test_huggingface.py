@@ -344,8 +344,9 @@ def test_gradient_checkpointing_gives_the_same_gradients() -> None:
 @pytest.mark.parametrize(
     ("layers", "options", "message"),
     [
-        ([3], {}, "layer 3 is outside [0, 3): layers are counted from 0"),
-        ([-1], {}, "layer -1 is outside [0, 3): layers are counted from 0"),
+        ([3], {}, "layer 3 is outside [0, 3): layers are integers counted from 0"),
+        (["1"], {}, "layer '1' is outside [0, 3): layers are integers counted from 0"),
+        ([-1], {}, "layer -1 is outside [0, 3): layers are integers counted from 0"),
         ([1, 0, 1], {}, "layer 1 is named twice in layers=[1, 0, 1]"),
         ([], {}, "layers is empty: name at least one block, counted from 0"),
         ([0], {"config": MemoryConfig(dim=16)}, "the memory has dim=16 but the model is 32 wide: leave dim out"),

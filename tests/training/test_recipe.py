@@ -24,11 +24,13 @@ from tiny import MODEL, TRAINING, tiny
         ("vocab_size", 256, 257),
         ("dropout", 1.0, 0.0),
         ("dropout", -0.1, 0.9),
+        ("num_layers", "2", 2),
+        ("width", 8.0, 8),
     ],
 )
 def test_model_options_have_a_range(name: str, refused: Any, accepted: Any) -> None:
     assert getattr(ModelConfig(**{name: accepted}), name) == accepted
-    with pytest.raises(ValueError, match=rf"^model\.{name} is {refused} but must be (>=|in) "):
+    with pytest.raises(ValueError, match=rf"^model\.{name} is {refused!r} but must be (an integer >=|in) "):
         ModelConfig(**{name: refused})
 
 

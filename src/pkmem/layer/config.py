@@ -46,9 +46,10 @@ class MemoryConfig:
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
+        take_plain_numbers(self)
         for name in ("num_sub_keys", "heads", "knn", "query_dim", "dim", "query_hidden_dim", "value_dim"):
             count, may_be_none = getattr(self, name), name in ("dim", "query_hidden_dim", "value_dim")
-            require(_is_at_least_one(count) or (count is None and may_be_none), name, count, "an integer >= 1")
+            require(is_integer(count, 1) or (count is None and may_be_none), name, count, "an integer >= 1")
         if self.knn > self.num_sub_keys:
             raise ValueError(
                 f"knn is {self.knn} but must be in [1, num_sub_keys = {self.num_sub_keys}]: "
@@ -58,8 +59,10 @@ class MemoryConfig:
         for name, choices in (("query_norm", ("batch", "layer", "rms", "none")), ("keys", ("product", "flat"))):
             choice = getattr(self, name)
             require(choice in choices, name, choice, f"one of {', '.join(map(repr, choices))}")
+        for name in ("gate", "experts"):
+            require(isinstance(getattr(self, name), bool), name, getattr(self, name), "True or False")
         for name in ("query_dropout", "dropout"):
-            require(0 <= getattr(self, name) < 1, name, getattr(self, name), "in [0, 1)")
+            require(is_share(getattr(self, name)), name, getattr(self, name), "in [0, 1)")
 
     @property
     def num_slots(self) -> int:
@@ -115,8 +118,25 @@ class MemoryConfig:
         return cls(**document)
 
 
-def _is_at_least_one(count: Any) -> bool:
-    return isinstance(count, int) and not isinstance(count, bool) and count >= 1
+def plain_number(number: Any) -> Any:
+    """Python's number for one of NumPy or torch, which JSON does not take; anything else as it is."""
+    return number.item() if hasattr(number, "item") else number
+
+
+def take_plain_numbers(config: Any) -> None:
+    """Puts Python's numbers into a frozen dataclass in place of others' numbers."""
+    for field in fields(config):
+        object.__setattr__(config, field.name, plain_number(getattr(config, field.name)))
+
+
+def is_integer(number: Any, lowest: int) -> bool:
+    """Whether this is an integer, and not a float or a quoted one out of YAML, from `lowest` on."""
+    return isinstance(number, int) and not isinstance(number, bool) and number >= lowest
+
+
+def is_share(number: Any) -> bool:
+    """Whether this is a number in [0, 1)."""
+    return isinstance(number, int | float) and not isinstance(number, bool) and 0 <= number < 1
 
 
 def require(holds: bool, name: str, given: Any, allowed: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from pkmem.layer.config import require
+from pkmem.layer.config import is_integer, is_share, require, take_plain_numbers
 
 
 @dataclass(frozen=True)
@@ -39,12 +39,13 @@ class ModelConfig:
     share_values: bool = False
 
     def __post_init__(self) -> None:
+        take_plain_numbers(self)
         lowest = {"num_layers": 1, "width": 1, "num_heads": 1, "context_tokens": 2, "vocab_size": 257}
         for name, low in lowest.items():
-            require(getattr(self, name) >= low, f"model.{name}", getattr(self, name), f">= {low}")
+            require(is_integer(getattr(self, name), low), f"model.{name}", getattr(self, name), f"an integer >= {low}")
         if self.ffn_width is not None:
-            require(self.ffn_width >= 1, "model.ffn_width", self.ffn_width, ">= 1")
-        require(0 <= self.dropout < 1, "model.dropout", self.dropout, "in [0, 1)")
+            require(is_integer(self.ffn_width, 1), "model.ffn_width", self.ffn_width, "an integer >= 1")
+        require(is_share(self.dropout), "model.dropout", self.dropout, "in [0, 1)")
         if self.width % self.num_heads:
             raise ValueError(
                 f"model.width is {self.width} but must be a multiple of model.num_heads = {self.num_heads}: "

@@ -30,7 +30,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from pkmem.layer.config import MemoryConfig
+from pkmem.layer.config import MemoryConfig, is_integer, plain_number
 from pkmem.layer.memory import ProductKeyMemory, memories_in
 from pkmem.layer.room import num_weights, require_room
 from pkmem.lm.padding import keep_mask_with, keeping_mask, mask_of_pass, real_tokens, under_mask
@@ -282,7 +282,7 @@ def add_memory(
     wrapped = PkmemConfig(
         text_config=model.config,
         memory=config.to_dict(),
-        layers=list(layers),
+        layers=list(map(plain_number, layers)),
         placement=placement,
         share_values=share_values,
         mlp_name=mlp_name,
@@ -393,8 +393,8 @@ def _tuple_returned(kind: type[nn.Module]) -> str | None:
 
 def _checked_layers(layers: list[int], num_layers: int) -> list[int]:
     for layer in layers:
-        if not 0 <= layer < num_layers:
-            raise ValueError(f"layer {layer} is outside [0, {num_layers}): layers are counted from 0")
+        if not (is_integer(layer, 0) and layer < num_layers):
+            raise ValueError(f"layer {layer!r} is outside [0, {num_layers}): layers are integers counted from 0")
     twice = [layer for layer in layers if layers.count(layer) > 1]
     if twice:
         raise ValueError(f"layer {twice[0]} is named twice in layers={layers}")

@@ -84,7 +84,8 @@ def keep_mask_with(outputs: Any) -> None:
     kept = _Kept(_pass.mask)
     for out in outputs.values() if isinstance(outputs, dict) else outputs:
         if isinstance(out, Tensor) and out.grad_fn is not None:
-            out.grad_fn.metadata["pkmem"] = kept  # type: ignore[index]
+            metadata: Any = out.grad_fn.metadata
+            metadata["pkmem"] = kept
             _kept.add(kept)
 
 
