@@ -58,7 +58,6 @@ def printed_config(arguments: list[object], capsys: pytest.CaptureFixture) -> di
 def test_help_needs_no_heavy_import() -> None:
     script = """
 import sys
-from pkmem.ops import backends
 from pkmem.cli import build_parser
 build_parser().format_help()
 heavy = {"torch", "transformers", "numpy", "matplotlib", "tokenizers", "numba"} & sys.modules.keys()
@@ -98,6 +97,27 @@ def test_help_names_verbs_and_options(verb: list[str], capsys: pytest.CaptureFix
     }
     for name in expected[verb[0]] if verb else expected:
         assert name in text
+
+
+@pytest.mark.case("Environments", "a recipe with other letters than ASCII, in the C locale, on a console that cannot show them",
+    "works: with a question mark for each", "https://github.com/coqui-ai/TTS/pull/394")  # fmt: skip
+def test_any_letter_in_a_recipe_is_read_everywhere(tmp_path: Path) -> None:
+    file = tmp_path / "größe.yaml"
+    file.write_text(
+        "data: Bücher\nout: läufe/дом\n", encoding="utf-8-sig"
+    )  # with a mark, as editors on Windows save it
+    places = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii"}
+    script = """
+import sys
+from pathlib import Path
+from pkmem.cli import build_parser, main
+options = build_parser().parse_args(["train", "--config", sys.argv[1]]).train
+assert (options.data, str(options.out)) == ("B\\xfccher", str(Path("l\\xe4ufe/\\u0434\\u043e\\u043c"))), ascii(options.data)
+main(["train", "--config", sys.argv[1], "--print_config"])
+"""
+    said = subprocess.run([sys.executable, "-c", script, str(file)], env=os.environ | places, capture_output=True)
+    assert said.returncode == 0, said.stderr
+    assert b"data: B?cher" in said.stdout
 
 
 def test_no_arguments_show_the_help(capsys: pytest.CaptureFixture) -> None:

@@ -64,7 +64,7 @@ def test_the_second_process_loads_what_the_first_compiled(folder: Path, caplog: 
     assert len(list(folder.iterdir())) == 2
 
 
-@pytest.mark.case(KIND, "start with a damaged or truncated file in numba's cache", "works: it is compiled again",
+@pytest.mark.case(KIND, "start with a damaged or truncated file in the cache of compiled kernels", "works: it is compiled again",
     "https://github.com/numba/numba/issues/10434")  # fmt: skip
 def test_a_damaged_file_is_compiled_again_and_mended(folder: Path) -> None:
     was_compiled()
@@ -150,7 +150,7 @@ def test_the_second_folder_takes_what_the_first_does_not(
     only_file(tmp_path / "spare")
 
 
-@pytest.mark.case(KIND, "the disk fills while a kernel is written to numba's cache", "works", "")
+@pytest.mark.case(KIND, "the disk fills while a compiled kernel is written", "works", "")
 def test_a_full_disk_leaves_nothing_behind(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write = Path.write_bytes
 
@@ -245,7 +245,7 @@ atexit.register(at_exit)
 """
 
 
-@pytest.mark.case(KIND, "two processes that fill an empty numba cache at once", "works",
+@pytest.mark.case(KIND, "two processes that fill an empty cache of compiled kernels at once", "works",
     "https://github.com/numba/numba/issues/10128")  # fmt: skip
 @pytest.mark.case(KIND, "`python -O`, `python -I`, `python -W error`", "works", "")
 @pytest.mark.case(KIND, "the C locale with an ASCII console", "works", "")

@@ -56,6 +56,11 @@ def test_a_place_without_files_is_refused_before_iterating(tmp_path):
         read_documents(str(tmp_path), "test")
 
 
+def test_a_home_that_is_not_there_is_named():
+    with pytest.raises(ValueError, match="no such home folder; give the whole path"):
+        read_documents("~nobody-of-this-name/texts", "train")
+
+
 def test_missing_zstd_is_named(tmp_path, monkeypatch):
     path = write(tmp_path / "story.txt", STORY, ".zst")
     monkeypatch.setattr(text_files, "zstd", None)

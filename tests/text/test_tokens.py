@@ -182,6 +182,29 @@ def test_the_cache_folder_comes_from_the_environment(corpus, tmp_path, tokenizer
     assert tokenize(str(corpus), "train", tokenizer, progress=False).path.parent == home_cache
 
 
+@pytest.mark.case("Environments", "no home folder to keep tokens in", "refused: ValueError, set PKMEM_CACHE", "")
+def test_without_a_home_a_folder_has_to_be_named(corpus, tokenizer, monkeypatch):
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("PKMEM_CACHE", raising=False)
+    monkeypatch.setattr("pathlib.Path.home", no_home)
+    with pytest.raises(ValueError, match="no home folder to keep tokens in: set PKMEM_CACHE"):
+        tokenize(str(corpus), "train", tokenizer, progress=False)
+
+
+@pytest.mark.case("Environments", "a home folder, or `PKMEM_CACHE`, that cannot be written",
+    "refused: ValueError, set PKMEM_CACHE to another folder", "")  # fmt: skip
+@pytest.mark.parametrize("why", ["read-only", "a file"])
+def test_a_folder_that_takes_no_tokens_is_named(corpus, tmp_path, tokenizer, monkeypatch, why):
+    if why == "a file":
+        (tmp_path / "cache").write_text("", encoding="utf-8")
+    else:
+        monkeypatch.setattr("os.access", lambda path, mode: False)  # as for another user than root
+    with pytest.raises(ValueError, match=r"tokens cannot be written to .*cache \(.*\): set PKMEM_CACHE"):
+        tokenize(str(corpus), "train", tokenizer, tmp_path / "cache", progress=False)
+
+
 @pytest.mark.parametrize("progress", [True, False])
 def test_progress_is_shown_on_request(corpus, tmp_path, tokenizer, capsys, progress):
     tokenize(str(corpus), "train", tokenizer, tmp_path / "cache", progress=progress)

@@ -161,22 +161,15 @@ def test_a_run_may_be_a_link(tmp_path: Path) -> None:
     verify_checkpoint(tmp_path / "disk" / "checkpoints" / "step-1")
 
 
-SYNCS = {
-    "Windows": "a file system that syncs no folder and no file opened for reading (Windows)",
-    "samba": "a network disk that syncs no folder",
-    "FUSE": "a disk that syncs nothing",
-}
-
-
-@pytest.mark.case("Environments", SYNCS["Windows"], "works", "")
-@pytest.mark.case("Environments", SYNCS["samba"], "works", "https://github.com/borgbackup/borg/issues/1287")
 @pytest.mark.case(
-    "Environments",
-    SYNCS["FUSE"],
-    "works: without a promise for a loss of power",
-    "https://github.com/syncthing/syncthing/issues/5704",
+    "Environments", "a file system that syncs no folder and no file opened for reading (Windows)", "works", ""
 )
-@pytest.mark.parametrize("system", SYNCS)
+@pytest.mark.case(
+    "Environments", "a network disk that syncs no folder", "works", "https://github.com/borgbackup/borg/issues/1287"
+)
+@pytest.mark.case("Environments", "a disk that syncs nothing", "works: without a promise for a loss of power",
+    "https://github.com/syncthing/syncthing/issues/5704")  # fmt: skip
+@pytest.mark.parametrize("system", ["Windows", "samba", "FUSE"])
 def test_checkpoints_are_saved_where_little_can_be_synced(
     system: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -395,6 +396,31 @@ def test_a_run_directory_is_never_overwritten_unasked(run: Path, text: Path, tmp
     train(recipe, overwrite=True, progress=False)
     assert not (recipe.out / "old").exists()
     assert [r["step"] for r in read_metrics(recipe.out)] == [1, 1]
+
+
+@pytest.mark.case(
+    "Environments", "overwrite a run whose folder is a link to another disk, or where a disk is mounted", "works", ""
+)
+@pytest.mark.case("Environments", "train into a link whose target was deleted", "works: the target is made anew", "")
+def test_a_run_directory_may_be_a_link(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    disk, link = tmp_path / "disk", tmp_path / "link"
+    link.symlink_to(disk)  # which is not there yet
+    tokenizer = SimpleNamespace(save_pretrained=Path.mkdir)
+    recipe = tiny(tmp_path, link)
+    prepare.make_run_directory(recipe, tokenizer)
+    (disk / "old" / "folder").mkdir(parents=True)
+    (disk / "kept").symlink_to(tmp_path)
+    remove = os.rmdir
+
+    def mounted(path: Path, **where: int) -> None:
+        assert Path(path).name not in ("disk", "link"), "Device or resource busy"
+        remove(path, **where)
+
+    monkeypatch.setattr("os.rmdir", mounted)
+    prepare.make_run_directory(recipe, tokenizer)
+    assert {path.name for path in disk.iterdir()} == {"config.yaml", "tokenizer"}
+    assert link.is_symlink()
+    assert tmp_path.is_dir()
 
 
 @pytest.mark.parametrize("kind", ["folder", "file"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import functools
 import json
+import os
 import re
 from collections.abc import Iterable, Mapping
 from operator import attrgetter
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
-from jsonargparse import ArgumentParser, get_loader
+from jsonargparse import ArgumentParser, Namespace, get_loader
 
 from pkmem.layer.config import MemoryConfig, require
 from pkmem.lm.config import ModelConfig
@@ -38,6 +39,10 @@ class Parser(ArgumentParser):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(allow_abbrev=False, **options)  # or memory.kn would be memory.knn
+
+    def parse_path(self, path: str | os.PathLike[str], *args: Any, **options: Any) -> Namespace:
+        # jsonargparse's own reads a recipe in the platform's encoding.
+        return self.parse_string(Path(path).read_text(encoding="utf-8-sig"), Path(path).name, *args, **options)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         # The parser of all verbs may be the one to find a mistake of one.
@@ -71,7 +76,7 @@ def read_yaml(file: Path) -> Any:
         ValueError: the file is not YAML.
     """
     try:
-        return get_loader("yaml")(file.read_text(encoding="utf-8"))
+        return get_loader("yaml")(file.read_text(encoding="utf-8-sig"))
     except yaml.YAMLError as error:
         raise ValueError(f"{file} is not YAML: {error}") from error
 
