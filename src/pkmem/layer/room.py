@@ -65,7 +65,7 @@ def _bytes_of(device: torch.device) -> int:
 def _limits_of_container(root: Path = Path("/")) -> Iterator[int]:
     """Limits that Linux sets for this process's control group and those around it, of either version."""
     try:
-        groups = (root / "proc/self/cgroup").read_text().splitlines()
+        groups = (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
     except OSError:
         return
     for _, controllers, path in (line.split(":", 2) for line in groups):
@@ -78,7 +78,7 @@ def _limits_of_container(root: Path = Path("/")) -> Iterator[int]:
         group = PurePosixPath(path.lstrip("/"))
         for place in (group, *group.parents):  # a container may see its own group at the root
             try:
-                limit = (mounted / place / name).read_text().strip()
+                limit = (mounted / place / name).read_text(encoding="utf-8").strip()
             except OSError:
                 continue
             if limit.isdecimal():  # not "max"
