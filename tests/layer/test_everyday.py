@@ -9,6 +9,7 @@ import pickle
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,7 @@ from safetensors.torch import load_model, save_file, save_model
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector, prune, skip_init, vector_to_parameters
 from torch.optim.swa_utils import update_bn
+from torch.utils.tensorboard import SummaryWriter
 
 from pkmem import CombinedOptimizer, MemoryConfig, MemoryUsage, ProductKeyMemory, RowAdam
 from pkmem.layer.memory import memories_in
@@ -794,3 +796,59 @@ def test_an_optimizer_that_needs_a_closure_is_refused_in_a_union() -> None:
     parts = torch.optim.LBFGS(dense_parameters(memory)), RowAdam(memory)
     with pytest.raises(ValueError, match="LBFGS"):
         CombinedOptimizer(*parts)
+
+
+@case(
+    "Life of the reading log",
+    "a watcher of gradients (`wandb.watch`, TensorBoard histograms, `p.grad.numpy()`)",
+    "works: it sees the dense numbers",
+    "https://github.com/wandb/wandb/issues/305",
+)
+def test_who_watches_gradients_sees_the_numbers(tmp_path: Path) -> None:
+    memory = build()
+    memory(tokens()).square().sum().backward()
+    expected = memory.values.weight.grad
+    memory.zero_grad()
+    rows = RowAdam(memory, lr=0.1)
+    memory(tokens()).square().sum().backward()
+    gradient = memory.values.weight.grad
+    for look in (
+        torch.norm,
+        torch.mean,
+        torch.std,
+        lambda grad: grad.abs().max(),
+        lambda grad: grad.view(-1).histc(10),
+        lambda grad: grad.isfinite().all(),
+        lambda grad: torch.from_numpy(grad.detach().cpu().numpy()),
+        lambda grad: torch.from_numpy(np.asarray(grad)),
+        lambda grad: torch.tensor(grad.tolist()),
+        torch.from_dlpack,
+    ):
+        torch.testing.assert_close(look(gradient), look(expected))
+    with SummaryWriter(str(tmp_path)) as writer:
+        writer.add_histogram("gradient", gradient)
+    collected = torch.ones_like(expected)
+    collected += gradient
+    torch.testing.assert_close(collected, expected + 1)
+    rows.step()
+
+
+@case(
+    "Life of the reading log",
+    "a model shared among processes, `model.share_memory()`, after a backward pass (Hogwild)",
+    "refused: TypeError says to call `zero_grad()` first; without a gradient it works",
+    "https://github.com/pytorch/pytorch/issues/41639",
+)
+def test_reads_are_not_shared_among_processes() -> None:
+    memory = build()
+    other = copy.deepcopy(memory)
+    optimizers = RowAdam(memory, lr=0.1), RowAdam(other, lr=0.1)
+    memory(tokens()).sum().backward()
+    with pytest.raises(TypeError, match=r"call zero_grad\(\) before that"):
+        memory.share_memory()
+    memory.zero_grad()
+    memory.share_memory()
+    assert memory.values.weight.is_shared()
+    for module, optimizer in zip((memory, other), optimizers, strict=True):
+        train(module, optimizer)
+    assert_same(memory, other)

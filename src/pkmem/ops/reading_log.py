@@ -131,6 +131,25 @@ class RowGradient(Tensor):
         dense = backend_module(self.reads.backend).weighted_sum_grad_values(grouped, self.shape[0])
         return (dense * self.reads.factor).to(self.dtype)
 
+    def numpy(self, *, force: bool = False) -> Any:
+        """The gradient as an array, for those who plot it."""
+        return self.to_dense().numpy(force=force)
+
+    def tolist(self) -> Any:
+        """The gradient as lists of numbers."""
+        return self.to_dense().tolist()
+
+    def __dlpack__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.to_dense().__dlpack__(*args, **kwargs)
+
+    def share_memory_(self) -> RowGradient:
+        """Refused: `Module.share_memory` would reach for memory that is not there, and crash.
+
+        Raises:
+            TypeError: always.
+        """
+        raise TypeError("a gradient that is kept as its reads has no memory to share: call zero_grad() before that")
+
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
