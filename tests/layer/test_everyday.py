@@ -852,3 +852,49 @@ def test_reads_are_not_shared_among_processes() -> None:
     for module, optimizer in zip((memory, other), optimizers, strict=True):
         train(module, optimizer)
     assert_same(memory, other)
+
+
+@case(
+    "Life of the reading log",
+    "gradients of some rows set to zero after backward (`p.grad[:10] = 0`, `p.grad.mul_(mask)`), to keep the rows fixed",
+    "refused: TypeError, since the reads are no numbers: mask by `weight.register_hook(lambda grad: grad * mask)`",
+    "https://github.com/mlfoundations/open_flamingo/pull/76",
+)
+def test_rows_of_a_gradient_are_not_silently_left_as_they_are() -> None:
+    memory, mask = build(), (torch.arange(25) >= 10).unsqueeze(-1)
+    rows = RowAdam(memory)
+    memory(tokens()).sum().backward()
+    gradient = memory.values.weight.grad
+    before = gradient.to_dense()
+    with pytest.raises(TypeError, match="kept as its reads"):
+        gradient[:10] = 0
+    with pytest.raises(TypeError, match="kept as its reads"):
+        gradient.mul_(mask)
+    assert torch.equal(gradient.to_dense(), before)
+    assert rows.grad_norm() > 0
+
+
+@case(
+    "Optimizer protocol",
+    "sharpness-aware minimisation: weights pushed along their gradients, a second backward pass, weights pulled back",
+    "works",
+    "https://github.com/facebookresearch/fairscale/issues/989",
+)
+def test_a_step_at_the_sharpest_point_nearby() -> None:
+    memory, x = build().double(), tokens(dtype=torch.float64)
+    other = copy.deepcopy(memory)
+    optimizers = RowAdam(memory, lr=0.1), torch.optim.Adam([other.values.weight], lr=0.1, betas=(0.9, 0.98))
+    for module, optimizer in zip((memory, other), optimizers, strict=True):
+        module(x).square().sum().backward()
+        norm = torch.stack([p.grad.norm() for p in module.parameters()]).norm()
+        pushes = [p.grad * (0.05 / norm) for p in module.parameters()]
+        with torch.no_grad():
+            for parameter, push in zip(module.parameters(), pushes, strict=True):
+                parameter.add_(push)
+        module.zero_grad()
+        module(x).square().sum().backward()
+        with torch.no_grad():
+            for parameter, push in zip(module.parameters(), pushes, strict=True):
+                parameter.sub_(push)
+        optimizer.step()
+    torch.testing.assert_close(memory.state_dict(), other.state_dict())
