@@ -1,5 +1,6 @@
 """The grid: a process and a file per run; what is done stays done, what is killed costs itself alone."""
 
+import errno
 import fcntl
 import json
 import multiprocessing
@@ -382,7 +383,19 @@ def test_the_dry_run_of_every_family_tells_costs_and_commands(name: str, scale: 
     )
 
 
+@pytest.mark.case("Environments", "`pkmem experiment` on Windows", "refused: ValueError, use Linux, macOS or WSL", "")
 def test_where_runs_cannot_be_locked_it_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "fcntl", None)  # as on Windows
     with pytest.raises(ValueError, match="use Linux, macOS or WSL"), module._locked(tmp_path / "run.lock"):
         pytest.fail("locked")
+
+
+@pytest.mark.case("Environments", "`pkmem experiment` on a network disk that locks no files",
+    "refused: ValueError, choose another --out", "")  # fmt: skip
+def test_a_disk_that_locks_no_files_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def not_implemented(*_: object) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.flock", not_implemented)
+    with pytest.raises(ValueError, match=r"locks no files \(Function not implemented\): choose another --out"):
+        module._locked(tmp_path / "run.lock").__enter__()

@@ -176,7 +176,7 @@ def _locked(file: Path) -> Iterator[int]:
 
     Raises:
         TrainedElsewhereError: another process has it.
-        ValueError: the system is Windows.
+        ValueError: the system is Windows, or the disk locks no files.
     """
     try:
         import fcntl
@@ -187,6 +187,10 @@ def _locked(file: Path) -> Iterator[int]:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise TrainedElsewhereError(file.stem) from None
+        except OSError as error:  # as on Lustre without its mount option `flock`
+            raise ValueError(
+                f"{file.parent} is on a disk that locks no files ({error.strerror}): choose another --out"
+            ) from error
         yield stream.fileno()
 
 

@@ -52,6 +52,7 @@ class KernelCache(NullCache):
 
     def save_overload(self, signature: Any, compiled: Any) -> None:
         """Keeps compiled code in the first folder that takes it, if any does."""
+        assert not compiled.library.has_dynamic_globals, "it holds addresses of this process: pass large arrays in"
         name, code = self._file_name(signature, compiled.codegen), dumps(compiled._reduce())
         whole = _digest(name, _sources(self._source), code) + code
         if not any(_write(folder / name, whole) for folder in _folders()):

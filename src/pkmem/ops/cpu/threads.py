@@ -86,7 +86,7 @@ def _openmp() -> Any:
 
     A process may hold several: scikit-learn and others bring their own, and one may be loaded ahead of all.
     """
-    for name in (torch._C.__file__, None):  # what torch was linked with, then what was loaded ahead of all
+    for name in (None, torch._C.__file__):  # what all libraries see, then what torch was linked with
         try:
             library = ctypes.CDLL(name)
             parallel = library.GOMP_parallel  # LLVM's and Intel's have it as well
