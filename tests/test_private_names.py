@@ -192,6 +192,27 @@ def test_what_tied_weights_keys_names_is_stored_once(tmp_path: Path) -> None:
         model.save_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_set_gradient_checkpointing_hands_the_blocks_what_checkpoints_them(
+    use_reentrant: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, given = with_memories(), []
+    monkeypatch.setattr(
+        model, "_set_gradient_checkpointing", lambda enable, gradient_checkpointing_func, **_: given.append(enable)
+    )
+    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    assert given == [True]
+
+
+def test_torchs_current_graph_task_id_is_minus_one_but_in_backward() -> None:
+    x, seen = torch.ones(2, requires_grad=True), []
+    x.register_hook(lambda _: seen.append(torch._C._current_graph_task_id()))
+    assert torch._C._current_graph_task_id() == -1
+    x.sum().backward()
+    assert seen != [-1]
+    assert torch._C._current_graph_task_id() == -1
+
+
 @pytest.mark.parametrize("drawn", [True, False])
 def test_weights_are_drawn_unless_is_hf_initialized(drawn: bool) -> None:
     model = with_memories()

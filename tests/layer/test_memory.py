@@ -315,7 +315,7 @@ def test_what_is_not_hidden_states_of_its_width_is_refused_with_both_numbers(x, 
     "Gradual surprises",
     "fp64 or bf16 hidden states in an fp32 memory, without autocast",
     "refused: ValueError with both dtypes; convert one with .to(), or use torch.autocast for halves",
-    "",
+    "https://github.com/unslothai/unsloth/issues/3723",
 )
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -59,7 +59,12 @@ def test_real_tokens_come_out_and_learn_as_if_alone(norm, variant, filling) -> N
     torch.testing.assert_close(dict(memory.named_buffers()), dict(alone.named_buffers()), rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.case(KIND, "MemoryUsage on padded batches, in training and evaluation", "works", "")
+@pytest.mark.case(
+    KIND,
+    "MemoryUsage on padded batches, in training and evaluation",
+    "works",
+    "https://github.com/huggingface/transformers/issues/28505",
+)
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_usage_counts_real_tokens_alone(variant, training) -> None:
@@ -76,7 +81,12 @@ def test_usage_counts_real_tokens_alone(variant, training) -> None:
     torch.testing.assert_close(usage.weight_sum, alone.weight_sum, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.case(KIND, "RowAdam after a padded batch: rows that padding alone would have read", "works", "")
+@pytest.mark.case(
+    KIND,
+    "RowAdam after a padded batch: rows that padding alone would have read",
+    "works",
+    "https://github.com/pytorch/pytorch/issues/18404",
+)
 @pytest.mark.parametrize("variant", ["plain", "flat", "experts"])
 @pytest.mark.parametrize("filling", [5.0, float("nan")])
 def test_a_row_that_no_real_token_read_is_left_bitwise_as_it_was(variant, filling, backend) -> None:
@@ -99,6 +109,9 @@ def test_a_row_that_no_real_token_read_is_left_bitwise_as_it_was(variant, fillin
         assert torch.equal(moved, read)
 
 
+@pytest.mark.case(
+    KIND, "RowAdam after a batch of nothing but padding", "works", "https://github.com/pytorch/pytorch/issues/82486"
+)
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("norm", NORMS)
 def test_a_batch_of_nothing_but_padding_changes_nothing(norm, variant) -> None:

@@ -65,7 +65,7 @@ def ways(block: Block, way: str) -> Callable[..., Tensor]:
     KIND,
     "torch.utils.checkpoint of a memory with dropout, both kinds, every query norm: statistics, usage and updates",
     "works",
-    "",
+    "https://github.com/pytorch/pytorch/issues/96136",
 )
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("way", ["reentrant", "not reentrant", "twice"])

@@ -1,9 +1,11 @@
+import copy
 import math
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 
 from pkmem import MemoryConfig, MemoryUsage, ProductKeyMemory
 
@@ -140,3 +142,39 @@ def test_flat_keys_are_counted_alike() -> None:
         memory(torch.randn(5, 6))
     assert usage.num_reads.sum() == 5 * 4 * 3
     assert usage.weight_sum.sum().item() == pytest.approx(5 * 4, rel=1e-6)
+
+
+@pytest.mark.case(
+    "Padding and recomputation",
+    "MemoryUsage of a memory that torch.compile has compiled already, with fullgraph=True and without",
+    "works",
+    "https://github.com/pytorch/pytorch/issues/117758",
+)
+@pytest.mark.parametrize("fullgraph", [True, False])
+def test_a_memory_compiled_before_is_counted_and_not_compiled_for_each_counter(fullgraph) -> None:
+    memory, x = ProductKeyMemory(CONFIG), torch.randn(5, 6)
+    counter = CompileCounter()
+    compiled = torch.compile(memory, backend=counter, fullgraph=fullgraph)
+    compiled(x)
+    for _ in range(3):
+        with MemoryUsage(memory) as usage:
+            compiled(x)
+        compiled(x)
+        with MemoryUsage(memory) as eager:
+            memory(x)
+        assert torch.equal(usage.num_reads, eager.num_reads)
+        assert torch.equal(usage.num_top1, eager.num_top1)
+        assert usage.num_reads.sum() == 5 * 2 * 3
+    assert counter.frame_count == 2
+
+
+def test_several_count_side_by_side_and_a_copy_counts_for_itself() -> None:
+    memory = ProductKeyMemory(CONFIG)
+    with MemoryUsage(memory) as outer:
+        memory(torch.randn(5, 6))
+        with MemoryUsage(memory) as inner:
+            memory(torch.randn(2, 6))
+            copy.deepcopy(memory)(torch.randn(9, 6))
+        memory(torch.randn(1, 6))
+    assert (outer.num_reads.sum(), inner.num_reads.sum()) == (8 * 6, 2 * 6)
+    assert memory.watchers == ()

@@ -48,7 +48,14 @@ def in_one_kernel_if_few(forward: Callable[..., Tensor]) -> Callable[..., Tensor
     @functools.wraps(forward)
     def read(memory: Any, x: Tensor, mask: Tensor | None = None) -> Tensor:
         # In this order: who compiles or exports for any number of tokens must not see that it matters.
-        if memory.training or mask is not None or not nobody_watches(x) or not x.is_cpu or not x.dim():
+        if (
+            memory.training
+            or memory.watchers
+            or mask is not None
+            or not nobody_watches(x)
+            or not x.is_cpu
+            or not x.dim()
+        ):
             return forward(memory, x, mask)
         out = _decode(memory, x.reshape(-1, x.shape[-1]))
         if out is None:

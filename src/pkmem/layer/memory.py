@@ -5,6 +5,8 @@ x --QueryNetwork--> query --ProductKeys--> slots, weights --ValueTable--> sum of
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -16,6 +18,13 @@ from pkmem.layer.padding import flat_mask, without_padding
 from pkmem.layer.query import QueryNetwork
 from pkmem.layer.room import num_weights, require_room
 from pkmem.layer.values import NeuronTable, ValueTable, tables_in
+
+
+class Watcher(Protocol):
+    """What sees the readings of a memory."""
+
+    def count(self, slots: Tensor, weights: Tensor, mask: Tensor | None) -> None:
+        """One reading: slots and weights (n, h, knn), and a mask (n,) of the real tokens or None."""
 
 
 class ProductKeyMemory(nn.Module):
@@ -33,6 +42,7 @@ class ProductKeyMemory(nn.Module):
         keys: queries -> slots and weights.
         values: the table.
         neurons: None, or the input weights of its experts.
+        watchers: what sees every reading, such as a `MemoryUsage`. Compilers ask for it, as they do not for hooks.
         backend: None for the fastest on the device, or one of `pkmem.ops.BACKENDS`.
 
     Raises:
@@ -58,6 +68,7 @@ class ProductKeyMemory(nn.Module):
         self.neurons = NeuronTable(config.num_slots, config.bound_dim) if config.experts else None
         self.gate = OutputGate(config) if config.gate else None
         self.dropout = nn.Dropout(config.dropout)
+        self.watchers: tuple[Watcher, ...] = ()
 
     @in_one_kernel_if_few
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -83,6 +94,8 @@ class ProductKeyMemory(nn.Module):
         tokens = without_padding(x.reshape(-1, x.shape[-1]), mask)
         query = self._queries(tokens, mask)
         slots, weights = self.keys(query, mask)
+        for watcher in self.watchers:
+            watcher.count(slots, weights, mask)
         if self.neurons is not None:
             weights = weights * F.gelu(self.neurons(slots, tokens))
         out = self.values(slots, weights).to(x.dtype)

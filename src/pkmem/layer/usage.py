@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,8 +32,9 @@ class MemoryUsage:
 
     def __init__(self, memory: ProductKeyMemory) -> None:
         self._num_slots = memory.config.num_slots
-        self._hook = memory.keys.register_forward_hook(self._count)
         self.reset()
+        self._memory = memory
+        memory.watchers = (*memory.watchers, self)
 
     def reset(self) -> None:
         """Starts counting anew."""
@@ -42,15 +42,13 @@ class MemoryUsage:
         self.num_reads = torch.zeros(self._num_slots, dtype=torch.int64)
         self.num_top1 = torch.zeros(self._num_slots, dtype=torch.int64)
 
-    def _count(self, module: nn.Module, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        self._add(*output, inputs[1] if len(inputs) > 1 else None)
-
     def update(self, slots: Tensor, weights: Tensor) -> None:
         """Adds one reading: slots and weights (n, h, knn), the best of each head first."""
-        self._add(slots, weights, None)
+        self.count(slots, weights, None)
 
     @torch.no_grad()
-    def _add(self, slots: Tensor, weights: Tensor, mask: Tensor | None) -> None:
+    def count(self, slots: Tensor, weights: Tensor, mask: Tensor | None) -> None:
+        """Adds what a memory reads for its real tokens, by a mask (n,)."""
         if self.weight_sum.device != slots.device:
             for name in ("weight_sum", "num_reads", "num_top1"):
                 setattr(self, name, getattr(self, name).to(slots.device))
@@ -97,7 +95,7 @@ class MemoryUsage:
 
     def close(self) -> None:
         """Stops counting; the counts stay."""
-        self._hook.remove()
+        self._memory.watchers = tuple(watcher for watcher in self._memory.watchers if watcher is not self)
 
     def __enter__(self) -> MemoryUsage:
         return self
