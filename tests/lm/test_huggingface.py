@@ -24,7 +24,8 @@ from pkmem.layer.memory import memories_in
 from pkmem.layer.optim import dense_parameters
 from pkmem.layer.values import tables_in
 from pkmem.lm.build import build_model
-from pkmem.lm.huggingface import MemoryMLP, PkmemForCausalLM, find_blocks
+from pkmem.lm.huggingface import PkmemForCausalLM
+from pkmem.lm.placement import MemoryMLP, find_blocks
 
 # --- every family -----------------------------------------------------------------------------------------
 
