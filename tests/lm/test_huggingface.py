@@ -328,10 +328,10 @@ def test_gradient_checkpointing_gives_the_same_gradients() -> None:
     saving.gradient_checkpointing_enable({"use_reentrant": False})
     x = ids()
     optimizers = RowAdam(plain), RowAdam(saving)
-    for model, num_forwards in ((plain, 1), (saving, 2)):
+    for model in (plain, saving):
         with MemoryUsage(next(iter(memories_in(model).values()))) as usage:
             model(x, labels=x, use_cache=False).loss.backward()
-        assert usage.num_reads.sum() == num_forwards * x.numel() * 2 * 3
+        assert usage.num_reads.sum() == x.numel() * 2 * 3  # a recomputed pass is not a second one
         assert [len(table.log.entries) for table in tables_in(model)] == [1, 1]
     assert optimizers[0].grad_norm() == pytest.approx(optimizers[1].grad_norm(), rel=1e-5)
     for (name, one), (_, other) in zip(plain.named_parameters(), saving.named_parameters(), strict=True):
