@@ -56,6 +56,7 @@ def test_nearly_every_loader_asks_the_model_what_to_leave() -> None:
     "works: as by other loaders",
     "",
 )
+@pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")  # of torch's own compiler
 def test_a_real_loader_leaves_memories_alone(tmp_path) -> None:
     model = with_memories("llama", placement="parallel")
     model.save_pretrained(tmp_path)
