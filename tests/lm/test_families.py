@@ -102,7 +102,7 @@ def failures(model: PreTrainedModel, folder: Path) -> dict[str, str]:
 @pytest.mark.slow
 @pytest.mark.case(
     "Hugging Face protocol",
-    "All that again for every family of transformers whose blocks have an MLP, about a hundred",
+    "Generate, save, reload and resize a model of every family whose blocks have an MLP (about a hundred)",
     "works: what the decoder itself can do",
     "",
 )

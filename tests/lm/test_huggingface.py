@@ -547,7 +547,7 @@ def test_the_trainers_checkpoint_resumes_rows_bitwise(tmp_path) -> None:
 
 @pytest.mark.case(
     KIND,
-    "resize_token_embeddings, then loss, generation, save and reload",
+    "`resize_token_embeddings`, then loss, generation, save and reload",
     "works",
     "https://github.com/huggingface/transformers/issues/36590",
 )
@@ -636,7 +636,7 @@ def test_a_model_is_copied_pickled_and_made_anew(tmp_path) -> None:
 
 @pytest.mark.case(
     KIND,
-    "add_memory on a model that sees pictures, too (`AutoModelForCausalLM` gives such a class for some families)",
+    "`add_memory` on a model that sees pictures, too (`AutoModelForCausalLM` gives such a class for some families)",
     "works: the memories are in its language model",
     "",
 )

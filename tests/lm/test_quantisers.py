@@ -97,7 +97,10 @@ class Int8Linear(nn.Module):
 
 
 @pytest.mark.case(
-    KIND, "add_memory on a decoder that is quantised already", "works: memories take the dtype that is computed in", ""
+    KIND,
+    "`add_memory` on a decoder that is quantised already",
+    "works: memories take the dtype that is computed in",
+    "",
 )
 @pytest.mark.parametrize("placement", ["replace", "parallel"])
 def test_memories_in_a_quantised_decoder_are_of_a_dtype_that_trains(placement) -> None:
