@@ -16,7 +16,7 @@ ORDER = {  # folders from the ground up, each with its files in order: a file im
     "ops.triton": "arithmetic launch bag rows selection selection_backward",
     "ops ": "backends reading_log registered transformed",
     "layer": "config huge_pages room padding recomputation query keys values gate decoding memory usage optim combined",
-    "lm": "config evaluation speed padding signature huggingface modeling_pkmem build recall inspection autoload",
+    "lm": "config evaluation speed padding signature placement huggingface modeling_pkmem build recall inspection autoload",
     "training": "recipe reading files checkpoint state saved journal trainer prepare run",
     "experiments": "benchmarks environment plots page family results costs claims grid report demo",
     "": "cli __main__",

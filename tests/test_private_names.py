@@ -4,6 +4,7 @@ There is no public name for what these do. A test here that fails after an updat
 """
 
 import ast
+import contextlib
 import inspect
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    GenerationMixin,
     PreTrainedConfig,
     PreTrainedModel,
     Trainer,
@@ -31,11 +33,15 @@ NAMES = {
     "_attn_implementation",  # of a config: how the decoder given attends
     "_clip_grad_norm",  # of Trainer: clips before a step
     "_experts_implementation",  # of a config: how its experts are run
+    "_get_dtype_plan",  # of a model: what is loaded in fp32 though asked for in half precision
     "_is_hf_initialized",  # of a module: its weights are drawn already
+    "_is_stateful",  # of a model: its cache cannot go back, so no assistant helps it
+    "_keep_in_fp32_modules",  # of a model: what quantisers leave alone: tests/lm/test_quantisers.py
     "_load_optimizer_and_scheduler",  # of Trainer: reads its part of a checkpoint
     "_load_rng_state",  # of Trainer: reads its part of a checkpoint
     "_set_gradient_checkpointing",  # of a model: hands its blocks the function that checkpoints them
     "_save_checkpoint",  # of Trainer: writes a checkpoint
+    "_supports_default_dynamic_cache",  # of a model: whether generation makes it the usual cache
     "_supports_flash_attn",  # of a model: an attention it lets through to the decoder
     "_supports_flex_attn",  # as before
     "_supports_sdpa",  # as before
@@ -75,7 +81,8 @@ def is_private(name: str) -> bool:
 
 
 def test_the_list_is_complete() -> None:
-    theirs = {name for kind in (Trainer, TrainingArguments, PreTrainedModel, PreTrainedConfig) for name in dir(kind)}
+    kinds = (Trainer, TrainingArguments, GenerationMixin, PreTrainedModel, PreTrainedConfig)
+    theirs = {name for kind in kinds for name in dir(kind)}
     rooms = [Path(pkmem.__file__).parent / room for room in ("lm", "training")]
     said, own = set(), set()
     for node in (
@@ -89,6 +96,8 @@ def test_the_list_is_complete() -> None:
                 said.add(name)
                 own.add(name)
             case ast.Attribute(_, name) | ast.Call(ast.Name("getattr"), [_, ast.Constant(str(name)), *_]):
+                said.add(name)
+            case ast.Constant(str(name)) if name in theirs:  # one of several that a loop sets
                 said.add(name)
     assert {name for name in (said - own) | (said & theirs) if is_private(name)} == set(NAMES)
 
@@ -250,3 +259,34 @@ def test_an_attention_is_refused_unless_supported(name: str, way: str, monkeypat
     monkeypatch.setattr(PkmemForCausalLM, name, False)
     with pytest.raises(ValueError, match="PkmemForCausalLM does not support"):
         model.set_attn_implementation(way)
+
+
+@pytest.mark.parametrize("stateful", [False, True])
+def test_a_stateful_decoder_takes_no_assistant(stateful: bool) -> None:
+    base = decoder("llama")
+    base._is_stateful = stateful
+    model = add_memory(base, [0], MEMORY).eval()
+    prompt = torch.tensor([[1, 2, 3]])
+    refusal = pytest.raises(ValueError, match="not supported with stateful models")
+    with refusal if stateful else contextlib.nullcontext():
+        model.generate(prompt, prompt_lookup_num_tokens=2, max_new_tokens=2, pad_token_id=0)
+
+
+@pytest.mark.parametrize("takes", [False, True])
+def test_supports_default_dynamic_cache_says_who_makes_the_cache(takes: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = with_memories().eval()
+    monkeypatch.setattr(type(model.base), "_supports_default_dynamic_cache", classmethod(lambda _: takes))
+    seen = []
+    model.base.register_forward_pre_hook(
+        lambda _, __, kwargs: seen.append(kwargs.get("past_key_values")), with_kwargs=True
+    )
+    model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=1, pad_token_id=0)
+    assert (seen[0] is not None) == takes
+
+
+def test_get_dtype_plan_says_what_is_loaded_in_fp32() -> None:
+    model = with_memories()
+    assert model._get_dtype_plan(torch.float16) == {}
+    model._keep_in_fp32_modules.add("ln_f")
+    assert model._get_dtype_plan(torch.float16) == {"ln_f": torch.float32}
+    assert model._get_dtype_plan(torch.float32) == {}

@@ -1,5 +1,7 @@
 import copy
 import dataclasses
+import json
+import pickle
 import re
 from pathlib import Path
 
@@ -7,6 +9,9 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -14,8 +19,10 @@ from transformers import (
     OPTConfig,
     OPTForCausalLM,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
     Trainer,
     TrainingArguments,
+    pipeline,
 )
 
 from decoders import FAMILIES, MEMORY, MODEL, NORMS, VOCAB, decoder, ids, reloaded, with_memories
@@ -24,7 +31,11 @@ from pkmem.layer.memory import memories_in
 from pkmem.layer.optim import dense_parameters
 from pkmem.layer.values import tables_in
 from pkmem.lm.build import build_model
-from pkmem.lm.huggingface import MemoryMLP, PkmemForCausalLM, find_blocks
+from pkmem.lm.huggingface import PkmemForCausalLM
+from pkmem.lm.placement import MemoryMLP, find_blocks
+
+KIND = "Hugging Face protocol"
+
 
 # --- every family -----------------------------------------------------------------------------------------
 
@@ -330,7 +341,7 @@ def test_gradient_checkpointing_gives_the_same_gradients() -> None:
     for model in (plain, saving):
         with MemoryUsage(next(iter(memories_in(model).values()))) as usage:
             model(x, labels=x, use_cache=False).loss.backward()
-        assert usage.num_reads.sum() == x.numel() * 2 * 3
+        assert usage.num_reads.sum() == x.numel() * 2 * 3  # a recomputed pass is not a second one
         assert [len(table.log.entries) for table in tables_in(model)] == [1, 1]
     assert optimizers[0].grad_norm() == pytest.approx(optimizers[1].grad_norm(), rel=1e-5)
     for (name, one), (_, other) in zip(plain.named_parameters(), saving.named_parameters(), strict=True):
@@ -529,3 +540,120 @@ def test_the_trainers_checkpoint_resumes_rows_bitwise(tmp_path) -> None:
     assert len(losses(trainer)) == 4  # the first two from the checkpoint's log
     assert not torch.equal(tables_in(start)[0].weight, tables_in(resumed)[0].weight)
     torch.testing.assert_close(resumed.state_dict(), whole.state_dict(), rtol=0, atol=0)
+
+
+# --- what transformers' guide does with a model -----------------------------------------------------------
+
+
+@pytest.mark.case(
+    KIND,
+    "`resize_token_embeddings`, then loss, generation, save and reload",
+    "works",
+    "https://github.com/huggingface/transformers/issues/36590",
+)
+@pytest.mark.parametrize("loaded", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_embeddings_are_resized_and_stay_so(family, loaded, tmp_path) -> None:
+    model = with_memories(family)
+    model = reloaded(model, tmp_path / "old") if loaded else model
+    x = ids()
+    before = model(x).logits
+    model.resize_token_embeddings(VOCAB + 6, mean_resizing=False)
+    assert model.config.vocab_size == model.base.config.vocab_size == VOCAB + 6
+    torch.testing.assert_close(model(x).logits[..., :VOCAB], before, rtol=1e-5, atol=1e-6)
+    new = torch.tensor([[VOCAB + 3, 4, 5, VOCAB + 5]])
+    chances = model(new).logits[:, :-1].log_softmax(-1)
+    expected = -chances.gather(-1, new[:, 1:, None]).mean()
+    torch.testing.assert_close(model(new, labels=new).loss, expected, rtol=1e-5, atol=1e-6)
+    assert model.generate(new, max_new_tokens=2, do_sample=False, pad_token_id=0).shape[1] > 4
+    again = reloaded(model, tmp_path / "new")
+    assert again.config.vocab_size == VOCAB + 6
+    assert torch.equal(again(new).logits, model(new).logits)
+    tied = decoder(family).config.tie_word_embeddings
+    assert (again.get_output_embeddings().weight is again.get_input_embeddings().weight) == tied
+
+
+@pytest.mark.case(KIND, "A text-generation pipeline, from a folder, with a batch of texts", "works", "")
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_a_pipeline_writes_text(family, tmp_path) -> None:
+    words = {f"w{number}": number for number in range(VOCAB)}
+    backend = Tokenizer(WordLevel(words, unk_token="w1"))
+    backend.pre_tokenizer = WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="w0", padding_side="left")
+    model = with_memories(family)
+    model.generation_config.eos_token_id = None
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path)
+    writer = pipeline("text-generation", model=str(tmp_path), tokenizer=str(tmp_path), device="cpu")
+    assert isinstance(writer.model, PkmemForCausalLM)
+    prompts = ["w5 w6 w7", "w9 w8 w7 w6 w5"]
+    written = writer(prompts, batch_size=2, max_new_tokens=4, do_sample=False, return_full_text=False)
+    for prompt, found in zip(prompts, written, strict=True):
+        tokens = torch.tensor([[words[word] for word in prompt.split()]])
+        expected = model.generate(tokens, max_new_tokens=4, do_sample=False, pad_token_id=0)[
+            0, tokens.shape[1] :
+        ].tolist()
+        assert [words[word] for word in found[0]["generated_text"].split()] == [t for t in expected if t]
+
+
+@pytest.mark.case(
+    KIND,
+    "Hidden states, attentions, another attention (`set_attn_implementation`), the decoder (`get_decoder`)",
+    "works: as from the decoder",
+    "",
+)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_is_asked_of_a_decoder_is_answered_by_it(family) -> None:
+    model, x = with_memories(family), ids()
+    model.set_attn_implementation("eager")
+    found = model(x, output_hidden_states=True, output_attentions=True, use_cache=False)
+    assert len(found.hidden_states) == 4
+    assert [tuple(attention.shape) for attention in found.attentions] == [(2, 4, 7, 7)] * 3
+    decoded = model.get_decoder()(x).last_hidden_state
+    assert decoded is not model
+    torch.testing.assert_close(decoded, found.hidden_states[-1], rtol=1e-5, atol=1e-5)
+    assert model.base.config._attn_implementation == "eager"
+    assert model._no_split_modules == set(model.base._no_split_modules)
+
+
+@pytest.mark.case(KIND, "Copy or pickle a model, or make a fresh one from its config", "works", "")
+def test_a_model_is_copied_pickled_and_made_anew(tmp_path) -> None:
+    model, x = with_memories("llama", share_values=True), ids()
+    for made in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(made(x).logits, model(x).logits)
+        assert len(tables_in(made)) == 1
+    model.save_pretrained(tmp_path)
+    config = AutoConfig.from_pretrained(tmp_path)
+    assert json.loads(config.to_json_string())["memory"] == model.config.memory
+    with torch.device("meta"):
+        empty = AutoModelForCausalLM.from_config(config)
+    assert empty.device.type == "meta"
+    assert empty.num_parameters() == model.num_parameters()
+    fresh = AutoModelForCausalLM.from_config(config)
+    assert [name for name, _ in fresh.named_parameters()] == [name for name, _ in model.named_parameters()]
+    assert not torch.equal(fresh(x).logits, model(x).logits)
+
+
+@pytest.mark.case(
+    KIND,
+    "`add_memory` on a model that sees pictures, too (`AutoModelForCausalLM` gives such a class for some families)",
+    "works: the memories are in its language model",
+    "",
+)
+def test_a_model_that_sees_pictures_is_saved_whole(tmp_path) -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    text = sizes | {"vocab_size": VOCAB, "num_key_value_heads": 4, "head_dim": 8, "max_position_embeddings": 64}
+    vision = sizes | {"num_hidden_layers": 3, "image_size": 28, "patch_size": 14}
+    special = {"image_token_index": 5, "boi_token_index": 6, "eoi_token_index": 7, "mm_tokens_per_image": 4}
+    config = AutoConfig.for_model("gemma3", text_config=text, vision_config=vision, **special)
+    model = add_memory(AutoModelForCausalLM.from_config(config), [0, 1], MEMORY).eval()
+    nn.init.normal_(model.get_parameter("base.model.multi_modal_projector.mm_input_projection_weight"))  # was zero
+    assert all("language_model" in name for name in memories_in(model))
+    assert model.config.vocab_size == VOCAB
+    x = torch.tensor([[1, 5, 5, 5, 5, 2]])
+    inputs = {"input_ids": x, "pixel_values": torch.randn(1, 3, 28, 28), "token_type_ids": (x == 5).long()}
+    loaded = reloaded(model, tmp_path)
+    assert type(loaded.base) is type(model.base)
+    torch.testing.assert_close(loaded(**inputs).logits, model(**inputs).logits, rtol=1e-5, atol=1e-6)
+    other = {**inputs, "pixel_values": -inputs["pixel_values"]}
+    assert not torch.equal(loaded(**other).logits, loaded(**inputs).logits)

@@ -1,23 +1,15 @@
 """A product-key memory in any Hugging Face decoder: built, saved and loaded the Hugging Face way.
 
-Where a memory goes, for every family alike: the blocks are the model's one `nn.ModuleList` with
-`num_hidden_layers` entries that each have an MLP; in a block, the attribute `mlp_name` ("mlp" in GPT-2,
-Llama, Qwen, Mistral, Gemma and GPT-NeoX) is replaced by the memory, or the memory is added beside it.
-
 tests/test_private_names.py lists the private names of transformers used here and in training/trainer.py.
 """
 
 from __future__ import annotations
 
-import ast
-import inspect
 import os
 import shutil
-import textwrap
-from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -30,13 +22,12 @@ from transformers import (
     PreTrainedModel,
 )
 
-from pkmem.layer.config import MemoryConfig, is_integer, plain_number
-from pkmem.layer.memory import ProductKeyMemory, memories_in
-from pkmem.layer.room import num_weights, require_room
-from pkmem.lm.padding import keep_mask_with, keeping_mask, mask_of_pass, real_tokens, under_mask
+from pkmem.layer.config import MemoryConfig, plain_number
+from pkmem.layer.memory import memories_in
+from pkmem.lm.padding import keep_mask_with, keeping_mask, real_tokens, under_mask
+from pkmem.lm.placement import MemoryMLP, Placement, insert_memories
 from pkmem.lm.signature import decoder_signature
 
-Placement = Literal["replace", "parallel"]
 _OF_THE_DECODER = ("main_input_name", "input_modalities", "accepts_loss_kwargs", "_is_stateful")
 
 
@@ -92,27 +83,6 @@ class PkmemConfig(PreTrainedConfig):
         """Does nothing: what is saved names its code already, and transformers would save a copy of this file."""
 
 
-class MemoryMLP(nn.Module):
-    """Stands where a block had its MLP: the memory alone, or the MLP's output plus the memory's."""
-
-    def __init__(self, memory: ProductKeyMemory, mlp: nn.Module | None = None) -> None:
-        super().__init__()
-        self.memory = memory
-        self.mlp = mlp
-
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """(..., d) -> (..., d), and beside an MLP that returns more, such as router scores, those too."""
-        mask = mask_of_pass()
-        if mask is not None:
-            mask = mask.to(hidden_states.device)  # another one's, where a model is spread over several
-            mask = mask.flatten() if hidden_states.dim() == 2 else mask
-        out: Tensor = self.memory(hidden_states, mask)
-        if self.mlp is None:
-            return out
-        mlps = self.mlp(hidden_states, *args, **kwargs)
-        return (out + mlps[0], *mlps[1:]) if isinstance(mlps, tuple) else out + mlps
-
-
 class PkmemForCausalLM(PreTrainedModel, GenerationMixin):
     """A Hugging Face decoder with product-key memories; made by `add_memory` or loaded.
 
@@ -138,8 +108,17 @@ class PkmemForCausalLM(PreTrainedModel, GenerationMixin):
         for name in _OF_THE_DECODER:
             if hasattr(self.base, name):
                 setattr(self, name, getattr(self.base, name))
-        self._tied_weights_keys = _insert_memories(self.base, config)
-        self._keep_in_fp32_modules = [f"base.{name}" for name in memories_in(self.base)]  # what quantisers leave alone
+        names = insert_memories(
+            self.base,
+            config.layers or [],
+            MemoryConfig.from_dict(config.memory or {}),
+            config.placement,
+            share_values=config.share_values,
+            mlp_name=config.mlp_name,
+        )
+        tables = [f"base.{name}.values.weight" for name in names]
+        self._tied_weights_keys = dict.fromkeys(tables[1:], tables[0]) if config.share_values else {}
+        self._keep_in_fp32_modules = [f"base.{name}" for name in names]  # which quantisers leave alone
         self.post_init()
 
     @classmethod
@@ -296,111 +275,10 @@ def add_memory(
     return made.train(model.training)
 
 
-def find_blocks(model: PreTrainedModel, mlp_name: str = "mlp") -> nn.ModuleList:
-    """The decoder's blocks: its one list of `num_hidden_layers` modules that each have an MLP.
-
-    Raises:
-        ValueError: there is none; the message names what the blocks do have.
-    """
-    num_layers = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", None)
-    lists = [part for part in model.modules() if isinstance(part, nn.ModuleList) and len(part) == num_layers]
-    for blocks in lists:
-        if all(isinstance(getattr(block, mlp_name, None), nn.Module) for block in blocks):
-            return blocks
-    children = [name for name, _ in lists[0][0].named_children()] if lists and num_layers else []
-    raise ValueError(
-        f"{type(model).__name__} has no block with an MLP called {mlp_name!r}"
-        + (f": its blocks have {', '.join(children)}; name the MLP with mlp_name=..." if children else "")
-    )
-
-
 def context_tokens(model: PreTrainedModel) -> int:
     """The longest context a model takes, by its config; 1024 where that names none."""
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return longest or 1024
-
-
-def _insert_memories(model: PreTrainedModel, config: PkmemConfig) -> dict[str, str]:
-    """Edits the decoder; returns the tied weights (name -> name it repeats) of shared tables."""
-    if config.placement not in ("replace", "parallel"):
-        raise ValueError(f"placement is {config.placement!r} but must be 'replace' or 'parallel'")
-    blocks = find_blocks(model, config.mlp_name)
-    layers = _checked_layers(config.layers or [], len(blocks))
-    memory_config = MemoryConfig.from_dict(config.memory or {})
-    if memory_config.output_dim != memory_config.bound_dim:
-        raise ValueError(
-            f"value_dim is {memory_config.value_dim} but the block needs the model's width "
-            f"{memory_config.bound_dim}: leave value_dim out, or set gate=True"
-        )
-    if config.placement == "replace":
-        for layer in layers:
-            _require_replaceable(getattr(blocks[layer], config.mlp_name))
-    _require_room_for_memories(blocks, layers, memory_config, config)
-    shared = None
-    for layer in layers:
-        old = getattr(blocks[layer], config.mlp_name)
-        like = next(old.parameters())
-        memory = ProductKeyMemory(memory_config, values=shared).to(device=like.device, dtype=like.dtype)
-        if config.share_values:
-            shared = memory.values
-        for module in memory.modules():  # drawn already: not to be drawn again by the decoder's own rule
-            module._is_hf_initialized = True  # type: ignore[assignment]
-        mlp = MemoryMLP(memory, old if config.placement == "parallel" else None)
-        setattr(blocks[layer], config.mlp_name, mlp.train(model.training))
-    names = [f"base.{name}.values.weight" for name in memories_in(model)]
-    return dict.fromkeys(names[1:], names[0]) if config.share_values else {}
-
-
-def _require_room_for_memories(
-    blocks: nn.ModuleList, layers: list[int], memory: MemoryConfig, config: PkmemConfig
-) -> None:
-    """Refuses memories that do not fit together, before a block is edited."""
-    sizes: Counter[tuple[torch.device, torch.dtype]] = Counter()
-    for place, layer in enumerate(layers):
-        like = next(getattr(blocks[layer], config.mlp_name).parameters())
-        sizes[like.device, like.dtype] += num_weights(memory, shares_values=config.share_values and place > 0)
-    for (device, dtype), size in sizes.items():
-        require_room(f"{len(layers)} memories of {memory.num_slots:,} slots", size, device, dtype)
-
-
-def _require_replaceable(mlp: nn.Module) -> None:
-    """Refuses an MLP that takes or returns more than hidden states.
-
-    BLOOM's is handed the residual, which the block would lose; GPT-OSS's returns router scores, and the block would
-    take a memory's output apart, silently in a batch of two.
-    """
-    inputs = [p.name for p in inspect.signature(mlp.forward).parameters.values() if p.default is p.empty]
-    if len(inputs) > 1:
-        raise ValueError(
-            f"{type(mlp).__name__} takes {', '.join(inputs)}, a memory hidden states alone: use placement='parallel'"
-        )
-    outputs = _tuple_returned(type(mlp))
-    if outputs:
-        raise ValueError(
-            f"{type(mlp).__name__} ends with `{outputs}`, a memory returns hidden states alone: use placement='parallel'"
-        )
-
-
-def _tuple_returned(kind: type[nn.Module]) -> str | None:
-    """The statement by which a module's forward returns several values; None where there is none, or no source."""
-    try:
-        source = textwrap.dedent(inspect.getsource(kind.forward))
-    except OSError:  # typed into an interpreter, or installed without source
-        return None
-    returns = (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Return))
-    return next((ast.unparse(node) for node in returns if isinstance(node.value, ast.Tuple)), None)
-
-
-def _checked_layers(layers: list[int], num_layers: int) -> list[int]:
-    for layer in layers:
-        if not (is_integer(layer, 0) and layer < num_layers):
-            raise ValueError(f"layer {layer!r} is outside [0, {num_layers}): layers are integers counted from 0")
-    twice = [layer for layer in layers if layers.count(layer) > 1]
-    if twice:
-        raise ValueError(f"layer {twice[0]} is named twice in layers={layers}")
-    if not layers:
-        raise ValueError("layers is empty: name at least one block, counted from 0")
-    return sorted(layers)
 
 
 AutoConfig.register(PkmemConfig.model_type, PkmemConfig, exist_ok=True)

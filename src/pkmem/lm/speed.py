@@ -30,7 +30,7 @@ def measure_speed(
     for turn in range(repeats + 1):
         for name, model in models.items():
             with in_eval_mode(model):
-                prefill = _seconds(lambda model=model: _prefill(model, batch_sequences, context_tokens))  # type: ignore[misc]
+                prefill = _seconds(lambda model=model: _read_prompt(model, batch_sequences, context_tokens))  # type: ignore[misc]
                 decode = _decode_seconds(model, context_tokens // 2, min(32, context_tokens // 2))
             if turn:  # the first turn warms up
                 timings[name]["prefill"].append(batch_sequences * context_tokens / prefill)
@@ -41,7 +41,7 @@ def measure_speed(
     }
 
 
-def _prefill(model: nn.Module, batch_sequences: int, num_tokens: int) -> object:
+def _read_prompt(model: nn.Module, batch_sequences: int, num_tokens: int) -> object:
     """What generation does first: the whole prompt, its cache, the logits of its last token."""
     device = next(model.parameters()).device
     tokens = torch.arange(batch_sequences * num_tokens, device=device).view(batch_sequences, num_tokens)
@@ -52,7 +52,7 @@ def _prefill(model: nn.Module, batch_sequences: int, num_tokens: int) -> object:
 
 def _decode_seconds(model: nn.Module, prompt_tokens: int, num_steps: int) -> float:
     """Median seconds of a step that reads one token and writes one."""
-    cache = _prefill(model, 1, prompt_tokens)
+    cache = _read_prompt(model, 1, prompt_tokens)
     device = next(model.parameters()).device
     token = torch.tensor([[7]], device=device)
     seconds = []
