@@ -1,4 +1,4 @@
-"""Every private name of Hugging Face and of torch that the source uses, and that each still does what it did.
+"""Every private name of Hugging Face, torch and numba that the source uses, and that each still does what it did.
 
 There is no public name for what these do. A test here that fails after an update says what to write anew.
 """
@@ -47,7 +47,7 @@ NAMES = {
     "_supports_sdpa",  # as before
     "_tied_weights_keys",  # of a model: weights that repeat others
 }
-OF_TORCH = {
+OF_TORCH_AND_NUMBA = {
     "_C",  # of torch: what has no public name yet, the next two
     "_are_functorch_transforms_active",  # whether torch.func transforms
     "_len_torch_dispatch_stack",  # how many modes see every operator
@@ -61,6 +61,21 @@ OF_TORCH = {
     "_backward_hooks",
     "_backward_pre_hooks",
     "_replicate_for_data_parallel",  # of a module: makes a copy for nn.DataParallel
+    "_current_graph_task_id",  # which backward pass runs; -1 outside all: tests of activation checkpointing
+    "_dynamo_marked_constant",  # what torch.compiler.assume_constant_result sets
+    # of tensors that are more than numbers, and of the operators they see: tests/ops/test_reading_log.py
+    "_make_wrapper_subclass",
+    "_disabled_torch_function_impl",
+    "_schema",
+    "_foreach_div_",
+    "_foreach_mul_",
+    "_foreach_norm",
+    "_foreach_zero_",
+    "_amp_foreach_non_finite_check_and_unscale_",
+    # of numba, what its cache writes and reads: tests/ops/test_cache.py
+    "_cache",
+    "_rebuild",
+    "_reduce",
 }
 MEMORY = MemoryConfig(num_sub_keys=4, heads=1, knn=2, query_dim=4)
 SIZES = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -102,7 +117,7 @@ def test_the_list_is_complete() -> None:
     assert {name for name in (said - own) | (said & theirs) if is_private(name)} == set(NAMES)
 
 
-def test_the_list_of_torch_is_complete() -> None:
+def test_the_list_of_torch_and_numba_is_complete() -> None:
     rooms = [Path(pkmem.__file__).parent / room for room in ("ops", "layer")]
     said, own = set(), set()
     for node in (
@@ -120,7 +135,7 @@ def test_the_list_of_torch_is_complete() -> None:
             case ast.ImportFrom(str(module), names) if module.startswith("torch"):
                 said.update(name.name for name in names)
     theirs = {*dir(nn.Module), *vars(nn.Module())}
-    assert {name for name in (said - own) | (said & theirs) if is_private(name)} == OF_TORCH
+    assert {name for name in (said - own) | (said & theirs) if is_private(name)} == OF_TORCH_AND_NUMBA
 
 
 def test_torch_says_what_watches_tensors() -> None:
@@ -138,6 +153,13 @@ def test_torch_says_what_watches_tensors() -> None:
     assert (torch._C._len_torch_dispatch_stack(), forward_ad._current_level) == (0, -1)
     with Mode(), forward_ad.dual_level():
         assert (torch._C._len_torch_dispatch_stack(), forward_ad._current_level) == (1, 0)
+
+
+def test_a_compiler_takes_for_constant_what_is_marked() -> None:
+    def marked() -> bool:
+        return True
+
+    assert torch.compiler.assume_constant_result(marked)._dynamo_marked_constant
 
 
 def test_torch_replicates_modules_by() -> None:

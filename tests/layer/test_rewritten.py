@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
-from pkmem import MemoryConfig, ProductKeyMemory
+from pkmem import MemoryConfig, ProductKeyMemory, RowAdam
 
 KIND = "Modules that others rewrite"
 VARIANTS = {
@@ -369,3 +369,33 @@ def test_older_graphs_are_refused() -> None:
         torch.fx.symbolic_trace(build())
     with pytest.raises((RuntimeError, torch.jit.frontend.NotSupportedError)):
         torch.jit.script(build())
+
+
+@pytest.mark.case(
+    KIND,
+    "`torch.func.grad` and `functional_call` while a RowAdam trains the table",
+    "works: the weights given get dense gradients, and the RowAdam sees no reads",
+    "",
+)
+def test_weights_given_for_a_call_are_not_the_ones_that_row_adam_trains() -> None:
+    memory = build()
+    optimizer = RowAdam(memory)
+    other = build()
+    given = {name: weight.detach() for name, weight in other.named_parameters()}
+    buffers = dict(other.named_buffers())
+    x = torch.randn(9, 10)
+
+    def loss(weights: dict[str, Tensor]) -> Tensor:
+        return torch.func.functional_call(memory, weights | buffers, (x,)).square().sum()
+
+    other(x).square().sum().backward()
+    transformed = torch.func.grad(loss)(given)
+    leaves = {name: weight.clone().requires_grad_() for name, weight in given.items()}
+    loss(leaves).backward()
+    for name, weight in other.named_parameters():
+        torch.testing.assert_close(transformed[name], weight.grad)
+        torch.testing.assert_close(leaves[name].grad, weight.grad)
+        assert type(leaves[name].grad) is Tensor
+    before = memory.values.weight.detach().clone()
+    optimizer.step()
+    assert memory.values.weight.equal(before)

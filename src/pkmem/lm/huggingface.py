@@ -57,6 +57,7 @@ class PkmemConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         if not isinstance(self.text_config, PreTrainedConfig):
             self.text_config = AutoConfig.for_model(**{"model_type": "gpt2", **(self.text_config or {})})
+        self.tie_word_embeddings = True  # PEFT says no when it merges, of a decoder that ties none
         super().__post_init__(**kwargs)
 
     def get_text_config(self, *args: Any, **kwargs: Any) -> PreTrainedConfig:
