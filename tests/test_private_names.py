@@ -48,7 +48,7 @@ NAMES = {
     "_tied_weights_keys",  # of a model: weights that repeat others
 }
 OF_TORCH_AND_NUMBA = {
-    "_C",  # of torch: what has no public name yet, the next two
+    "_C",  # of torch: what has no public name yet
     "_are_functorch_transforms_active",  # whether torch.func transforms
     "_len_torch_dispatch_stack",  # how many modes see every operator
     "_current_level",  # of torch.autograd.forward_ad: -1 outside forward mode
