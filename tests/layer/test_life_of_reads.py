@@ -188,7 +188,10 @@ def test_a_model_and_its_optimizer_copied_together_train_on_together(duplicate) 
 
 
 @pytest.mark.case(
-    KIND, "all parameters, tables included, handed to AdamW while a RowAdam lives", "works: by the dense gradient", ""
+    KIND,
+    "all parameters, tables included, handed to AdamW while a RowAdam lives",
+    "works: by the dense gradient, and a warning says that both would train the table",
+    "",
 )
 @pytest.mark.parametrize("foreach", [False, True])
 def test_a_torch_optimizer_steps_by_the_numbers_of_the_reads(foreach) -> None:
@@ -197,8 +200,9 @@ def test_a_torch_optimizer_steps_by_the_numbers_of_the_reads(foreach) -> None:
     rows = RowAdam(memory)
     optimizers = [torch.optim.AdamW(model.parameters(), foreach=foreach) for model in (memory, twin)]
     backward(memory, twin)
-    for optimizer in optimizers:
-        optimizer.step()
+    with pytest.warns(UserWarning, match="another optimizer steps by the gradient of a table"):
+        optimizers[0].step()
+    optimizers[1].step()
     torch.testing.assert_close(memory.state_dict(), twin.state_dict(), rtol=1e-12, atol=1e-12)
     assert rows.grad_norm() > 0
 

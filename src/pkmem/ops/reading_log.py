@@ -25,6 +25,7 @@ _MANY_PASSES = 1000  # more than anybody accumulates: some 60 micro-batches of 1
 _handles = itertools.count()
 _logs: weakref.WeakValueDictionary[int, ReadLog] = weakref.WeakValueDictionary()
 _aten = torch.ops.aten
+_ADD_TO_MOMENTS = {"aten::lerp_", "aten::addcmul_", "aten::_foreach_lerp_", "aten::_foreach_addcmul_"}
 
 
 class Reads:
@@ -183,15 +184,17 @@ def _on_numbers(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any
                 "reads: leave the table out of what does this (pkmem's dense_parameters lists all else), "
                 "or delete the RowAdam for a dense gradient"
             )
+    if func._schema.name in _ADD_TO_MOMENTS:
+        warnings.warn(
+            "another optimizer steps by the gradient of a table that a living RowAdam trains: if both step, the table is "
+            "trained twice, once at the cost of all its rows; leave it out there (pkmem's dense_parameters lists the rest)",
+            stacklevel=2,
+        )
     return func(*tree_map_only(RowGradient, RowGradient.to_dense, args), **kwargs)
 
 
 def _holds_reads(given: Any) -> bool:
     return any(isinstance(part, RowGradient) for part in (given if isinstance(given, list | tuple) else [given]))
-
-
-def _number(other: Any) -> bool:
-    return other.dim() == 0 if isinstance(other, Tensor) else isinstance(other, int | float)
 
 
 def _alias(gradient: RowGradient) -> RowGradient:
