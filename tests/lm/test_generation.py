@@ -118,7 +118,7 @@ def test_a_static_cache_writes_what_no_cache_writes(family) -> None:
 
 @pytest.mark.case(
     KIND,
-    "Generate with a quantised cache",
+    "Generate with a quantised cache, here one of 8 bits made for the test",
     "works: where the decoder takes one, which those with a sliding window do not",
     "",
 )
