@@ -17,8 +17,9 @@ from pkmem import MemoryConfig, MemoryUsage, RowAdam, add_memory
 from pkmem.layer import room
 from pkmem.layer.memory import memories_in
 from pkmem.layer.optim import dense_parameters
-from pkmem.lm.huggingface import PkmemForCausalLM, find_blocks
+from pkmem.lm.huggingface import PkmemForCausalLM
 from pkmem.lm.padding import mask_of_pass, real_tokens
+from pkmem.lm.placement import find_blocks
 
 KIND = "Padding and recomputation"
 NORMS = ("batch", "layer", "rms", "none")
