@@ -41,7 +41,8 @@ def require_room(
     Raises:
         ValueError: the bytes needed are more than the bytes there.
     """
-    device, dtype = device or torch.get_default_device(), dtype or torch.get_default_dtype()
+    made = torch.empty(0)  # by the defaults
+    device, dtype = device or made.device, dtype or made.dtype
     needed, there = num_elements * dtype.itemsize, _bytes_of(device)
     if needed > there:
         raise ValueError(
