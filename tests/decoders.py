@@ -3,7 +3,10 @@
 import dataclasses
 from pathlib import Path
 
+import pytest
 import torch
+import transformers
+from packaging.version import Version
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -12,6 +15,9 @@ from pkmem.lm.build import build_model
 from pkmem.lm.config import ModelConfig
 from pkmem.lm.huggingface import PkmemForCausalLM
 
+with_todays_transformers = pytest.mark.skipif(
+    Version(transformers.__version__) < Version("5.23"), reason="an older Trainer or generate does this otherwise"
+)
 FAMILIES = ("gpt2", "llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "gpt_neox")
 NORMS = ("batch", "layer", "rms", "none")
 MEMORY = MemoryConfig(num_sub_keys=6, heads=2, knn=3, query_dim=8)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, cache_utils
 
-from decoders import FAMILIES, decoder, ids, with_memories
+from decoders import FAMILIES, decoder, ids, with_memories, with_todays_transformers
 from pkmem.lm.huggingface import PkmemForCausalLM
 
 KIND = "Hugging Face protocol"
@@ -71,6 +71,7 @@ def test_beams_have_the_score_of_their_sequence(family) -> None:
 
 @pytest.mark.case(KIND, "Decode with prompt lookup", "works", "")
 @every_family
+@with_todays_transformers
 def test_prompt_lookup_writes_what_greedy_does(family) -> None:
     model = writer(family)
     prompt = ids(1, 4).repeat(1, 3)
@@ -123,6 +124,7 @@ def test_a_static_cache_writes_what_no_cache_writes(family) -> None:
     "",
 )
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family not in ("mistral", "gemma2")])
+@with_todays_transformers
 def test_a_quantised_cache_writes_what_it_writes_in_the_decoder(family, monkeypatch) -> None:
     monkeypatch.setattr(cache_utils, "HQQQuantizedLayer", EightBitLayer)
     model, prompt = writer(family), ids()

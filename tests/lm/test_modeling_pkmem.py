@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from decoders import ids, reloaded, with_memories
+from decoders import ids, reloaded, with_memories, with_todays_transformers
 from pkmem.lm import modeling_pkmem
 from pkmem.lm.huggingface import PkmemConfig, PkmemForCausalLM
 
@@ -101,6 +101,7 @@ def test_the_file_names_the_classes_that_are_registered() -> None:
     assert modeling_pkmem.PkmemForCausalLM is PkmemForCausalLM
 
 
+@with_todays_transformers
 def test_no_copy_of_the_package_is_saved_when_transformers_asks_for_one(tmp_path) -> None:
     for kind, auto in ((PkmemConfig, "AutoConfig"), (PkmemForCausalLM, "AutoModelForCausalLM")):
         kind.register_for_auto_class(auto)

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import EarlyStoppingCallback, PreTrainedModel, Trainer, TrainingArguments
 
-from decoders import FAMILIES, VOCAB, ids, with_memories
+from decoders import FAMILIES, VOCAB, ids, with_memories, with_todays_transformers
 from pkmem import CombinedOptimizer, RowAdam
 from pkmem.layer.memory import memories_in
 from pkmem.layer.optim import dense_parameters
@@ -79,6 +79,7 @@ def test_the_trainer_gives_the_model_every_column_its_decoder_takes(family, tmp_
 )
 @pytest.mark.parametrize("rows", [False, True])
 @pytest.mark.parametrize("norm", ["layer", "rms", "none"])
+@with_todays_transformers
 def test_accumulated_parts_are_one_batch(norm, rows, tmp_path) -> None:
     data = padded_examples((9, 3, 2, 6))
     start = with_memories("llama", norm).double()
@@ -158,6 +159,7 @@ def test_the_best_model_comes_back_at_the_end_and_training_goes_on(family, tmp_p
 
 @pytest.mark.case(KIND, "Trainer: predict, with compute_metrics", "works", "")
 @pytest.mark.parametrize("family", FAMILIES)
+@with_todays_transformers
 def test_predictions_are_the_logits(family, tmp_path) -> None:
     model, data = with_memories(family), examples()
     found = trainer_of(model, tmp_path, data).predict(data)
