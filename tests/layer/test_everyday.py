@@ -429,6 +429,7 @@ def test_weights_of_another_layout_read_and_train_alike(rewrite, backend) -> Non
 def torch_as_it_was() -> Iterator[None]:
     yield
     torch.set_default_device(None)
+    vars(torch._GLOBAL_DEVICE_CONTEXT).pop("device_context", None)  # torch 2.9 asks the None that it leaves there
     torch.set_default_dtype(torch.float32)
     torch.use_deterministic_algorithms(False)
 
