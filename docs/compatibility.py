@@ -30,7 +30,7 @@ KINDS = {
     "Gradual surprises": "These mistakes could go unnoticed for a while. The library names them at once.",
 }
 LIBRARIES = ("torch", "transformers", "accelerate", "peft", "safetensors", "numba", "numpy")
-_TEXT = (
+_TEXT = (  # what text is made of
     ast.Constant,
     ast.Name,
     ast.Load,
@@ -40,13 +40,13 @@ _TEXT = (
     ast.FormattedValue,
     ast.Dict,
     ast.Subscript,
-)  # what text is made of
+)
 HEAD = """# Compatibility
 
 <!-- Written by docs/compatibility.py from the tests; do not edit. -->
 
 What people do to a module, an optimizer or a model every day, and what happens when they do it to pkmem. Each row was
-tried, and a test of the default suite holds it: search `tests/` for the sentence of its first column. "Works" means that
+tried, and a test holds it: search `tests/` for the sentence of its first column. "Works" means that
 outputs, gradients or weights equal an independent truth, usually the same model in double precision without the change.
 "Refused" means an error that says what to do. Where other libraries had a report of the same case, it is linked.
 
@@ -101,7 +101,7 @@ def _value(node: ast.expr, names: dict[str, Any]) -> Any:
 
 def page() -> str:
     """The whole page."""
-    pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)
+    pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text("utf-8").splitlines() if "==" in line)
     versions = [f"{library} {pins[library]}" for library in LIBRARIES if library in pins]
     text = HEAD.format(versions=", ".join(versions[:-1]) + " and " + versions[-1])
     rows = sorted(cases(), key=lambda case: list(KINDS).index(case.kind))
