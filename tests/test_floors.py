@@ -11,7 +11,7 @@ import pkmem
 PACKAGE = Path(pkmem.__file__).parent
 ORDER = {  # folders from the ground up, each with its files in order: a file imports from those before it
     "text": "durable facts files tokenizer documents tokens blocks",
-    "ops": "arguments reference",
+    "ops": "arguments precision rounding reference",
     "ops.cpu": "threads cache kernels halves vectors bag rows selection selection_backward decoding compiling",
     "ops.triton": "arithmetic launch bag rows selection selection_backward",
     "ops ": "backends reading_log registered transformed",

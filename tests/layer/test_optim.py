@@ -66,7 +66,7 @@ def test_row_adam_is_sparse_adam_over_micro_batches_and_layers_that_share_a_tabl
         rows = torch.cat([slots.flatten() for slots, _, _ in first.values.log.entries]).unique()
         weight = twin[0].values.weight
         assert not weight.grad[~torch.isin(torch.arange(64), rows)].any()
-        weight.grad = torch.sparse_coo_tensor(rows[None], weight.grad[rows], weight.shape)
+        weight.grad = torch.sparse_coo_tensor(rows[None], weight.grad[rows], weight.shape, check_invariants=True)
         ours.step()
         theirs.step()
         theirs.zero_grad()

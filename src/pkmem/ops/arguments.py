@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -31,11 +32,11 @@ class SortedReads:
     weights: Tensor
     grad_output: Tensor
 
-    def without_empty(self) -> SortedReads:
-        """The same reads, a segment for each row that was read and no other; waits for the device."""
-        is_read = self.offsets.diff() > 0
-        offsets = torch.cat((self.offsets[:-1][is_read], self.offsets[-1:]))
-        return replace(self, rows=self.rows[is_read], offsets=offsets)
+    @cached_property
+    def host_offsets(self) -> Tensor:
+        """The offsets of the segments that are not empty, in host memory; waits for the device, once."""
+        offsets = self.offsets.cpu()
+        return offsets[: int(offsets.diff().count_nonzero()) + 1]
 
 
 def surely_finite(reads: SortedReads) -> Tensor:
