@@ -14,7 +14,8 @@ from torch import Tensor
 
 from pkmem.ops import reference
 from pkmem.ops.triton.arithmetic import narrow
-from pkmem.ops.triton.launch import column_block, on, power_of_two, warps_for
+from pkmem.ops.triton.device import on
+from pkmem.ops.triton.launch import column_block, power_of_two, warps_for
 
 _ROWS = 8  # rows in flight per program
 _ROWS_ALONE = 32  # where few programs run, as in decoding

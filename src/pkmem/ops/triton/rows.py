@@ -20,7 +20,8 @@ from pkmem.ops import reference
 from pkmem.ops.arguments import AdamStep, SortedReads, surely_finite
 from pkmem.ops.triton.arithmetic import mixed, narrow, narrow_at_random
 from pkmem.ops.triton.bag import sum_of_rows
-from pkmem.ops.triton.launch import column_block, num_programs, on, warps_for
+from pkmem.ops.triton.device import on
+from pkmem.ops.triton.launch import column_block, num_programs, warps_for
 
 _PIECE = tl.constexpr(256)  # reads that one program sums
 _ROWS = 4  # rows in flight per program; most rows have few reads

@@ -10,7 +10,8 @@ from torch import Tensor
 from pkmem.ops import reference
 from pkmem.ops.triton.arithmetic import add_product, narrow
 from pkmem.ops.triton.bag import sum_rows
-from pkmem.ops.triton.launch import num_parts, on, power_of_two
+from pkmem.ops.triton.device import on
+from pkmem.ops.triton.launch import num_parts, power_of_two
 
 
 def product_key_topk_backward(
