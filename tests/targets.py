@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -37,25 +37,31 @@ GPUS = {
     "gfx942": GPU("hip", "gfx942", 64, 64 << 10, "MI300"),
 }
 
+
 @contextmanager
-def made_up(name: str) -> Iterator[GPU]:
-    """CPU tensors lie on this GPU, for Triton and for the launch rules. Results are garbage."""
+def made_up(name: str, **changes: Any) -> Iterator[GPU]:
+    """CPU tensors lie on this GPU, changed as said, for Triton and for the launch rules. Results are garbage."""
     from triton.runtime import driver
 
     from pkmem.ops.triton import launch, selection
     from pkmem.ops.triton.kernels import functions
 
-    gpu = GPUS[name]
-    selection._shape_of_bounding.cache_clear()
+    gpu, shapes = replace(GPUS[name], **changes), (selection._shape_of_bounding, selection._shape_of_sorting)
+    _forget(functions(), shapes)
     driver.set_active(_driver_of(name, gpu))
     try:
         with mock.patch.object(launch, "shared_bytes", return_value=gpu.shared_bytes):
             yield gpu
     finally:
         driver.set_active(None)
-        selection._shape_of_bounding.cache_clear()
-        for function in functions():
-            function.device_caches.clear()
+        _forget(functions(), shapes)
+
+
+def _forget(functions: list[Any], shapes: tuple[Any, ...]) -> None:
+    for function in functions:
+        function.device_caches.clear()
+    for cached in shapes:
+        cached.cache_clear()
 
 
 def _driver_of(name: str, gpu: GPU) -> Any:

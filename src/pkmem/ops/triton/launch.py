@@ -51,6 +51,11 @@ def aligned(tensor: Tensor) -> Tensor:
     return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
 
 
+def of_type(dtype: torch.dtype) -> Tensor:
+    """A tensor without memory, for a launch that only compiles."""
+    return torch.empty(1, dtype=dtype, device="meta")
+
+
 def first_that_fits(
     kernel: Any, device: torch.device, arguments: tuple[Any, ...], shapes: list[dict[str, Any]]
 ) -> dict[str, Any] | None:

@@ -24,7 +24,7 @@ from torch import Tensor
 from pkmem.ops import reference
 from pkmem.ops.triton.arithmetic import add_product
 from pkmem.ops.triton.device import on
-from pkmem.ops.triton.launch import aligned, first_that_fits, num_parts, power_of_two
+from pkmem.ops.triton.launch import aligned, first_that_fits, num_parts, of_type, power_of_two
 
 _LARGEST_KNN = 64
 _LARGEST_SET = 1 << 16  # of sub-keys: a slot takes 32 bits
@@ -84,15 +84,16 @@ def _best_of_halves(query: Tensor, sub_keys: Tensor, kept: int) -> Tensor:
         shape = _shape_of_bounding(query.device, query.dtype, num_sub_keys, half, kept, most_tokens)
     if shape is None:
         return _best_of_parts(query, sub_keys, kept)
-    found = torch.empty(num_tokens, halves, room, dtype=torch.int64, device=query.device)
-    counts = torch.empty(num_tokens, halves, dtype=torch.int32, device=query.device)
+    blocks = triton.cdiv(num_tokens, shape["BLOCK_N"])
+    padded = blocks * shape["BLOCK_N"]  # whole blocks are written, which spares every mask
+    found = torch.empty(padded, halves, room, dtype=torch.int64, device=query.device)
+    counts = torch.empty(padded, halves, dtype=torch.int32, device=query.device)
     given = (query, sub_keys, found, counts, num_tokens, num_sub_keys, half)
-    _candidates[triton.cdiv(num_tokens, shape["BLOCK_N"]), halves](*given, **shape)
+    _candidates[blocks, halves](*given, **shape)
     # Small programs: few are crowded, and what they take, all others have to wait for.
-    _best_sub_keys[triton.cdiv(num_tokens, 16), halves, 1](
-        *given, num_sub_keys, KNN=kept, ROOM=room, REDO=True, **_shape(16, half)
-    )
-    return _sorted(found, kept)
+    shape = _shape_of_sorting(query.device, query.dtype, num_sub_keys, half, kept, 16, True)
+    _best_sub_keys[triton.cdiv(num_tokens, 16), halves, 1](*given, num_sub_keys, **shape)
+    return _sorted(found, num_tokens, kept)
 
 
 @lru_cache(maxsize=256)
@@ -107,8 +108,9 @@ def _shape_of_bounding(
         }
         for block_n, stages in _BOUNDING if block_n <= most_tokens
     ]  # fmt: skip
-    of_type = [torch.empty(1, dtype=kind, device="meta") for kind in (dtype, dtype, torch.int64, torch.int32)]
-    return first_that_fits(_candidates, device, (*of_type, most_tokens, num_sub_keys, half), shapes)
+    found, counts = of_type(torch.int64), of_type(torch.int32)
+    arguments = (of_type(dtype), of_type(dtype), found, counts, most_tokens, num_sub_keys, half)
+    return first_that_fits(_candidates, device, arguments, shapes)
 
 
 def _best_of_parts(query: Tensor, sub_keys: Tensor, kept: int) -> Tensor:
@@ -120,23 +122,31 @@ def _best_of_parts(query: Tensor, sub_keys: Tensor, kept: int) -> Tensor:
     parts = num_parts(blocks * halves, triton.cdiv(num_sub_keys, _SUB_KEYS))
     part_size = triton.cdiv(triton.cdiv(num_sub_keys, parts), _SUB_KEYS) * _SUB_KEYS
     parts = triton.cdiv(num_sub_keys, part_size)  # none is empty
-    found = torch.empty(num_tokens, halves, parts * kept, dtype=torch.int64, device=query.device)
+    found = torch.empty(blocks * block_n, halves, parts * kept, dtype=torch.int64, device=query.device)
+    shape = _shape_of_sorting(query.device, query.dtype, num_sub_keys, half, kept, block_n, False)
     _best_sub_keys[blocks, halves, parts](
-        query, sub_keys, found, None, num_tokens, num_sub_keys, half, part_size,
-        KNN=kept, ROOM=kept, REDO=False, **_shape(block_n, half),
-    )  # fmt: skip
-    return found if parts == 1 else _sorted(found, kept)
+        query, sub_keys, found, None, num_tokens, num_sub_keys, half, part_size, **shape
+    )
+    return found if parts == 1 else _sorted(found, num_tokens, kept)
 
 
-def _shape(block_n: int, half: int) -> dict[str, int]:
-    """How `_best_sub_keys` is launched."""
-    block_d = power_of_two(half, 16, 64)
-    return {"BLOCK_N": block_n, "BLOCK_S": _SUB_KEYS, "BLOCK_D": block_d, "num_warps": max(4, block_n // 16)}
+@lru_cache(maxsize=256)
+def _shape_of_sorting(
+    device: torch.device, dtype: torch.dtype, num_sub_keys: int, half: int, kept: int, block_n: int, redo: bool
+) -> dict[str, Any]:
+    """How `_best_sub_keys` is launched: with the usual number of stages, or with one if that spills registers."""
+    shape = {
+        "KNN": kept, "ROOM": 2 * kept if redo else kept, "BLOCK_N": block_n, "BLOCK_S": _SUB_KEYS,
+        "BLOCK_D": power_of_two(half, 16, 64), "REDO": redo, "num_warps": max(4, block_n // 16),
+    }  # fmt: skip
+    found, counts = of_type(torch.int64), of_type(torch.int32) if redo else None
+    arguments = (of_type(dtype), of_type(dtype), found, counts, block_n, num_sub_keys, half, _SUB_KEYS)
+    return first_that_fits(_best_sub_keys, device, arguments, [shape, {**shape, "num_stages": 1}]) or shape
 
 
-def _sorted(found: Tensor, kept: int) -> Tensor:
-    """The `kept` best of each row of (n, 2h, r), best first."""
-    num_tokens, halves, size = found.shape
+def _sorted(found: Tensor, num_tokens: int, kept: int) -> Tensor:
+    """The `kept` best of each of the first `num_tokens` rows of (n, 2h, r), best first."""
+    _, halves, size = found.shape
     best = found.new_empty(num_tokens, halves, kept)
     places = triton.next_power_of_2(size)
     block = max(1, 256 // places)
@@ -171,8 +181,8 @@ def _index_of(packed):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _load_queries(query, is_token, columns, half):  # type: ignore[no-untyped-def]
-    return tl.load(query + columns[None, :], mask=is_token[:, None] & (columns < half)[None, :], other=0)
+def _load_queries(query, columns, half):  # type: ignore[no-untyped-def]
+    return tl.load(query + columns[None, :], mask=(columns < half)[None, :], other=0)
 
 
 @triton.jit
@@ -194,15 +204,18 @@ def _candidates(  # type: ignore[no-untyped-def]
     query, sub_keys, found, counts, num_tokens, num_sub_keys, half,
     KNN: tl.constexpr, ROOM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Program (block of tokens, half of a head) writes the sub-keys that may be among the KNN best, and their counts."""
-    tokens = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    """Program (block of tokens, half of a head) writes the sub-keys that may be among the KNN best, and their counts.
+
+    A last block that is not full repeats the last token.
+    """
+    places = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    tokens = tl.minimum(places, num_tokens - 1)
     half_head, halves = tl.program_id(1), tl.num_programs(1)
-    is_token = tokens < num_tokens
     query += (tokens[:, None] * halves + half_head) * half
     sub_keys += half_head.to(tl.int64) * num_sub_keys * half
     found += (tl.program_id(0).to(tl.int64) * BLOCK_N * halves + half_head) * ROOM
     rows = tl.arange(0, BLOCK_N)[:, None] * (halves * ROOM)
-    left = _load_queries(query, is_token, tl.arange(0, BLOCK_D), half)
+    left = _load_queries(query, tl.arange(0, BLOCK_D), half)
     highest = tl.full((BLOCK_N, BLOCK_S), _LOWEST_ORDERED + 1, tl.int32)  # what is no sub-key is below
     for start in range(0, num_sub_keys, BLOCK_S):
         keys = start + tl.arange(0, BLOCK_S)
@@ -211,7 +224,6 @@ def _candidates(  # type: ignore[no-untyped-def]
     columns = tl.arange(0, BLOCK_S)
     up_to = tl.where(columns[:, None] <= columns[None, :], 1.0, 0.0).to(left.dtype)  # a product with it counts
     count = tl.zeros((BLOCK_N, 1), tl.float32)
-    room = tl.where(is_token, ROOM, 0)[:, None]
     for start in range(0, num_sub_keys, BLOCK_S):
         keys = start + tl.arange(0, BLOCK_S)
         ordered = _ordered_scores(left, sub_keys, keys, num_sub_keys, half, BLOCK_D)
@@ -219,12 +231,12 @@ def _candidates(  # type: ignore[no-untyped-def]
         # From here the place of a marked one counts up, with _COUNT; no other has a place below ROOM.
         before = count + (_COUNT + ROOM) - mark * (ROOM + 1)
         place = add_product(mark.to(left.dtype), up_to, before).to(tl.int32, bitcast=True) - _COUNT_BITS
-        tl.store(found + (rows + place), _packed(ordered, keys[None, :]), mask=place < room)
+        tl.store(found + (rows + place), _packed(ordered, keys[None, :]), mask=place < ROOM)
         count += tl.sum(mark, 1)[:, None]
     rest = tl.arange(0, ROOM)[None, :]
     nothing = tl.full((BLOCK_N, ROOM), _LOWEST, tl.int64)
-    tl.store(found + (rows + rest), nothing, mask=(rest >= count) & is_token[:, None])
-    tl.store(counts + (tokens[:, None] * halves + half_head), count.to(tl.int32), mask=is_token[:, None])
+    tl.store(found + (rows + rest), nothing, mask=rest >= count)
+    tl.store(counts + (places[:, None] * halves + half_head), count.to(tl.int32))
 
 
 @triton.jit(do_not_specialize=["num_tokens", "part_size"])
@@ -235,14 +247,15 @@ def _best_sub_keys(  # type: ignore[no-untyped-def]
     """Program (block of tokens, half of a head, part of the sub-keys) writes its KNN best, best first.
 
     With REDO only if `_candidates` counted more than ROOM for one of its tokens, or fewer than KNN, which would mean
-    that it scored one way when it made the bound and another when it compared with it.
+    that it scored one way when it made the bound and another when it compared with it. A last block that is not full
+    repeats the last token.
     """
     half_head, part = tl.program_id(1), tl.program_id(2)
     halves, parts = tl.num_programs(1), tl.num_programs(2)
-    tokens = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    is_token = tokens < num_tokens
+    places = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    tokens = tl.minimum(places, num_tokens - 1)
     if REDO:
-        count = tl.load(counts + tokens * halves + half_head, mask=is_token, other=KNN)
+        count = tl.load(counts + tokens * halves + half_head)
         if (tl.max(count) <= ROOM) & (tl.min(count) >= KNN):
             return
     query += (tokens[:, None] * halves + half_head) * half
@@ -254,16 +267,16 @@ def _best_sub_keys(  # type: ignore[no-untyped-def]
         scores = tl.zeros((BLOCK_N, BLOCK_S), tl.float32)
         for column in range(0, half, BLOCK_D):
             columns = column + tl.arange(0, BLOCK_D)
-            left = _load_queries(query, is_token, columns, half)
+            left = _load_queries(query, columns, half)
             scores = add_product(left, _load_sub_keys(sub_keys, keys, num_sub_keys, columns, half), scores)
         packed = tl.where((keys < num_sub_keys)[None, :], _packed(_ordered(scores), keys[None, :]), _LOWEST)
         # `best` rises and the block's best fall, so that the larger of each pair are the best of both.
         best = tl.bitonic_merge(tl.maximum(best, tl.topk(packed, KNN)), descending=False)
     best_first = KNN - 1 - tl.arange(0, KNN)
-    places = ((tokens[:, None] * halves + half_head) * parts + part) * ROOM + best_first[None, :]
-    tl.store(found + places, best, mask=is_token[:, None])
+    found += ((places[:, None] * halves + half_head) * parts + part) * ROOM + best_first[None, :]
+    tl.store(found, best)
     if REDO:  # the other half of the room
-        tl.store(found + places + KNN, tl.full((BLOCK_N, KNN), _LOWEST, tl.int64), mask=is_token[:, None])
+        tl.store(found + KNN, tl.full((BLOCK_N, KNN), _LOWEST, tl.int64))
 
 
 @triton.jit(do_not_specialize=["num_rows"])
