@@ -257,5 +257,56 @@ def test_devices_that_triton_does_not_know_are_refused() -> None:
     assert "TRITON_INTERPRET" in why_not(torch.device("cpu"))
 
 
+@needs_triton
+@pytest.mark.parametrize(
+    ("kind", "properties", "of_triton", "shared_bytes", "processors"),
+    [
+        (
+            "cuda",
+            {"shared_memory_per_block": 48, "shared_memory_per_block_optin": 227, "multi_processor_count": 132},
+            {},
+            227,
+            132,
+        ),
+        ("cuda", {"shared_memory_per_block": 64, "multi_processor_count": 304}, {}, 64, 304),  # ROCm, by some torches
+        ("xpu", {"gpu_subslice_count": 56}, {"max_shared_mem": 128}, 128, 56),
+        ("xpu", {"max_compute_units": 448}, {}, 48 << 10, 448),
+        ("xpu", {}, {"max_shared_mem": 128, "multiprocessor_count": 56}, 128, 56),
+        ("xpu", {}, None, 48 << 10, 64),  # Triton's driver says nothing
+    ],
+)
+def test_what_a_program_may_take_is_found_on_every_kind_of_gpu(
+    kind, properties, of_triton, shared_bytes, processors
+) -> None:
+    from triton.runtime import driver
+
+    from pkmem.ops.triton import device
+
+    for cached in (device.shared_bytes, device.num_processors):
+        cached.cache_clear()
+    known = {} if of_triton is None else {"get_device_properties": lambda number: {**of_triton, "number": number}}
+    driver.set_active(SimpleNamespace(utils=SimpleNamespace(**known)))
+    try:
+        gpu = SimpleNamespace(get_device_properties=lambda _: SimpleNamespace(**properties))
+        with mock.patch.object(torch, kind, gpu):
+            assert device.shared_bytes(torch.device(kind, 1)) == shared_bytes
+            assert device.num_processors(torch.device(kind, 1)) == processors
+    finally:
+        driver.set_active(None)
+        for cached in (device.shared_bytes, device.num_processors):
+            cached.cache_clear()
+
+
+@needs_triton
+def test_kernels_are_launched_on_the_device_of_their_tensors() -> None:
+    from pkmem.ops.triton import device
+
+    with mock.patch.object(torch, "xpu", mock.Mock()) as xpu, mock.patch.object(torch, "cuda", mock.Mock()) as cuda:
+        for kind, module in (("xpu", xpu), ("cuda", cuda)):
+            tensor = SimpleNamespace(device=torch.device(kind, 1))
+            assert device.on(tensor) is module.device_of.return_value
+            module.device_of.assert_called_once_with(tensor)
+
+
 if __name__ == "__main__":
     print(json.dumps(interpreted()))
