@@ -14,7 +14,7 @@ from pkmem.doctor.sizes import Sizes
 from pkmem.ops.backends import Backend, backend_module
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-_ROUNDINGS = 16  # of fp32, relative to the sum of the terms' magnitudes, that a sum may be off by
+ROUNDING = 2.0**-20  # that an fp32 sum may be off, relative to the sum of the magnitudes of its terms
 
 
 class NotChecked(Exception):
@@ -60,9 +60,9 @@ class Case:
         """Random int64 in [0, limit), on the CPU."""
         return torch.randint(limit, shape, generator=self.random, device="cpu")
 
-    def there(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """Copies on the case's device."""
-        return tuple(tensor.to(self.device) for tensor in tensors)
+    def there(self, tensor: Tensor) -> Tensor:
+        """A copy on the case's device, with the same gaps in memory."""
+        return tensor.to(self.device)
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ def assert_near(what: Any, found: Tensor, truth: Tensor, magnitudes: Tensor, coa
     limits = torch.finfo(found.dtype)
     wide = found.dtype == torch.float64
     relative = limits.eps / 2 * (1 + 2**-10)
-    per_term = _ROUNDINGS * (2**-53 if wide else 2**-24) + coarse
+    per_term = (ROUNDING * 2.0**-29 if wide else ROUNDING) + coarse
     assert_within(
         what, found, truth, relative * truth.abs() + per_term * magnitudes + limits.smallest_normal * limits.eps
     )

@@ -11,7 +11,7 @@ from pkmem.doctor.checks import DTYPES, Case, Check, DoesNotApply, NotChecked
 from pkmem.doctor.findings import Finding, Outcome
 from pkmem.doctor.sizes import Sizes, sizes_for
 
-CHECKS: tuple[Check, ...] = (selection.integers, selection.integers_in_fp64)
+CHECKS: tuple[Check, ...] = (*selection.CHECKS,)
 
 
 def examine(backend: str, device: torch.device, full: bool = False) -> Iterator[Finding]:
@@ -34,6 +34,7 @@ def findings_of(
     """The findings of some checks, with examples of these sizes."""
     for check in checks:
         for dtype in check.dtypes:
+            outcome: Outcome
             if check.shapes == "huge" and not full:
                 outcome, note = "not checked", "takes 13 GB of memory: asked for by a full examination alone"
             else:
