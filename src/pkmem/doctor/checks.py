@@ -61,8 +61,8 @@ class Case:
         return torch.randint(limit, shape, generator=self.random, device="cpu")
 
     def there(self, tensor: Tensor) -> Tensor:
-        """A copy on the case's device, with the same gaps in memory."""
-        return tensor.to(self.device)
+        """A copy on the case's device."""
+        return tensor.to(self.device, copy=True)
 
 
 @dataclass(frozen=True)
@@ -94,8 +94,8 @@ def check(
 def assert_same(what: Any, found: Tensor, expected: Tensor) -> None:
     """Two tensors have the same shape, dtype and bits (0.0 is -0.0)."""
     _assert_alike(what, found, expected)
-    found = found.cpu()
-    if not torch.equal(found, expected):
+    if not torch.equal(found, expected.to(found.device)):  # compared on the device: they may be large
+        found, expected = found.cpu(), expected.cpu()
         _fail(what, found, expected, found != expected)
 
 

@@ -6,12 +6,19 @@ from collections.abc import Iterator
 
 import torch
 
-from pkmem.doctor import selection
+from pkmem.doctor import repeats, rows, selection, speed, tables, waiting
 from pkmem.doctor.checks import DTYPES, Case, Check, DoesNotApply, NotChecked
 from pkmem.doctor.findings import Finding, Outcome
 from pkmem.doctor.sizes import Sizes, sizes_for
 
-CHECKS: tuple[Check, ...] = (*selection.CHECKS,)
+CHECKS: tuple[Check, ...] = (
+    *selection.CHECKS,
+    *tables.CHECKS,
+    *rows.CHECKS,
+    *repeats.CHECKS,
+    *waiting.CHECKS,
+    *speed.CHECKS,
+)
 
 
 def examine(backend: str, device: torch.device, full: bool = False) -> Iterator[Finding]:

@@ -40,9 +40,10 @@ class Sizes:
         different: queries that differ, of which an example has copies if it has more tokens.
         readings: for sums and their gradients.
         hot_reads: reads of one row.
-        step: a training step: for repeats, settings and time.
-        step_rows: rows of its table, and `step_width` their width.
+        step: a training step: for repeats, settings, graphs and time; its table has a row for each slot.
+        step_width: of its table.
         repeats: how often it is repeated.
+        turns: of the race with the reference.
     """
 
     selections: tuple[Selection, ...]
@@ -54,6 +55,7 @@ class Sizes:
     step: Selection
     step_width: int
     repeats: int = 10
+    turns: int = 9
 
 
 def sizes_for(backend: str, device: torch.device) -> Sizes:
@@ -98,8 +100,8 @@ ON_A_GPU = Sizes(
         Reading(11, 768, 0, 4),
     ),
     hot_reads=1300,
-    step=Selection(4099, 4, 256, 1024, 32),
-    step_width=1024,
+    step=Selection(4099, 4, 256, 512, 32),
+    step_width=512,
 )
 
 ON_A_CPU = Sizes(
@@ -125,8 +127,9 @@ ON_A_CPU = Sizes(
         Reading(11, 768, 0, 4),
     ),
     hot_reads=700,
-    step=Selection(256, 2, 64, 256, 32),
-    step_width=256,
+    step=Selection(256, 2, 64, 64, 32),
+    step_width=96,
+    turns=5,
 )
 
 INTERPRETED = Sizes(

@@ -142,18 +142,18 @@ class Adam(NamedTuple):
         ]
 
 
-def rounded_by_key(numbers: Tensor, seed: int, step: int, high: bool) -> Tensor:
-    """bf16 of finite numbers (m, v), up or down by 16 random bits that seed, step, row and column alone decide.
+def rounded_by_key(numbers: Tensor, rows: Tensor, seed: int, step: int, high: bool) -> Tensor:
+    """bf16 of finite numbers (c, v), up or down by 16 random bits that seed, step, row and column alone decide.
 
     Args:
-        numbers: of a table, each row in its place. seed, step: of the update.
+        numbers: of some rows of a table. rows: (c,) which ones. seed, step: of the update.
         high: whether the high half of the random bits decides, as for moments, or the low one, as for values.
     """
     key = 0
     for word in (seed, seed >> 32, step):
         key = int(_scrambled(torch.tensor(key ^ (word & _WORD))))
-    rows, columns = (torch.arange(size) for size in numbers.shape)
-    random = _scrambled(_scrambled(key ^ rows)[:, None] ^ columns)
+    columns = torch.arange(numbers.shape[1])
+    random = _scrambled(_scrambled(key ^ (rows & _WORD))[:, None] ^ columns)
     random = random >> 16 if high else random & 0xFFFF
     bits = numbers.float().view(torch.int32).long() + random
     return (bits >> 16).to(torch.int16).view(torch.bfloat16)
