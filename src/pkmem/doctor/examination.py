@@ -6,18 +6,15 @@ from collections.abc import Iterator
 
 import torch
 
-from pkmem.doctor import repeats, rows, selection, speed, tables, waiting
+from pkmem.doctor import code, repeats, rows, selection, speed, tables, waiting
 from pkmem.doctor.checks import DTYPES, Case, Check, DoesNotApply, NotChecked
 from pkmem.doctor.findings import Finding, Outcome
 from pkmem.doctor.sizes import Sizes, sizes_for
 
-CHECKS: tuple[Check, ...] = (
-    *selection.CHECKS,
-    *tables.CHECKS,
-    *rows.CHECKS,
-    *repeats.CHECKS,
-    *waiting.CHECKS,
-    *speed.CHECKS,
+CHECKS: tuple[Check, ...] = tuple(
+    check
+    for part in (selection, tables, rows, repeats, waiting, code, speed)  # code looks at what all before it compiled
+    for check in part.CHECKS
 )
 
 
