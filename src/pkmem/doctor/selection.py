@@ -133,10 +133,11 @@ def zeros(case: Case) -> None:
     signs = torch.tensor([-0.0, 0.0, -0.0, 0.0, -0.0]).reshape(1, 1, 5, 1).expand(1, 2, 5, 1)
     below = torch.full((1, 2, 300, 1), 2.0) * torch.tensor([1, -1])[:, None, None]
     below[:, :, 290:295] = signs
-    for sub_keys, first, num_tokens in ((signs, 0, 1), (below, 290 * 301, case.sizes.crowded[-1].num_tokens)):
-        query = torch.tensor([[[-1.0, 1.0]]]).expand(num_tokens, 1, 2)
-        given = (case.there(tensor.to(case.dtype)) for tensor in (query, sub_keys))
-        scores, slots = case.module.product_key_topk(*given, 5)  # type: ignore[call-arg, arg-type]
+    both = torch.tensor([[[-1.0, 1.0]], [[1.0, -1.0]]])
+    many = both[:1].repeat(case.sizes.crowded[-1].num_tokens, 1, 1)
+    for query, sub_keys, first in ((both, signs, 0), (many, below, 290 * 301)):
+        there = [case.there(tensor.to(case.dtype)) for tensor in (query, sub_keys)]
+        scores, slots = case.module.product_key_topk(there[0], there[1], 5)
         assert_same("slots", slots, (first + torch.arange(5)).expand(slots.shape))
         assert_same("scores", scores, torch.zeros(scores.shape))
 
