@@ -25,7 +25,7 @@ from pkmem.experiments.environment import environment
 from pkmem.training.files import save_json
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-import hopper
+import targets
 
 TOKENS, HEADS, SUB_KEYS, HALF, KNN, WIDTH = 32 << 10, 4, 1024, 256, 32, 1024
 REGISTERS, SHARED_BYTES, WARPS = 64 << 10, 228 << 10, 64  # of a multiprocessor

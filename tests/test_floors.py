@@ -13,7 +13,7 @@ ORDER = {  # folders from the ground up, each with its files in order: a file im
     "text": "durable facts files tokenizer documents tokens blocks",
     "ops": "arguments precision rounding reference",
     "ops.cpu": "threads cache kernels halves vectors bag rows selection selection_backward decoding compiling",
-    "ops.triton": "arithmetic launch bag rows selection selection_backward",
+    "ops.triton": "installed device code arithmetic launch bag rows selection selection_backward kernels",
     "ops ": "backends reading_log registered transformed",
     "layer": "config huge_pages room padding recomputation query keys values gate decoding memory usage optim combined",
     "lm": "config evaluation speed padding signature placement huggingface modeling_pkmem build recall inspection autoload",

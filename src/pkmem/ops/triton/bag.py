@@ -2,7 +2,8 @@
 
 Rows of a large table come from memory at random: what bounds the speed is how many are on their way at once, so
 a program loads several rows together and many programs share a processor. Row numbers are int64 throughout: the
-offset of an element passes 2 ** 31 in a table of two billion.
+offset of an element passes 2 ** 31 in a table of two billion. A slot outside the table, which nobody could tell without
+waiting for the GPU, is never read: what it would have been part of is NaN.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from torch import Tensor
 
 from pkmem.ops import reference
 from pkmem.ops.triton.arithmetic import narrow
-from pkmem.ops.triton.launch import column_block, on, power_of_two, warps_for
+from pkmem.ops.triton.device import on
+from pkmem.ops.triton.launch import column_block, power_of_two, warps_for
 
 _ROWS = 8  # rows in flight per program
 _ROWS_ALONE = 32  # where few programs run, as in decoding
@@ -39,9 +41,11 @@ def sum_rows(values: Tensor, slots: Tensor, weights: Tensor, dtype: torch.dtype)
         return summed
     block, rows, warps = _shape_of_sum(num_tokens, num_reads, width)
     grid = (num_tokens, triton.cdiv(width, block))
-    arguments = (values, slots.contiguous(), weights.contiguous(), summed, values.stride(0), width, num_reads)
+    given = (values, slots.contiguous(), weights.contiguous(), summed)
     with on(values):
-        _sum_rows[grid](*arguments, BLOCK_V=block, ROWS=rows, num_warps=warps)
+        _sum_rows[grid](
+            *given, values.stride(0), width, num_reads, len(values), BLOCK_V=block, ROWS=rows, num_warps=warps
+        )
     return summed
 
 
@@ -65,9 +69,10 @@ def row_products(table: Tensor, slots: Tensor, x: Tensor) -> Tensor:
     width = table.shape[1]
     reads = power_of_two(num_reads, 1, _READS)
     grid = (num_tokens, triton.cdiv(num_reads, reads))
-    arguments = (table, slots.contiguous(), x.contiguous(), products, table.stride(0), width, num_reads)
+    given = (table, slots.contiguous(), x.contiguous(), products)
+    block = min(column_block(width), 512)
     with on(table):
-        _dot_rows[grid](*arguments, READS=reads, BLOCK_V=min(column_block(width), 512), num_warps=4)
+        _dot_rows[grid](*given, table.stride(0), width, num_reads, len(table), READS=reads, BLOCK_V=block, num_warps=4)
     return products
 
 
@@ -77,48 +82,59 @@ def _with_dense_rows(values: Tensor) -> Tensor:
 
 @triton.jit
 def sum_of_rows(  # type: ignore[no-untyped-def]
-    table, stride, row_numbers, weights, begin, end, columns, width, ROWS: tl.constexpr, BLOCK_V: tl.constexpr
-):
-    """Part (BLOCK_V,) of the fp32 sum of weights[r] * table[row_numbers[r]] over r in [begin, end)."""
+    table, stride, num_rows, row_numbers, weights, begin, end, columns, width,
+    ROWS: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """Part (BLOCK_V,) of the fp32 sum of weights[r] * table[row_numbers[r]] over r in [begin, end).
+
+    NaN if one of them is no row of the table; with `num_rows` None all are.
+    """
     total = tl.zeros((ROWS, BLOCK_V), tl.float32)  # summed over ROWS once, at the end
     for first in range(begin, end, ROWS):
         reads = first + tl.arange(0, ROWS)
         real = reads < end
         row = tl.load(row_numbers + reads, mask=real, other=0).to(tl.int64)
         weight = tl.load(weights + reads, mask=real, other=0).to(tl.float32)
+        if num_rows is not None:
+            inside = (row >= 0) & (row < num_rows)
+            weight = tl.where(inside | (reads >= end), weight, float("nan"))
+            real = real & inside
         offsets = row[:, None] * stride + columns[None, :]
         part = tl.load(table + offsets, mask=real[:, None] & (columns < width)[None, :], other=0)
         total += weight[:, None] * part.to(tl.float32)
     return tl.sum(total, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_reads", "num_rows"])
 def _sum_rows(  # type: ignore[no-untyped-def]
-    values, slots, weights, summed, stride, width, num_reads, ROWS: tl.constexpr, BLOCK_V: tl.constexpr
+    values, slots, weights, summed, stride, width, num_reads, num_rows, ROWS: tl.constexpr, BLOCK_V: tl.constexpr
 ):
     """Program (token, block of columns) writes that block of summed[token]."""
     token = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
     begin = token * num_reads
-    total = sum_of_rows(values, stride, slots, weights, begin, begin + num_reads, columns, width, ROWS, BLOCK_V)
+    end = begin + num_reads
+    total = sum_of_rows(values, stride, num_rows, slots, weights, begin, end, columns, width, ROWS, BLOCK_V)
     tl.store(summed + token * width + columns, narrow(total, summed.dtype.element_ty), mask=columns < width)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_reads", "num_rows"])
 def _dot_rows(  # type: ignore[no-untyped-def]
-    table, slots, x, products, stride, width, num_reads, READS: tl.constexpr, BLOCK_V: tl.constexpr
+    table, slots, x, products, stride, width, num_reads, num_rows, READS: tl.constexpr, BLOCK_V: tl.constexpr
 ):
     """Program (token, block of reads) writes that block of products[token]."""
     token = tl.program_id(0).to(tl.int64)
     reads = tl.program_id(1) * READS + tl.arange(0, READS)
     real = reads < num_reads
-    row = tl.load(slots + token * num_reads + reads, mask=real, other=0).to(tl.int64)
+    row = tl.load(slots + token * num_reads + reads, mask=real, other=-1).to(tl.int64)
+    is_row = (row >= 0) & (row < num_rows)
     total = tl.zeros((READS, BLOCK_V), tl.float32)
     for first in range(0, width, BLOCK_V):
         columns = first + tl.arange(0, BLOCK_V)
         inside = columns < width
         wanted = tl.load(x + token * width + columns, mask=inside, other=0).to(tl.float32)
         offsets = row[:, None] * stride + columns[None, :]
-        part = tl.load(table + offsets, mask=real[:, None] & inside[None, :], other=0)
+        part = tl.load(table + offsets, mask=is_row[:, None] & inside[None, :], other=0)
         total += part.to(tl.float32) * wanted[None, :]
-    tl.store(products + token * num_reads + reads, tl.sum(total, 1), mask=real)
+    product = tl.where(is_row, tl.sum(total, 1), float("nan"))
+    tl.store(products + token * num_reads + reads, product, mask=real)

@@ -20,10 +20,12 @@ from pkmem.ops import reference
 from pkmem.ops.arguments import AdamStep, SortedReads, surely_finite
 from pkmem.ops.triton.arithmetic import mixed, narrow, narrow_at_random
 from pkmem.ops.triton.bag import sum_of_rows
-from pkmem.ops.triton.launch import column_block, num_programs, on, warps_for
+from pkmem.ops.triton.device import on
+from pkmem.ops.triton.launch import column_block, num_programs, warps_for
 
 _PIECE = tl.constexpr(256)  # reads that one program sums
 _ROWS = 4  # rows in flight per program; most rows have few reads
+_NEIGHBOURS = tl.constexpr(16)  # columns whose squares are summed in fp32
 _INT32_ROWS = 1 << 31
 
 
@@ -65,7 +67,7 @@ def weighted_sum_grad_values(reads: SortedReads, num_rows: int) -> Tensor:
     if reads.grad_output.dtype == torch.float64:
         return reference.weighted_sum_grad_values(reads, num_rows)
     dense = torch.zeros(num_rows, reads.grad_output.shape[1], dtype=reads.grad_output.dtype, device=reads.rows.device)
-    _over_rows(_write_gradients, reads, dense)
+    _over_rows(_write_gradients, reads, dense, num_rows)
     return dense
 
 
@@ -105,7 +107,8 @@ def adam_rows(
     betas, seed = update.betas, update.seed
     factors = _adam_factors(update, values.device)
     seeds = (_as_int32(seed), _as_int32(seed >> 32))
-    _over_rows(_adam, reads, *contiguous, factors, *betas, 1 - betas[0], 1 - betas[1], update.eps, *seeds)
+    rates = (1 - betas[0], 1 - betas[1])
+    _over_rows(_adam, reads, *contiguous, len(values), factors, *betas, *rates, update.eps, *seeds)
     for table, updated in zip(tables, contiguous, strict=True):
         if updated is not table:
             table.copy_(updated)
@@ -180,7 +183,7 @@ def _pieces(reads: SortedReads) -> _Pieces:
     return _Pieces(first, rows, torch.empty(most, reads.grad_output.shape[1], device=device))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _sum_pieces(  # type: ignore[no-untyped-def]
     offsets, tokens, weights, grad_output, first_piece, piece_rows, sums, num_rows, width,
     ROWS: tl.constexpr, BLOCK_V: tl.constexpr,
@@ -194,7 +197,7 @@ def _sum_pieces(  # type: ignore[no-untyped-def]
         row = tl.load(piece_rows + piece)
         begin = tl.load(offsets + row) + (piece - tl.load(first_piece + row)) * _PIECE
         end = tl.minimum(begin + _PIECE, tl.load(offsets + row + 1))
-        total = sum_of_rows(grad_output, width, tokens, weights, begin, end, columns, width, ROWS, BLOCK_V)
+        total = sum_of_rows(grad_output, width, None, tokens, weights, begin, end, columns, width, ROWS, BLOCK_V)
         tl.store(sums + piece * width + columns, total, mask=columns < width)
 
 
@@ -211,16 +214,16 @@ def _row_gradient(  # type: ignore[no-untyped-def]
         for piece in range(tl.load(first_piece + touched), tl.load(first_piece + touched + 1)):
             gradient += tl.load(sums + piece * width + columns, mask=columns < width, other=0)
     else:
-        gradient = sum_of_rows(grad_output, width, tokens, weights, begin, end, columns, width, ROWS, BLOCK_V)
+        gradient = sum_of_rows(grad_output, width, None, tokens, weights, begin, end, columns, width, ROWS, BLOCK_V)
     return gradient
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_size"])
 def _write_gradients(  # type: ignore[no-untyped-def]
-    offsets, tokens, weights, grad_output, first_piece, sums, rows, num_rows, width, dense,
+    offsets, tokens, weights, grad_output, first_piece, sums, rows, num_rows, width, dense, table_size,
     ROWS: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """Writes the touched rows of `dense`."""
+    """Writes the touched rows of `dense`, which has `table_size`."""
     blocks = tl.cdiv(width, BLOCK_V)
     for item in range(tl.program_id(0), tl.load(num_rows) * blocks, tl.num_programs(0)):
         touched = (item // blocks).to(tl.int64)
@@ -228,8 +231,9 @@ def _write_gradients(  # type: ignore[no-untyped-def]
         gradient = _row_gradient(
             touched, offsets, tokens, weights, grad_output, first_piece, sums, columns, width, ROWS, BLOCK_V
         )
-        places = tl.load(rows + touched) * width + columns
-        tl.store(dense + places, narrow(gradient, dense.dtype.element_ty), mask=columns < width)
+        row = tl.load(rows + touched)
+        inside = (columns < width) & (row >= 0) & (row < table_size)
+        tl.store(dense + (row * width + columns), narrow(gradient, dense.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -239,24 +243,30 @@ def _sum_squares(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """Each program writes the sum of squares over its rows."""
     blocks = tl.cdiv(width, BLOCK_V)
-    total = tl.zeros((BLOCK_V,), tl.float64)
+    total = tl.zeros((BLOCK_V // _NEIGHBOURS,), tl.float64)
     for item in range(tl.program_id(0), tl.load(num_rows) * blocks * tl.load(is_wanted), tl.num_programs(0)):
         touched = (item // blocks).to(tl.int64)
         columns = item % blocks * BLOCK_V + tl.arange(0, BLOCK_V)
         gradient = _row_gradient(
             touched, offsets, tokens, weights, grad_output, first_piece, sums, columns, width, ROWS, BLOCK_V
-        ).to(tl.float64)
-        total += gradient * gradient
+        )
+        # fp64 is slow on most GPUs: neighbours are scaled to at most 4 and squared and summed in fp32.
+        neighbours = tl.reshape(gradient, (BLOCK_V // _NEIGHBOURS, _NEIGHBOURS))
+        bits = tl.max(tl.abs(neighbours), 1).to(tl.int32, bitcast=True)
+        exponent = tl.minimum(tl.maximum((bits >> 23) - 127, -126), 126)
+        scaled = neighbours * ((127 - exponent) << 23).to(tl.float32, bitcast=True)[:, None]
+        unit = ((2 * exponent + 1023).to(tl.int64) << 52).to(tl.float64, bitcast=True)  # 2 ** exponent, squared
+        total += tl.sum(scaled * scaled, 1).to(tl.float64) * unit
     tl.store(squares + tl.program_id(0), tl.sum(total, 0))
 
 
-@triton.jit(do_not_specialize=["seed_low", "seed_high"])
+@triton.jit(do_not_specialize=["seed_low", "seed_high", "table_size"])
 def _adam(  # type: ignore[no-untyped-def]
     offsets, tokens, weights, grad_output, first_piece, sums, rows, num_rows, width,
-    values, moments1, moments2, factors, beta1, beta2, rate1, rate2, eps, seed_low, seed_high,
+    values, moments1, moments2, table_size, factors, beta1, beta2, rate1, rate2, eps, seed_low, seed_high,
     ROWS: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """Updates the touched rows of values and moments."""
+    """Updates the touched rows of values and moments, which have `table_size`; one outside is left out."""
     scale = tl.load(factors).to(tl.float32)
     step_size = tl.load(factors + 1).to(tl.float32)
     correction2 = tl.load(factors + 2).to(tl.float32)
@@ -267,8 +277,8 @@ def _adam(  # type: ignore[no-untyped-def]
     for item in range(tl.program_id(0), work, tl.num_programs(0)):
         touched = (item // blocks).to(tl.int64)
         columns = item % blocks * BLOCK_V + tl.arange(0, BLOCK_V)
-        inside = columns < width
         row = tl.load(rows + touched)
+        inside = (columns < width) & (row >= 0) & (row < table_size)
         places = row * width + columns
         # Loaded first: they are on their way while the gradient is summed.
         value = tl.load(values + places, mask=inside, other=0).to(tl.float32)

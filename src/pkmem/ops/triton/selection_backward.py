@@ -10,7 +10,8 @@ from torch import Tensor
 from pkmem.ops import reference
 from pkmem.ops.triton.arithmetic import add_product, narrow
 from pkmem.ops.triton.bag import sum_rows
-from pkmem.ops.triton.launch import num_parts, on, power_of_two
+from pkmem.ops.triton.device import on
+from pkmem.ops.triton.launch import num_parts, power_of_two
 
 
 def product_key_topk_backward(
@@ -45,7 +46,8 @@ def _grad_sub_keys(grad_halves: Tensor, query: Tensor, sub_keys: Tensor, chosen:
     block_d = power_of_two(half, 16, 256 if is_bf16 else 128)  # what registers hold
     tiles, column_blocks = triton.cdiv(num_sub_keys, block_s), triton.cdiv(half, block_d)
     parts = num_parts(sets * tiles * column_blocks, triton.cdiv(num_tokens, block_n))
-    part_size = triton.cdiv(num_tokens, parts)
+    part_size = triton.cdiv(triton.cdiv(num_tokens, parts), block_n) * block_n
+    parts = triton.cdiv(num_tokens, part_size)  # none is empty
     sums = torch.empty(parts, *sub_keys.shape, device=query.device)
     with on(query):
         _sum_queries[tiles * column_blocks, sets, parts](
