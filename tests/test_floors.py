@@ -19,7 +19,7 @@ ORDER = {  # folders from the ground up, each with its files in order: a file im
     "lm": "config evaluation speed padding signature placement huggingface modeling_pkmem build recall inspection autoload",
     "training": "recipe reading files checkpoint state saved journal trainer prepare run",
     "experiments": "benchmarks environment plots page family results costs claims grid report demo",
-    "doctor": "findings",
+    "doctor": "findings truth sizes checks selection tables rows step repeats waiting code speed examination",
     "": "cli __main__",
 }
 GATES = {  # the only files that may import a library, anywhere in them

@@ -41,6 +41,8 @@ class SortedReads:
 
 def surely_finite(reads: SortedReads) -> Tensor:
     """Whether a bound shows, without summing anything, that a table's gradient is finite; a bool scalar."""
+    if len(reads.tokens) == 0:  # of no numbers none is the largest
+        return torch.ones((), dtype=torch.bool, device=reads.rows.device)
     largest = [torch.linalg.vector_norm(part, math.inf).double() for part in (reads.weights, reads.grad_output)]
     return len(reads.tokens) * largest[0] * largest[1] < torch.finfo(torch.float32).max / 2
 
