@@ -25,7 +25,7 @@ def random_pass(num_rows: int, width: int, n: int, b: int, dtype: torch.dtype = 
 
 
 def sorted_reads(passes: list[Pass]) -> SortedReads:
-    return sort_reads(*(list(part) for part in zip(*passes, strict=True)), num_rows=9)
+    return sort_reads(*(list(part) for part in zip(*passes, strict=True)), num_rows=400)
 
 
 def dense(gradients: dict[int, np.ndarray], num_rows: int, width: int) -> np.ndarray:

@@ -14,6 +14,7 @@ operator costs a launch. Sums run in a fixed order on both: no atomics. Only sor
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -194,7 +195,17 @@ def _by_token(table: Tensor, slots: Tensor, given: Tensor) -> Iterator[tuple[Ten
 
 
 def sort_reads(slots: list[Tensor], weights: list[Tensor], grad_outputs: list[Tensor], num_rows: int) -> SortedReads:
-    """See `Backend.sort_reads`; does not wait for a GPU, where empty segments follow those of the rows read."""
+    """See `Backend.sort_reads`; no segment is empty on a CPU."""
+    reads = sort_without_waiting(slots, weights, grad_outputs, num_rows)
+    if not reads.rows.is_cpu:
+        return reads
+    return replace(reads, rows=reads.rows[: len(reads.host_offsets) - 1], offsets=reads.host_offsets)
+
+
+def sort_without_waiting(
+    slots: list[Tensor], weights: list[Tensor], grad_outputs: list[Tensor], num_rows: int
+) -> SortedReads:
+    """See `Backend.sort_reads`; the host does not learn how many rows were read: empty segments follow theirs."""
     flat = torch.cat([part.reshape(-1) for part in slots])
     num_reads, device = len(flat), flat.device
     if num_rows <= 1 << 31:
@@ -206,8 +217,7 @@ def sort_reads(slots: list[Tensor], weights: list[Tensor], grad_outputs: list[Te
     place = torch.where(is_first, is_first.cumsum(0) - 1, num_reads + 1)
     offsets = torch.full((num_reads + 2,), num_reads, dtype=torch.int64, device=device)
     offsets.scatter_(0, place, torch.arange(num_reads, device=device))
-    most = int(is_first.sum()) if device.type == "cpu" else min(num_reads, num_rows)
-    offsets = offsets[: most + 1]
+    offsets = offsets[: min(num_reads, num_rows) + 1]
     return SortedReads(
         rows=ordered[offsets[:-1].clamp(max=max(num_reads - 1, 0))].to(torch.int64),
         offsets=offsets,

@@ -11,10 +11,11 @@ from pkmem.ops.triton import installed  # noqa: F401, raises where Triton is mis
 
 # isort: split
 from pkmem.ops.reference import decode, flat_topk
+from pkmem.ops.reference import sort_without_waiting as sort_reads
 from pkmem.ops.triton.bag import row_products, weighted_sum
 from pkmem.ops.triton.device import why_not
 from pkmem.ops.triton.kernels import compiled_kernels
-from pkmem.ops.triton.rows import adam_rows, gradient_is_finite, row_gradient_norm, sort_reads, weighted_sum_grad_values
+from pkmem.ops.triton.rows import adam_rows, gradient_is_finite, row_gradient_norm, weighted_sum_grad_values
 from pkmem.ops.triton.selection import product_key_topk
 from pkmem.ops.triton.selection_backward import product_key_topk_backward
 

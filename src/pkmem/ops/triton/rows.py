@@ -1,4 +1,4 @@
-"""The rows of a table that were read: sorting the reads, then one pass over the touched rows.
+"""The rows of a table that were read: one pass over the touched rows.
 
 How many rows were touched stays on the GPU: sorted reads keep room for as many rows as there can be, programs take
 row after row up to the number they load, and nothing is read back. A row's gradient is summed by one program in the
@@ -26,40 +26,6 @@ from pkmem.ops.triton.launch import column_block, num_programs, warps_for
 _PIECE = tl.constexpr(256)  # reads that one program sums
 _ROWS = 4  # rows in flight per program; most rows have few reads
 _NEIGHBOURS = tl.constexpr(16)  # columns whose squares are summed in fp32
-_INT32_ROWS = 1 << 31
-
-
-def sort_reads(slots: list[Tensor], weights: list[Tensor], grad_outputs: list[Tensor], num_rows: int) -> SortedReads:
-    """See `Backend.sort_reads`; does not wait for the GPU, so empty segments follow those of the rows read."""
-    flat = torch.cat([part.reshape(-1) for part in slots])
-    num_reads, device = len(flat), flat.device
-    if num_rows <= _INT32_ROWS:
-        flat = flat.to(torch.int32)  # halves the sorting
-    ordered, order = flat.sort(stable=True)
-    is_first = torch.ones(num_reads, dtype=torch.bool, device=device)
-    torch.ne(ordered[1:], ordered[:-1], out=is_first[1:])
-    # Where each row's reads begin; all reads that begin nothing are dropped at the end.
-    place = torch.where(is_first, is_first.cumsum(0) - 1, num_reads + 1)
-    offsets = torch.full((num_reads + 2,), num_reads, dtype=torch.int64, device=device)
-    offsets.scatter_(0, place, torch.arange(num_reads, device=device))
-    offsets = offsets[: min(num_reads, num_rows) + 1]
-    return SortedReads(
-        rows=ordered[offsets[:-1].clamp(max=max(num_reads - 1, 0))].to(torch.int64),
-        offsets=offsets,
-        tokens=_tokens(slots)[order],
-        weights=torch.cat([part.reshape(-1) for part in weights])[order],
-        grad_output=grad_outputs[0] if len(grad_outputs) == 1 else torch.cat(grad_outputs),
-    )
-
-
-def _tokens(slots: list[Tensor]) -> Tensor:
-    """Row of `grad_output` of each read, in the order of reading."""
-    tokens, first = [], 0
-    for part in slots:
-        reading = torch.arange(first, first + part.shape[0], device=part.device)
-        tokens.append(reading[:, None].expand(part.shape).reshape(-1))
-        first += part.shape[0]
-    return torch.cat(tokens)
 
 
 def weighted_sum_grad_values(reads: SortedReads, num_rows: int) -> Tensor:
@@ -105,28 +71,13 @@ def adam_rows(
         return
     contiguous = tuple(table.contiguous() for table in tables)
     betas, seed = update.betas, update.seed
-    factors = _adam_factors(update, values.device)
+    factors = reference.adam_factors(update, values.device)
     seeds = (_as_int32(seed), _as_int32(seed >> 32))
     rates = (1 - betas[0], 1 - betas[1])
     _over_rows(_adam, reads, *contiguous, len(values), factors, *betas, *rates, update.eps, *seeds)
     for table, updated in zip(tables, contiguous, strict=True):
         if updated is not table:
             table.copy_(updated)
-
-
-def _adam_factors(update: AdamStep, device: torch.device) -> Tensor:
-    """(scale, step size, correction of the second moment, step) on the device, fp64."""
-    count = _scalar(update.step, device)
-    step_size = _scalar(update.lr, device) / (1 - torch.pow(update.betas[0], count))
-    correction = 1 / (1 - torch.pow(update.betas[1], count))
-    return torch.stack((_scalar(update.scale, device), step_size, correction, count))
-
-
-def _scalar(number: float | Tensor, device: torch.device) -> Tensor:
-    """An fp64 scalar on the device; a number is filled in there, since a copy to a GPU would wait."""
-    if isinstance(number, Tensor) and number.device == device:
-        return number.to(torch.float64).reshape(())
-    return torch.full((), float(number), dtype=torch.float64, device=device)
 
 
 def _as_int32(number: int) -> int:
