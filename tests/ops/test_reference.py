@@ -1,5 +1,6 @@
 """The reference where it runs on a GPU: few operators, little memory, full precision; counted on CPU tensors."""
 
+from importlib.util import find_spec
 from typing import Any
 from unittest import mock
 
@@ -10,6 +11,7 @@ import meter
 from pkmem import MemoryConfig
 from pkmem.ops import precision, reference
 from pkmem.ops.arguments import AdamStep
+from pkmem.ops.backends import backend_module
 
 A_PART = 64  # of the tokens, the chunks and the slots of a full size, so that the counts are those of it
 SIZE = MemoryConfig(dim=1024, num_sub_keys=1024 // 8, heads=4, knn=32)
@@ -80,6 +82,10 @@ def test_products_run_in_full_precision_whatever_torch_allows(allowed: str, monk
             reference.row_products(table, slots[:, 0], torch.randn(9, 5))
         assert len(seen) == 5
         assert set(seen) == {("ieee", False)}
+        if find_spec("numba"):
+            backend_module("cpu").product_key_topk(query, sub_keys, 3)
+            backend_module("cpu").flat_topk(query, torch.randn(2, 30, 8), 3)
+            assert [setting for setting, _ in seen[5:]] == ["ieee", "ieee"]
         with precision.full_precision(torch.device("cuda")):
             assert torch.backends.cuda.matmul.fp32_precision == "ieee"
         assert [setting.fp32_precision for setting in settings] == outside

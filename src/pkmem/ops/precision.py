@@ -11,19 +11,24 @@ import torch
 
 @contextlib.contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
-    """Inside, products of fp32 matrices are fp32 products, whatever autocast and torch's settings allow.
+    """Inside, products of fp32 matrices are fp32 products, whatever autocast and torch's settings allow."""
+    with torch.autocast(device.type, enabled=False), no_rounding_of_factors(device):
+        yield
 
-    `torch.set_float32_matmul_precision("high")` lets a GPU cut their factors to TF32, which has 11 bits of 24, and a
-    CPU to bf16. What the settings were is restored afterwards.
+
+@contextlib.contextmanager
+def no_rounding_of_factors(device: torch.device) -> Iterator[None]:
+    """Inside, matrix products take fp32 factors as they are; what torch's settings were is restored afterwards.
+
+    `torch.set_float32_matmul_precision("high")` lets a GPU cut them to TF32, which has 11 bits of 24, and a CPU to bf16.
     """
     settings: Any = torch.backends.cuda.matmul if device.type == "cuda" else torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = settings.fp32_precision
-    is_reduced = before not in ("none", "ieee")
-    with torch.autocast(device.type, enabled=False):
-        if is_reduced:
-            settings.fp32_precision = "ieee"
-        try:
-            yield
-        finally:
-            if is_reduced:
-                settings.fp32_precision = before
+    if before in ("none", "ieee"):
+        yield
+        return
+    settings.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        settings.fp32_precision = before

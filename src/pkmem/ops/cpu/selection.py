@@ -16,6 +16,7 @@ from pkmem.ops import reference
 from pkmem.ops.cpu.kernels import array, inlined, kernel, part_of_kernel
 from pkmem.ops.cpu.threads import run_over
 from pkmem.ops.cpu.vectors import append_at_least, append_sums_at_least, order_with_maxima, rank_all, reached_by
+from pkmem.ops.precision import no_rounding_of_factors
 
 _FEW_TOKENS = 2  # for which reading the keys once, in their own layout, is all that counts
 _SCORES_AT_ONCE = 2 << 20  # few enough for the cache, enough for the matrix product
@@ -48,7 +49,8 @@ def product_key_topk(query: Tensor, sub_keys: Tensor, knn: int) -> tuple[Tensor,
         part = slice(first, min(first + block, num_tokens))
         size = part.stop - first
         products = memory[: size * token_scores].view(2 * heads, size, num_sub_keys)
-        torch.bmm(queries[part].transpose(0, 1), keys.mT, out=products)  # autocast leaves `out=` alone
+        with no_rounding_of_factors(query.device):
+            torch.bmm(queries[part].transpose(0, 1), keys.mT, out=products)  # autocast leaves `out=` alone
         run_over(select, (array(products), knn, array(scores[part]), array(slots[part])), size, grain)
     return scores, slots
 
@@ -65,7 +67,8 @@ def flat_topk(query: Tensor, keys: Tensor, knn: int) -> Tensor:
     for first in range(0, num_tokens, block):
         part = queries[first : first + block].transpose(0, 1)
         scores = queries.new_empty((heads, part.shape[1], num_slots))
-        torch.bmm(part, columns, out=scores)  # autocast leaves `out=` alone
+        with no_rounding_of_factors(query.device):
+            torch.bmm(part, columns, out=scores)  # autocast leaves `out=` alone
         run_over(select_flat, (array(scores), knn, array(slots[first : first + block])), part.shape[1], 1)
     return slots
 
