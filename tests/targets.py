@@ -43,10 +43,11 @@ def made_up(name: str, **changes: Any) -> Iterator[GPU]:
     """CPU tensors lie on this GPU, changed as said, for Triton and for the launch rules. Results are garbage."""
     from triton.runtime import driver
 
-    from pkmem.ops.triton import launch, selection
+    from pkmem.ops.triton import launch, selection, selection_backward
     from pkmem.ops.triton.kernels import functions
 
-    gpu, shapes = replace(GPUS[name], **changes), (selection._shape_of_bounding, selection._shape_of_sorting)
+    gpu = replace(GPUS[name], **changes)
+    shapes = (selection._shape_of_bounding, selection._shape_of_sorting, selection_backward._shape_of_sum)
     _forget(functions(), shapes)
     driver.set_active(_driver_of(name, gpu))
     try:

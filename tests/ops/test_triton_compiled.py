@@ -124,7 +124,7 @@ def test_a_device_without_room_has_no_fast_selection() -> None:
 
 def test_few_variants_are_compiled_for_all_numbers_of_tokens() -> None:
     """At the sizes of the default memory; launches are only looked at."""
-    from pkmem.ops.triton import selection
+    from pkmem.ops.triton import selection, selection_backward
 
     memory = MemoryConfig(dim=512)
     sizes = {"s": memory.num_sub_keys, "half": memory.query_dim // 2, "knn": memory.knn}
@@ -142,10 +142,13 @@ def test_few_variants_are_compiled_for_all_numbers_of_tokens() -> None:
             seen.setdefault(fn.name, set()).add(key)
             return True  # compiles nothing, launches nothing
 
-        first = mock.patch.object(selection, "first_that_fits", lambda *given: given[-1][0])
+        of_selection, of_backward = (
+            mock.patch.object(module, "first_that_fits", lambda *given: given[-1][0])
+            for module in (selection, selection_backward)
+        )
         hook = mock.patch.object(triton.knobs.runtime, "jit_cache_hook", see)
-        with targets.made_up("sm_90"), first, hook:
-            for n in range(1, 4100):
+        with targets.made_up("sm_90"), of_selection, of_backward, hook:
+            for n in (*range(1, 1100), *range(1100, 4096, 7), *range(4096, 4100)):
                 select(dtype, n, **sizes)
                 if n % 16 < 2 or n < 256:
                     read(dtype, n, width=memory.dim)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -11,7 +14,9 @@ from pkmem.ops import reference
 from pkmem.ops.triton.arithmetic import add_product, narrow
 from pkmem.ops.triton.bag import sum_rows
 from pkmem.ops.triton.device import on
-from pkmem.ops.triton.launch import num_parts, power_of_two
+from pkmem.ops.triton.launch import aligned, first_that_fits, num_parts, of_type, power_of_two
+
+_TOKENS = 32  # of a block
 
 
 def product_key_topk_backward(
@@ -41,28 +46,43 @@ def _grad_sub_keys(grad_halves: Tensor, query: Tensor, sub_keys: Tensor, chosen:
     num_sub_keys, half = sub_keys.shape[2:]
     if num_tokens == 0:
         return torch.zeros_like(sub_keys)
-    is_bf16 = query.dtype == torch.bfloat16
-    block_n, block_s = 32, power_of_two(num_sub_keys, 16, 64)
-    block_d = power_of_two(half, 16, 256 if is_bf16 else 128)  # what registers hold
-    tiles, column_blocks = triton.cdiv(num_sub_keys, block_s), triton.cdiv(half, block_d)
-    parts = num_parts(sets * tiles * column_blocks, triton.cdiv(num_tokens, block_n))
-    part_size = triton.cdiv(triton.cdiv(num_tokens, parts), block_n) * block_n
-    parts = triton.cdiv(num_tokens, part_size)  # none is empty
-    sums = torch.empty(parts, *sub_keys.shape, device=query.device)
+    query = aligned((query if query.dtype == torch.bfloat16 else query.to(torch.float32)).contiguous())
     with on(query):
+        shape = _shape_of_sum(query.device, query.dtype, num_sub_keys, half, knn)
+        tiles, column_blocks = triton.cdiv(num_sub_keys, shape["BLOCK_S"]), triton.cdiv(half, shape["BLOCK_D"])
+        blocks = triton.cdiv(num_tokens, _TOKENS)
+        part_size = triton.cdiv(blocks, num_parts(sets * tiles * column_blocks, blocks)) * _TOKENS
+        parts, padded = triton.cdiv(num_tokens, part_size), blocks * _TOKENS
+        sums = torch.empty(parts, *sub_keys.shape, device=query.device)
         _sum_queries[tiles * column_blocks, sets, parts](
-            (query if is_bf16 else query.to(torch.float32)).contiguous(),
-            chosen.permute(1, 2, 0).to(torch.int32).contiguous(),  # tokens last: a load takes neighbours
-            grad_halves.permute(1, 2, 0).contiguous(),
-            sums, num_tokens, num_sub_keys, half, knn, part_size, column_blocks,
-            IS_BF16=is_bf16, BLOCK_N=block_n, BLOCK_S=block_s, BLOCK_D=block_d, num_warps=4,
+            query, _tokens_last(chosen, padded, torch.int32, -1), _tokens_last(grad_halves, padded, torch.float32, 0),
+            sums, num_tokens, padded, num_sub_keys, half, knn, part_size, column_blocks, **shape,
         )  # fmt: skip
     return sums.sum(0).to(sub_keys.dtype)
 
 
-@triton.jit
+@lru_cache(maxsize=256)
+def _shape_of_sum(device: torch.device, dtype: torch.dtype, num_sub_keys: int, half: int, knn: int) -> dict[str, Any]:
+    """How `_sum_queries` is launched: with four warps, or with eight if four have too few registers."""
+    is_bf16 = dtype == torch.bfloat16
+    block_d = power_of_two(half, 16, 256 if is_bf16 else 128)  # what registers hold
+    shape = {"IS_BF16": is_bf16, "BLOCK_N": _TOKENS, "BLOCK_S": power_of_two(num_sub_keys, 16, 64), "BLOCK_D": block_d}
+    tensors = (of_type(dtype), of_type(torch.int32), of_type(torch.float32), of_type(torch.float32))
+    numbers = (_TOKENS, _TOKENS, num_sub_keys, half, knn, _TOKENS, triton.cdiv(half, block_d))
+    shapes = [{**shape, "num_warps": warps} for warps in (4, 8)]
+    return first_that_fits(_sum_queries, device, (*tensors, *numbers), shapes) or shapes[0]
+
+
+def _tokens_last(numbers: Tensor, padded: int, dtype: torch.dtype, nothing: int) -> Tensor:
+    """(n, 2h, knn) as (2h, knn, padded): a load takes neighbours, and needs no mask."""
+    turned = torch.full((*numbers.shape[1:], padded), nothing, dtype=dtype, device=numbers.device)
+    turned[..., : len(numbers)] = numbers.permute(1, 2, 0)
+    return turned
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
 def _sum_queries(  # type: ignore[no-untyped-def]
-    query, chosen, grad_halves, sums, num_tokens, num_sub_keys, half, knn, part_size, column_blocks,
+    query, chosen, grad_halves, sums, num_tokens, padded, num_sub_keys, half, knn, part_size, column_blocks,
     IS_BF16: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Program (block of sub-keys and columns, set, part of the tokens) writes that block of sums[part, set]."""
@@ -70,19 +90,19 @@ def _sum_queries(  # type: ignore[no-untyped-def]
     columns = tl.program_id(0) % column_blocks * BLOCK_D + tl.arange(0, BLOCK_D)
     set_number, part = tl.program_id(1), tl.program_id(2)
     sets = tl.num_programs(1)
-    last = tl.minimum((part + 1) * part_size, num_tokens)
+    last = tl.minimum((part + 1) * part_size, padded)
     total = tl.zeros((BLOCK_S, BLOCK_D), tl.float32)
     for start in range(part * part_size, last, BLOCK_N):
         tokens = (start + tl.arange(0, BLOCK_N)).to(tl.int64)
-        real = tokens < last
         slopes = tl.zeros((BLOCK_S, BLOCK_N), tl.float32)
         for neighbour in range(knn):
-            place = (set_number * knn + neighbour).to(tl.int64) * num_tokens + tokens
-            key = tl.load(chosen + place, mask=real, other=-1)
-            slope = tl.load(grad_halves + place, mask=real, other=0)
+            place = (set_number * knn + neighbour).to(tl.int64) * padded + tokens
+            key = tl.load(chosen + place)
+            slope = tl.load(grad_halves + place)
             slopes += tl.where(keys[:, None] == key[None, :], slope[None, :], 0.0)
+        tokens = tl.minimum(tokens, num_tokens - 1)  # what repeats the last one has no slope
         places = (tokens[:, None] * sets + set_number) * half + columns[None, :]
-        queries = tl.load(query + places, mask=real[:, None] & (columns < half)[None, :], other=0)
+        queries = tl.load(query + places, mask=(columns < half)[None, :], other=0)
         if IS_BF16:  # two products on the matrix units keep 16 bits of each slope
             coarse = narrow(slopes, tl.bfloat16)
             total = add_product(coarse, queries, total)
