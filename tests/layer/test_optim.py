@@ -11,11 +11,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim.lr_scheduler import LambdaLR
 
 import oracle
 from optimizers import assert_same_bits, everything
 from pkmem import MemoryConfig, ProductKeyMemory, RowAdam
+from pkmem.layer.optim import _together
 from pkmem.layer.values import ValueTable
 from pkmem.training.state import load_state, save_state
 
@@ -351,3 +353,19 @@ def test_one_dense_and_one_row_memory_train_side_by_side() -> None:
 
 def test_row_adam_says_what_it_is() -> None:
     assert re.match(r"RowAdam \(\nParameter Group 0\n", repr(RowAdam(table_of(9, 4))))
+
+
+def test_a_step_without_reads_on_a_device_whose_graphs_log_none_is_warned_of_once() -> None:
+    with torch.device("meta"):
+        memory = ProductKeyMemory(MemoryConfig(dim=4, num_sub_keys=3, heads=1, knn=2, query_dim=4))
+    optimizer = RowAdam(memory)
+    with pytest.warns(UserWarning, match="found no reads.*CUDA graph"):
+        optimizer.step()
+    optimizer.step()  # a second warning would be an error
+
+
+def test_the_scalars_of_tables_on_several_devices_meet_on_one() -> None:
+    with FakeTensorMode():
+        norms = [torch.zeros((), dtype=torch.float64, device=place) for place in ("cpu", "cuda:1", "cuda:0")]
+        assert _together(norms).device == torch.device("cuda:1")
+        assert _together(norms[:1]).device == torch.device("cpu")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -65,6 +66,7 @@ class RowAdam(Optimizer):
         self.max_norm = max_norm
         self.moment_dtype = moment_dtype
         self._owned: list[tuple[Table, ReadLog]] = []
+        self._has_warned = False
         given = [tables] if isinstance(tables, nn.Module) else list(tables)
         groups: list[Any] = given if given and isinstance(given[0], dict) else [{"params": given}]
         super().__init__(groups, {"lr": lr, "betas": tuple(betas), "eps": eps, "seed": seed})
@@ -119,6 +121,8 @@ class RowAdam(Optimizer):
         for table, log in self._owned:
             _check_owner(table, log)
         reads = self._reads()
+        if not reads and not all(weight.is_cpu for weight in self._weights()):
+            self._warn_of_no_reads()
         clip = self._clip(list(reads.values()))
         for group in self.param_groups:
             for weight in group["params"]:
@@ -167,7 +171,7 @@ class RowAdam(Optimizer):
         for group in self.param_groups:
             group.setdefault("seed", 0)
         if tables is not None:
-            self._owned = []
+            self._owned, self._has_warned = [], False
             for table in tables:
                 self._own(table)
 
@@ -188,6 +192,15 @@ class RowAdam(Optimizer):
         read = {w: reads_of(w.grad, backends[w]) for w in self._weights() if w.grad is not None}
         return {weight: reads for weight, reads in read.items() if reads.sorted() is not None}
 
+    def _warn_of_no_reads(self) -> None:
+        if not self._has_warned:
+            self._has_warned = True
+            warnings.warn(
+                "RowAdam.step() found no reads, so it changes nothing: call backward() before it. A CUDA graph that is "
+                "replayed logs none: leave the backward pass of a memory out of what you capture",
+                stacklevel=4,
+            )
+
     def _clip(self, reads: list[Reads]) -> Tensor:
         """Factor on the gradients, an fp64 scalar that stays on the device: NaN where they are not finite."""
         if self.max_norm is not None:
@@ -195,12 +208,12 @@ class RowAdam(Optimizer):
             is_finite, clip = norm.isfinite(), (self.max_norm / (norm + 1e-6)).clamp(max=1.0)
         else:
             are_finite = [some.is_finite() for some in reads]
-            is_finite = torch.stack(are_finite).all() if are_finite else torch.ones((), dtype=torch.bool, device="cpu")
+            is_finite = _together(are_finite).all() if are_finite else torch.ones((), dtype=torch.bool, device="cpu")
             clip = torch.ones_like(is_finite, dtype=torch.float64)
         return torch.where(is_finite, clip, math.nan)
 
     def _update(self, weight: Tensor, group: dict[str, Any], reads: Reads | None, clip: Tensor) -> None:
-        state = self._state_of(weight)
+        state, clip = self._state_of(weight), clip.to(weight.device)
         state["step"] += clip.isfinite()
         state["num_skipped"] += ~clip.isfinite()
         grouped = None if reads is None else reads.sorted()
@@ -271,7 +284,13 @@ def _disown(owned: weakref.ref[Table], log: ReadLog) -> None:
 
 def _norm(reads: list[Reads]) -> Tensor:
     norms = [some.norm() for some in reads]
-    return torch.stack(norms).norm() if norms else torch.zeros((), dtype=torch.float64, device="cpu")
+    return _together(norms).norm() if norms else torch.zeros((), dtype=torch.float64, device="cpu")
+
+
+def _together(scalars: list[Tensor]) -> Tensor:
+    """Scalars as one tensor, on a GPU if one of them is: a copy from there to the host would wait."""
+    device = next((scalar.device for scalar in scalars if not scalar.is_cpu), scalars[0].device)
+    return torch.stack([scalar.to(device) for scalar in scalars])
 
 
 def dense_parameters(model: nn.Module) -> list[nn.Parameter]:

@@ -46,7 +46,8 @@ def real_tokens(attention_mask: Any, num_tokens: int) -> Tensor | None:
     if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2:
         return None
     mask = attention_mask[:, -num_tokens:].bool()
-    return None if may_look_at(mask) and mask.all() else mask  # without padding there is nothing to mind
+    # Without padding there is nothing to mind; on a GPU, to look would be to wait for it.
+    return None if mask.is_cpu and may_look_at(mask) and mask.all() else mask
 
 
 @contextlib.contextmanager

@@ -152,7 +152,8 @@ def _(slots: Tensor, weights: Tensor, grad_output: Tensor, num_rows: int, backen
     return grad_output.new_empty(num_rows, grad_output.shape[1])
 
 
-@custom_op("pkmem::log_reads", mutates_args=("counter",))
+# A replayed graph would not log.
+@custom_op("pkmem::log_reads", mutates_args=("counter",), tags=[torch.Tag.cudagraph_unsafe])
 def _log_reads(counter: Tensor, slots: Tensor, weights: Tensor, grad_output: Tensor, handle: int, backend: str) -> None:
     log = ReadLog.of(handle)
     log.append(row_gradient(log.weight, slots, weights, grad_output, backend))
