@@ -3,7 +3,7 @@
     python benchmarks/gpu.py            # within eight minutes -> results/gpu.json and results/gpu.md
     python benchmarks/gpu.py --smoke    # tiny sizes, on the CPU under Triton's interpreter: does it run?
 
-The checks of tests/ops/test_triton.py come first, on the GPU. Contenders take turns (A B A B); a ratio is taken within a
+The checks of `pkmem doctor` come first. Contenders take turns (A B A B); a ratio is taken within a
 turn, and the median and the 10th to 90th percentile are reported. A part that fails is written down and the next one
 runs; results are saved after every part. Without a GPU, and without --smoke, nothing is measured or written.
 """
@@ -20,11 +20,11 @@ import gc
 import subprocess
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,12 +34,14 @@ from torch import Tensor, nn
 import harness
 from harness import Report, Timings, one_line
 from pkmem import MemoryConfig, ProductKeyMemory, RowAdam, ops
+from pkmem.doctor import tables
+from pkmem.doctor.examination import examine, findings_of
+from pkmem.doctor.sizes import INTERPRETED
 from pkmem.layer.optim import dense_parameters
 from pkmem.layer.query import QueryNetwork
 
 BUDGET_S = 420  # after which no part begins
-TESTS = Path(__file__).parents[1] / "tests"
-QUICK_CHECKS = ("a_query_that_is_not_finite_disturbs_no_other", "tables_may_have_gaps_between_rows")
+QUICK_CHECKS = (tables.sums_with_gaps, tables.sums_beside_nan)
 
 
 @dataclass(frozen=True)
@@ -160,24 +162,26 @@ def randn(sizes: Sizes, *shape: int) -> Tensor:
 
 
 def checks(sizes: Sizes, report: Report) -> None:
-    """The checks of the tests, with every tensor on the device; a table past 2 ** 31 elements is among them."""
-    sys.path[:0] = [str(TESTS), str(TESTS / "ops")]
-    import test_triton
-
-    from pkmem.ops import triton as backend
-
+    """What `pkmem doctor` checks; a table past 2 ** 31 elements is among it."""
+    device = torch.device(sizes.device)
+    findings = (
+        findings_of(QUICK_CHECKS, "triton", device, INTERPRETED, True)
+        if sizes.smoke
+        else examine("triton", device, True)
+    )
+    outcomes: Counter[str] = Counter()
     failed = []
-    names = QUICK_CHECKS if sizes.smoke else test_triton.CHECKS
-    for name in names:
-        torch.manual_seed(0)
-        try:
-            with torch.device(sizes.device):
-                test_triton.CHECKS[name](backend)
-        except Exception as error:
-            failed.append(f"{name}: {one_line(error)}")
-            print(traceback.format_exc(), flush=True)
+    for finding in findings:
+        what = " ".join(part for part in (f"point {finding.point}:", finding.check, finding.dtype) if part)
+        outcomes[finding.outcome] += 1
+        print(f"{what}: {finding.outcome}; {finding.note}", flush=True)
+        if finding.outcome == "failed":
+            failed.append(f"{what}: {finding.note}")
+        elif finding.note:
+            report.note(f"{what}: {finding.outcome}, {finding.note}")
         _free()
-    report.add(f"checks passed of {len(names)}", len(names) - len(failed))
+    for outcome, count in outcomes.items():
+        report.add(f"checks: {outcome}", count)
     if failed:
         raise AssertionError("; ".join(failed))
 

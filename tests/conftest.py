@@ -11,9 +11,7 @@ import torch
 
 from pkmem.ops import BACKENDS
 
-ON_CPU = [
-    backend for backend in BACKENDS if backend != "triton"
-]  # its interpreter has a process to itself: test_triton.py
+ON_CPU = [backend for backend in BACKENDS if backend != "triton"]  # its interpreter has processes to itself
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pkmem.doctor import speed, waiting
-from pkmem.doctor.checks import Check
+from pkmem.doctor.checks import Case, Check, DoesNotApply, NotChecked
 from pkmem.doctor.code import kernels
 from pkmem.doctor.examination import CHECKS, findings_of
 from pkmem.doctor.findings import Finding
@@ -300,8 +300,8 @@ def test_without_damage_none_is_found(point) -> None:
 # --- 9: waiting, graphs, compiled code; an .item() inside a kernel's function is in test_examination.py ------------
 
 
-def outcome(check: Check, backend: str = "cpu", device: torch.device = CPU, dtype: str = "fp32") -> Finding:
-    (finding,) = findings_of((replace(check, dtypes=(dtype,)),), backend, device, INTERPRETED, full=True)
+def outcome(check: Check, backend: str = "cpu") -> Finding:
+    (finding,) = findings_of((replace(check, dtypes=("fp32",)),), backend, CPU, INTERPRETED, full=True)
     return finding
 
 
@@ -351,6 +351,10 @@ def test_a_reference_may_wait_and_a_cpu_has_no_graphs() -> None:
 # --- 10: what was compiled ----------------------------------------------------------------------------------------
 
 
+def on_a_gpu(backend: str) -> Case:
+    return Case(backend, torch.device("cuda"), torch.float32, INTERPRETED)
+
+
 @pytest.mark.skipif(not find_spec("triton"), reason="Triton is not installed")
 @pytest.mark.parametrize(
     ("changed", "complaint"),
@@ -371,9 +375,11 @@ def test_compiled_code_that_breaks_a_promise_is_found(changed, complaint, monkey
     monkeypatch.setattr(triton, "compiled_kernels", lambda: {name: name for name in facts})
     monkeypatch.setattr(code, "facts_of", facts.get)
     monkeypatch.setattr(device, "shared_bytes", lambda _: 99 << 10)
-    found = outcome(kernels, "triton", torch.device("cuda"))
-    assert (found.outcome, found.note) == ("passed", "2 kernels") if complaint is None else found.outcome == "failed"
-    assert complaint is None or (complaint in found.note and "1 of 2 kernels: other" in found.note)
+    if complaint is None:
+        assert kernels.examine(on_a_gpu("triton")) == "2 kernels"
+    else:
+        with pytest.raises(AssertionError, match=f"1 of 2 kernels: other .*{complaint}"):
+            kernels.examine(on_a_gpu("triton"))
 
 
 @pytest.mark.skipif(not find_spec("triton"), reason="Triton is not installed")
@@ -381,9 +387,11 @@ def test_code_that_nobody_compiled_is_not_checked(monkeypatch) -> None:
     from pkmem.ops import triton
 
     monkeypatch.setattr(triton, "compiled_kernels", dict)
-    assert outcome(kernels, "triton", torch.device("cuda")).outcome == "not checked"
+    with pytest.raises(NotChecked):
+        kernels.examine(on_a_gpu("triton"))
+    with pytest.raises(DoesNotApply):
+        kernels.examine(on_a_gpu("reference"))
     assert outcome(kernels, "triton").outcome == "does not apply"
-    assert outcome(kernels, "reference", torch.device("cuda")).outcome == "does not apply"
 
 
 # --- 11: time -----------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pkmem import ops
 from pkmem.doctor import truth
-from pkmem.doctor.checks import ROUNDING, Case, DoesNotApply, assert_near, assert_same, assert_within, check
+from pkmem.doctor.checks import DTYPES, ROUNDING, Case, DoesNotApply, assert_near, assert_same, assert_within, check
 from pkmem.doctor.sizes import Selection
 
 
@@ -81,7 +81,7 @@ def integers_on_another_gpu(case: Case) -> None:
 
 
 @check(2, "selection of random numbers")
-def random_numbers(case: Case) -> None:
+def random_numbers(case: Case) -> str:
     """Valid slots, their scores, and whether others would have been better: by fp64."""
     for size in case.sizes.random_selections:
         distinct, chosen = _distinct(case, size, case.normal(_different(case, size), size.heads, 2 * size.half))
@@ -98,6 +98,18 @@ def random_numbers(case: Case) -> None:
         tolerance = 2 * ROUNDING * largest[..., None].expand(scores.shape)
         falling = scores64.sort(-1, descending=True).values
         assert_within(f"fp64 scores of the slots of {size}, as good as the best,", falling, best[chosen], tolerance)
+    return _fast_path(case)
+
+
+def _fast_path(case: Case) -> str:
+    """Whether the kernel that sorts only a few sub-keys was launched: the device may have no room for it."""
+    if case.backend != "triton" or case.device.type == "cpu":
+        return ""
+    from pkmem.ops.triton import compiled_kernels
+
+    of_type = f"; *{next(name for name, dtype in DTYPES.items() if dtype == case.dtype)}"
+    has_run = any(name.startswith("_candidates (") and of_type in name for name in compiled_kernels())
+    return "the fast path ran" if has_run else "the fast path did not run: every sub-key was sorted"
 
 
 @check(3, "selection where most sub-keys tie, beside NaN and infinity")
