@@ -156,7 +156,7 @@ def update(
     }
 
     def our_update() -> None:
-        reads = Reads(len(table.weight), ops.choose_backend(table.weight.device), [(slots, weights, grad_output)])
+        reads = Reads(len(table.weight), ops.choose_backend(table.weight), [(slots, weights, grad_output)])
         table.weight.grad = RowGradient(table.weight, reads)
         ours.step()
 

@@ -495,7 +495,7 @@ def test_warmup_says_how_many_kernels_it_compiled(
 def test_warmup_without_numba_names_what_to_install(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr(backends, "find_spec", lambda name: None)
     for function in (backends._why_no_kernels, backends.backend_module):
         function.cache_clear()
     with pytest.raises(SystemExit) as caught:

@@ -11,7 +11,7 @@ import pkmem
 PACKAGE = Path(pkmem.__file__).parent
 ORDER = {  # folders from the ground up, each with its files in order: a file imports from those before it
     "text": "durable facts files tokenizer documents tokens blocks",
-    "ops": "arguments precision rounding reference",
+    "ops": "user_cache verdict arguments precision rounding reference",
     "ops.cpu": "threads cache kernels halves vectors bag rows selection selection_backward decoding compiling",
     "ops.triton": "installed device code arithmetic launch bag rows selection selection_backward kernels",
     "ops ": "backends reading_log registered transformed",
@@ -19,7 +19,7 @@ ORDER = {  # folders from the ground up, each with its files in order: a file im
     "lm": "config evaluation speed padding signature placement huggingface modeling_pkmem build recall inspection autoload",
     "training": "recipe reading files checkpoint state saved journal trainer prepare run",
     "experiments": "benchmarks environment plots page family results costs claims grid report demo",
-    "doctor": "findings truth sizes checks selection tables rows step repeats waiting code speed examination",
+    "doctor": "findings truth sizes checks selection tables rows step repeats waiting code speed examination surroundings report",
     "": "cli __main__",
 }
 GATES = {  # the only files that may import a library, anywhere in them

@@ -197,12 +197,7 @@ def _experiment_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--scale", type=str, default="laptop", help="laptop, gpu or paper")
     parser.add_argument("--seeds", type=int, default=1, help="seeds 0 .. SEEDS - 1 of each model")
     parser.add_argument("--out", type=str, default="runs/experiments", help="where all results go, a file per run")
-    parser.add_argument(
-        "--cells",
-        nargs="+",
-        type=str,
-        help="some of the family's models alone, such as 4_layers 8_layers; their speed is not measured",
-    )
+    parser.add_argument("--cells", nargs="+", type=str, help="some models alone, such as 8_layers; without their speed")
     parser.add_argument("--data", type=str | None, default=None, help="text to learn instead of the family's")
     _flag(parser, "resume", "continue half-trained runs; they start over otherwise")
     _flag(parser, "dry_run", "say what the runs cost, and their commands; train nothing")
@@ -252,6 +247,18 @@ def _warmup(options: Namespace) -> None:
     print(f"{cpu.warmup()} CPU kernels are compiled")
 
 
+def _doctor_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("--device", type=str | None, default=None, help="one to examine, such as cuda:0; else all")
+    _flag(parser, "full", "tables past 2^31 elements, too")
+
+
+def _doctor(options: Namespace) -> None:
+    """Say what pkmem runs on here, check every backend, and switch on the kernels of a GPU. Example: pkmem doctor"""
+    from pkmem.doctor.report import visit
+
+    sys.exit(0 if visit(options.full, options.device) else 1)
+
+
 def _bench_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("names", nargs="*", default=[], help="questions to measure, such as layer_forward; all if none")
     _flag(parser, "smoke", "tiny sizes, to see that everything runs")
@@ -284,6 +291,7 @@ VERBS = {
     "experiment": Verb(_experiment_arguments, _experiment),
     "report": Verb(_report_arguments, _report),
     "warmup": Verb(lambda parser: None, _warmup),
+    "doctor": Verb(_doctor_arguments, _doctor),
     "bench": Verb(_bench_arguments, _bench),
 }
 

@@ -143,7 +143,7 @@ def test_without_a_folder_to_write_to_each_process_compiles(
 def test_the_second_folder_takes_what_the_first_does_not(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cache, "_folders", lambda: iter([folder, tmp_path / "spare"]))
+    monkeypatch.setattr(cache, "folders", lambda: iter([folder, tmp_path / "spare"]))
     folder.write_text("no folder", encoding="utf-8")
     assert was_compiled()
     assert not was_compiled()
@@ -152,13 +152,10 @@ def test_the_second_folder_takes_what_the_first_does_not(
 
 @pytest.mark.case(KIND, "the disk fills while a compiled kernel is written", "works", "")
 def test_a_full_disk_leaves_nothing_behind(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write = Path.write_bytes
-
-    def full(path: Path, content: bytes) -> None:
-        write(path, content[:100])
+    def full(file: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_bytes", full)
+    monkeypatch.setattr(os, "fsync", full)
     assert was_compiled()
     assert list(folder.iterdir()) == []
 
@@ -169,6 +166,7 @@ def test_without_a_home_kernels_are_kept_in_the_package(folder: Path, monkeypatc
         raise RuntimeError("Could not determine home directory.")
 
     monkeypatch.setattr(Path, "home", no_home)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr(numba.config, "CACHE_DIR", "")
     monkeypatch.setattr(cache, "_HERE", folder)
     folder.mkdir()
@@ -181,10 +179,13 @@ def test_the_folders_are_the_one_named_or_the_packages_and_the_homes(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     package = Path(cache.__file__).parent / "__pycache__"
-    home = Path.home() / ".cache" / "pkmem" / "kernels"
-    assert [*cache._folders()] == [folder]
+    assert [*cache.folders()] == [folder]
     monkeypatch.setattr(numba.config, "CACHE_DIR", "")
-    assert [*cache._folders()] == [package, home]
+    for named in ("", "not/from/the/root"):
+        monkeypatch.setenv("XDG_CACHE_HOME", named)
+        assert [*cache.folders()] == [package, Path.home() / ".cache" / "pkmem" / "kernels"]
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
+    assert [*cache.folders()] == [package, folder / "pkmem" / "kernels"]
 
 
 @pytest.mark.case(KIND, "kernels compiled by root when a container is built, run as another user who cannot write there",

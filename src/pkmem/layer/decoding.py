@@ -72,7 +72,7 @@ def _decode(memory: Any, x: Tensor) -> Tensor | None:
     layer = _weights_of(memory)
     if layer is None or not _fit(x, layer) or torch.is_autocast_enabled("cpu"):
         return None
-    return backend_module(choose_backend(x.device, memory.values.backend)).decode(x, layer)
+    return backend_module(choose_backend(layer.values, memory.values.backend)).decode(x, layer)
 
 
 def _weights_of(memory: Any) -> LayerWeights | None:

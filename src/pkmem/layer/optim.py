@@ -188,7 +188,7 @@ class RowAdam(Optimizer):
 
     def _reads(self) -> dict[Tensor, Reads]:
         """The reads of each table that has any; a dense gradient, as of a penalty on the table, is read as one."""
-        backends = {log.weight: choose_backend(log.weight.device, table.backend) for table, log in self._owned}
+        backends = {log.weight: choose_backend(log.weight, table.backend) for table, log in self._owned}
         read = {w: reads_of(w.grad, backends[w]) for w in self._weights() if w.grad is not None}
         return {weight: reads for weight, reads in read.items() if reads.sorted() is not None}
 

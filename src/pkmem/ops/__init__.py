@@ -68,7 +68,7 @@ def product_key_topk(query: Tensor, sub_keys: Tensor, knn: int, *, backend: str 
     _check_devices(query=query, sub_keys=sub_keys)
     if not 1 <= knn <= sub_keys.shape[2]:
         raise ValueError(f"knn is {knn} but must be in [1, s = {sub_keys.shape[2]}]")
-    chosen = choose_backend(query.device, backend)
+    chosen = choose_backend(sub_keys, backend, query)
     if nobody_watches(query, sub_keys):
         return select(query, sub_keys, knn, chosen)
     if is_transformed():
@@ -104,7 +104,7 @@ def flat_topk(query: Tensor, keys: Tensor, knn: int, *, backend: str | None = No
     _check_devices(query=query, keys=keys)
     if not 1 <= knn <= keys.shape[1]:
         raise ValueError(f"knn is {knn} but must be in [1, m = {keys.shape[1]}]")
-    return flat(query.detach(), keys.detach(), knn, choose_backend(query.device, backend))
+    return flat(query.detach(), keys.detach(), knn, choose_backend(keys, backend, query))
 
 
 def weighted_sum(
@@ -140,7 +140,7 @@ def weighted_sum(
         )
     _check_dtypes(values, slots)
     _check_devices(values=values, slots=slots, weights=weights)
-    chosen = choose_backend(values.device, backend)
+    chosen = choose_backend(values, backend)
     if nobody_watches(values, slots, weights):
         return checked_bag(values, slots, weights, chosen)
     if is_transformed():
@@ -180,7 +180,7 @@ def row_products(
         )
     _check_dtypes(table, slots)
     _check_devices(table=table, slots=slots, x=x)
-    chosen = choose_backend(table.device, backend)
+    chosen = choose_backend(table, backend)
     if nobody_watches(table, slots, x):
         return checked_products(table, slots, x, chosen)
     if is_transformed():

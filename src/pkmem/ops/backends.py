@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
+import logging
+import os
 import warnings
+from importlib.util import find_spec
+from threading import Event
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from pkmem.ops import verdict
 from pkmem.ops.arguments import AdamStep, LayerWeights, SortedReads
+from pkmem.ops.verdict import DTYPES, HUGE_ELEMENTS, LEAST_CAPABILITY
 
 BACKENDS = ("reference", "cpu", "triton")
+_ADVISED = Event()  # one line per process says what `pkmem doctor` would do
 
 
 class Backend(Protocol):
@@ -105,45 +111,133 @@ class Backend(Protocol):
         """
 
 
-def choose_backend(device: torch.device, backend: str | None = None) -> str:
-    """The backend for tensors on `device`: the one asked for, else the fastest that has been measured there.
+def choose_backend(table: Tensor, backend: str | None = None, query: Tensor | None = None) -> str:
+    """The backend of a call: the one asked for, else the fastest that has been found right for such tensors.
 
-    "triton" has to be asked for: its kernels are checked in triton's interpreter and compile, but have not yet run
-    on a GPU.
+    On the CPU that is "cpu" where numba can be used. On CUDA and ROCm it is "triton" where `pkmem doctor` has found its
+    kernels right, on this very GPU and with these versions, for the dtype of the call and for such a size: up to 2 ** 31
+    elements, or more. What it finds counts from the next process on. Else it is "reference".
+
+    Args:
+        table: the rows that the call reads: values, sub-keys or keys.
+        backend: one of `BACKENDS`; None for the fastest.
+        query: what the rows are compared with, in a selection: the dtype of the call is what both promote to.
 
     Raises:
         ValueError: `backend` is not in `BACKENDS`.
     """
     if backend is None:
-        return _fastest(device.type)
+        if table.is_cpu:
+            return _fastest_on_the_cpu()
+        dtype = table.dtype if query is None else torch.promote_types(table.dtype, query.dtype)
+        shapes = "huge" if table.numel() > HUGE_ELEMENTS else "usual"
+        return _fastest_on(table.device.type, table.device.index, DTYPES.get(dtype), shapes)
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r} but must be one of {', '.join(BACKENDS)}")
     return backend
 
 
-def _fastest(device_type: str) -> str:
-    if device_type != "cpu":
-        return "reference"
+def _fastest_on_the_cpu() -> str:
     if _why_no_kernels() is None:
         return "cpu"
     _warn_of_the_reference()
     return "reference"
 
 
+def _fastest_on(device_type: str, index: int | None, dtype: str | None, shapes: str) -> str:
+    if device_type != "cuda" or dtype is None:
+        return "reference"
+    return _fastest_on_gpu(index or 0, dtype, shapes)
+
+
 # `torch.compiler.assume_constant_result`, without importing the compiler: it would trace the import of numba.
-_fastest._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_fastest_on_the_cpu._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_fastest_on._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@functools.cache
+def _fastest_on_gpu(index: int, dtype: str, shapes: str) -> str:
+    device = torch.device("cuda", index)
+    if why_unfit(device) is not None:  # nothing that the doctor could change
+        return "reference"
+    passed = verdict.passed_on(device)
+    if passed is None:
+        _advise(
+            f"on {device}, since `pkmem doctor` has not checked the Triton kernels there: it does, and switches them on"
+        )
+    elif (dtype, shapes) not in passed:
+        what = f"{dtype}, tables past 2^31 elements" if shapes == "huge" else dtype
+        _advise(
+            f"for {what} on {device}: `pkmem doctor` has not found the Triton kernels right for it; run it to see why"
+        )
+    elif why := why_not("triton", device):
+        _advise(f"on {device}, since Triton cannot be used: {why}")
+    else:
+        return "triton"
+    return "reference"
+
+
+def _advise(what: str) -> None:
+    if not _ADVISED.is_set():
+        _ADVISED.set()
+        logging.getLogger("pkmem").warning("the slow reference runs %s", what)
+
+
+def why_no_verdict() -> str | None:
+    """Why what the Triton kernels compute in this process is not what a GPU computes; None where it is."""
+    if os.environ.get("TRITON_INTERPRET", "0") in ("", "0"):
+        return None
+    return "TRITON_INTERPRET is set, and what Triton's interpreter computes says nothing of a GPU: unset it"
+
+
+def why_unfit(device: torch.device) -> str | None:
+    """Why the Triton kernels cannot be a CUDA or ROCm device's default, by what is known without importing Triton."""
+    if find_spec("triton") is None:
+        return "Triton is not installed: pip install triton"
+    if why := why_no_verdict():
+        return why
+    capability = torch.cuda.get_device_capability(device)
+    if torch.version.hip is None and capability < LEAST_CAPABILITY:
+        found, least = (".".join(map(str, numbers)) for numbers in (capability, LEAST_CAPABILITY))
+        return f"it has compute capability {found}, below {least}"
+    return None
+
+
+def why_not(backend: str, device: torch.device) -> str | None:
+    """Why a backend cannot run on a device, in words; None where it can."""
+    if backend == "cpu":
+        return f"its kernels run on the CPU, not on {device.type}" if device.type != "cpu" else _why_no_kernels()
+    if backend == "triton":
+        if why := _why_no_triton():
+            return why
+        from pkmem.ops import triton
+
+        return triton.why_not(device)
+    return None
 
 
 @functools.cache
 def _why_no_kernels() -> str | None:
     """Why the CPU's kernels cannot run; None where they can."""
-    if importlib.util.find_spec("numba") is None:
+    if find_spec("numba") is None:
         return "numba is not installed: pip install 'pkmem[cpu]'"
     try:
         from pkmem.ops import cpu  # noqa: F401
     except Exception as error:  # numba raises many kinds: a numpy it does not know, a library that is missing
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         return f"numba is installed but cannot be used ({reason})"
+    return None
+
+
+@functools.cache
+def _why_no_triton() -> str | None:
+    """Why Triton's kernels cannot be imported; None where they can."""
+    if find_spec("triton") is None:
+        return "Triton is not installed: pip install triton"
+    try:
+        from pkmem.ops import triton  # noqa: F401
+    except Exception as error:
+        return " ".join(str(error).split())
     return None
 
 
@@ -166,6 +260,8 @@ def backend_module(backend: str) -> Backend:
 
         return cpu
     if backend == "triton":
+        if why := _why_no_triton():
+            raise ValueError(f"backend 'triton' cannot run: {why}")
         from pkmem.ops import triton
 
         return triton
@@ -176,7 +272,7 @@ def backend_module(backend: str) -> Backend:
 
 def prepare(device: torch.device, dtype: torch.dtype) -> None:
     """Compiles what the first calls on `device` with a table of `dtype` would, so that nobody times a compiler."""
-    if choose_backend(device) == "cpu" and dtype != torch.float64:
+    if device.type == "cpu" and _fastest_on_the_cpu() == "cpu" and dtype != torch.float64:
         from pkmem.ops import cpu
 
         cpu.warmup((dtype,))

@@ -15,7 +15,6 @@ import os
 import pickle
 import stat
 import sys
-import uuid
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -26,6 +25,8 @@ import numba
 from numba.core.caching import NullCache
 from numba.core.compiler import CompileResult
 from numba.core.serialize import dumps
+
+from pkmem.ops.user_cache import user_cache, write_whole
 
 _HERE = Path(__file__).parent
 _DIGEST_BYTES = hashlib.sha256().digest_size
@@ -43,7 +44,7 @@ class KernelCache(NullCache):
         """The compiled code, None where it is not on disk."""
         context.refresh()
         name, sources = self._file_name(signature, context.codegen()), _sources(self._source)
-        for folder in _folders():
+        for folder in folders():
             stored = _read(folder / name)
             if stored and stored[:_DIGEST_BYTES] == _digest(name, sources, stored[_DIGEST_BYTES:]):
                 return CompileResult._rebuild(context, *pickle.loads(stored[_DIGEST_BYTES:]))
@@ -55,7 +56,7 @@ class KernelCache(NullCache):
         assert not compiled.library.has_dynamic_globals, "it holds addresses of this process: pass large arrays in"
         name, code = self._file_name(signature, compiled.codegen), dumps(compiled._reduce())
         whole = _digest(name, _sources(self._source), code) + code
-        if not any(_write(folder / name, whole) for folder in _folders()):
+        if not any(_write(folder / name, whole) for folder in folders()):
             _say_that_nothing_is_kept()
 
     def _file_name(self, signature: Any, codegen: Any) -> str:
@@ -64,7 +65,7 @@ class KernelCache(NullCache):
         return f"{self._name}.{hashlib.sha256(repr((compiled_for, where)).encode()).hexdigest()[:24]}.kernel"
 
 
-def _folders() -> Iterator[Path]:
+def folders() -> Iterator[Path]:
     """Where kernels may lie, in the order in which they are looked for and kept."""
     if not _HERE.is_dir():  # in an archive: it cannot be seen whether our sources have changed
         return
@@ -72,8 +73,8 @@ def _folders() -> Iterator[Path]:
         yield Path(numba.config.CACHE_DIR)
         return
     yield _HERE / "__pycache__"
-    with contextlib.suppress(RuntimeError):  # no home
-        yield Path.home() / ".cache" / "pkmem" / "kernels"
+    if folder := user_cache("kernels"):
+        yield folder
 
 
 @cache
@@ -103,15 +104,10 @@ def _read(file: Path) -> bytes:
 
 
 def _write(file: Path, content: bytes) -> bool:
-    """Whether the file is there now, whole at any time."""
-    temporary = file.with_name(f"{uuid.uuid4().hex}.tmp")
+    """Whether the file is there now."""
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(content)
-        temporary.replace(file)
+        write_whole(file, content)
     except OSError:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
         return False
     return True
 

@@ -49,11 +49,15 @@ def run_over(kernel: Callable[..., Any], arguments: tuple[Any, ...], size: int, 
                 return
             kernel(*arguments, first, min(first + step, size))
 
-    parallel = None if _FORKED.is_set() else _openmp()
-    if parallel is None:
-        _on_python_threads(work, threads)
+    if shares_torchs_threads():
+        _on_openmp_threads(_openmp(), work, threads)
     else:
-        _on_openmp_threads(parallel, work, threads)
+        _on_python_threads(work, threads)
+
+
+def shares_torchs_threads() -> bool:
+    """Whether kernels run on the OpenMP threads that torch uses; else on Python's."""
+    return not _FORKED.is_set() and _openmp() is not None
 
 
 def _on_openmp_threads(parallel: Any, work: Callable[[], None], threads: int) -> None:
