@@ -96,16 +96,16 @@ def sum_of_rows(  # type: ignore[no-untyped-def]
         row = tl.load(row_numbers + reads, mask=real, other=0).to(tl.int64)
         weight = tl.load(weights + reads, mask=real, other=0).to(tl.float32)
         if num_rows is not None:
-            inside = (row >= 0) & (row < num_rows)
-            weight = tl.where(inside | (reads >= end), weight, float("nan"))
-            real = real & inside
+            is_row = row.to(tl.uint64, bitcast=True) < num_rows  # below 0 is far above
+            weight = tl.where(is_row, weight, float("nan"))
+            real = real & is_row
         offsets = row[:, None] * stride + columns[None, :]
         part = tl.load(table + offsets, mask=real[:, None] & (columns < width)[None, :], other=0)
         total += weight[:, None] * part.to(tl.float32)
     return tl.sum(total, 0)
 
 
-@triton.jit(do_not_specialize=["num_reads", "num_rows"])
+@triton.jit(do_not_specialize=["num_rows"])
 def _sum_rows(  # type: ignore[no-untyped-def]
     values, slots, weights, summed, stride, width, num_reads, num_rows, ROWS: tl.constexpr, BLOCK_V: tl.constexpr
 ):
@@ -118,7 +118,7 @@ def _sum_rows(  # type: ignore[no-untyped-def]
     tl.store(summed + token * width + columns, narrow(total, summed.dtype.element_ty), mask=columns < width)
 
 
-@triton.jit(do_not_specialize=["num_reads", "num_rows"])
+@triton.jit(do_not_specialize=["num_rows"])
 def _dot_rows(  # type: ignore[no-untyped-def]
     table, slots, x, products, stride, width, num_reads, num_rows, READS: tl.constexpr, BLOCK_V: tl.constexpr
 ):
