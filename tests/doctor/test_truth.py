@@ -1,5 +1,8 @@
 """The doctor's truth, which a user's machine has without the tests, is the tests' own."""
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -33,6 +36,12 @@ def test_selection_and_its_gradients(n, h, s, half, knn, integers) -> None:
         strict=True,
     ):
         assert_equal(found, gradient)
+
+
+def test_the_truth_shares_no_line_with_what_it_judges() -> None:
+    assert not re.search(
+        r"^\s*(from|import) (pkmem|numpy)", Path(truth.__file__).read_text(encoding="utf-8"), re.MULTILINE
+    )
 
 
 def test_flat_keys() -> None:

@@ -15,7 +15,7 @@ from pkmem.doctor.step import Step
 @check(4, "every result of a training step, repeated")
 def repeats(case: Case) -> str:
     """With other work beside it, where the device has streams."""
-    step = Step(case)
+    step = Step(case, case.sizes.step, case.sizes.step_width)
     expected = step.results()
     for _ in range(case.sizes.repeats):
         with _other_work(case.device):
@@ -29,7 +29,7 @@ def repeats(case: Case) -> str:
 def settings(case: Case) -> None:
     """`torch.set_float32_matmul_precision` is for the user's products, not for the selection's."""
     before = torch.get_float32_matmul_precision()
-    step = Step(case)
+    step = Step(case, case.sizes.step, case.sizes.step_width)
     try:
         torch.set_float32_matmul_precision("highest")
         expected = step.results()

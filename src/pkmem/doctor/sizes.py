@@ -40,8 +40,9 @@ class Sizes:
         different: queries that differ, of which an example has copies if it has more tokens.
         readings: for sums and their gradients.
         hot_reads: reads of one row.
-        step: a training step: for repeats, settings, graphs and time; its table has a row for each slot.
+        step: a training step, for repeats, settings and graphs; its table has a row for each slot.
         step_width: of its table.
+        race, race_width: a training step as usual as the device's memory and a minute allow, for the race.
         repeats: how often it is repeated.
         turns: of the race with the reference.
     """
@@ -54,6 +55,8 @@ class Sizes:
     hot_reads: int
     step: Selection
     step_width: int
+    race: Selection
+    race_width: int
     repeats: int = 10
     turns: int = 9
 
@@ -102,6 +105,8 @@ ON_A_GPU = Sizes(
     hot_reads=1300,
     step=Selection(4099, 4, 256, 512, 32),
     step_width=512,
+    race=Selection(8192, 4, 256, 512, 32),
+    race_width=1024,
 )
 
 ON_A_CPU = Sizes(
@@ -129,6 +134,8 @@ ON_A_CPU = Sizes(
     hot_reads=700,
     step=Selection(300, 2, 64, 64, 32),
     step_width=96,
+    race=Selection(256, 2, 64, 128, 32),
+    race_width=128,
     turns=5,
 )
 
@@ -157,6 +164,8 @@ INTERPRETED = Sizes(
     hot_reads=600,
     step=Selection(7, 1, 5, 19, 4),
     step_width=19,
+    race=Selection(7, 1, 5, 19, 4),
+    race_width=19,
     repeats=2,
     turns=3,
 )

@@ -13,7 +13,7 @@ import torch
 from pkmem.doctor.checks import Case, DoesNotApply, check
 from pkmem.doctor.step import Step
 
-_SECONDS_PER_TURN = 0.02  # a shorter call is repeated within its turn
+_SECONDS_PER_TURN = 0.1  # a shorter call is repeated within its turn
 
 
 @check(11, "time of reading and of a training step, in turns with the reference")
@@ -23,7 +23,8 @@ def race(case: Case) -> str:
         raise DoesNotApply("this is the reference")
     if case.device.type == "cpu" and case.backend == "triton":
         raise DoesNotApply("the interpreter is slow, and no measure of a GPU")
-    ours, theirs = Step(case), Step(replace(case, backend="reference"))
+    size = case.sizes.race, case.sizes.race_width
+    ours, theirs = Step(case, *size), Step(replace(case, backend="reference"), *size)
     slow, notes = [], []
     for what, call, other in (("reading", ours.read, theirs.read), ("a training step", ours.train, theirs.train)):
         ratio = median_ratio(call, other, case.sizes.turns, case.device)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from pkmem.doctor.checks import Case
+from pkmem.doctor.sizes import Selection
 from pkmem.ops.arguments import AdamStep
 
 
@@ -13,14 +14,15 @@ class Step:
     """Everything a step needs, on the device, and what a backend computes from it.
 
     Args:
-        case: whose backend, dtype, random numbers and `sizes.step` it takes.
+        case: whose backend, dtype and random numbers it takes.
+        size: of the selection; the table has a row for each slot.
+        width: of the table.
     """
 
-    def __init__(self, case: Case) -> None:
-        self.case, self.backend, self.knn = case, case.module, case.sizes.step.knn
-        num_rows = case.sizes.step.num_sub_keys**2
+    def __init__(self, case: Case, size: Selection, width: int) -> None:
+        self.case, self.size, self.width, self.backend = case, size, width, case.module
         self.given = [case.there(tensor) for tensor in self._drawn()]
-        self.values = case.there(case.normal(num_rows, case.sizes.step_width))
+        self.values = case.there(case.normal(size.num_sub_keys**2, width))
         self.moments = torch.zeros(2, *self.values.shape, device=case.device)
         # Tensors, so that nothing has to be copied to the device.
         scalars = (torch.full((), number, dtype=torch.float64, device=case.device) for number in (0.01, 1.0, 1.0))
@@ -28,7 +30,7 @@ class Step:
         self.update = AdamStep(lr=lr, betas=(0.9, 0.98), eps=1e-8, step=step, scale=scale)
 
     def _drawn(self) -> list[Tensor]:
-        size, width = self.case.sizes.step, self.case.sizes.step_width
+        size, width = self.size, self.width
         query, sub_keys = (size.num_tokens, size.heads, 2 * size.half), (size.heads, 2, size.num_sub_keys, size.half)
         return [self.case.normal(*shape) for shape in (query, sub_keys, (size.num_tokens, width))]
 
@@ -39,7 +41,7 @@ class Step:
 
     def read(self) -> tuple[Tensor, Tensor, Tensor]:
         """Scores and slots (n, h, knn), sums (n, v)."""
-        scores, slots = self.backend.product_key_topk(self.given[0], self.given[1], self.knn)
+        scores, slots = self.backend.product_key_topk(self.given[0], self.given[1], self.size.knn)
         return scores, slots, self.backend.weighted_sum(self.values, slots.flatten(1), scores.softmax(-1).flatten(1))
 
     def train(self) -> None:

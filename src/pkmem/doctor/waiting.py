@@ -3,9 +3,9 @@ reads: point 9."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -28,7 +28,7 @@ def waits(case: Case) -> None:
         raise DoesNotApply(_ROWS_ARE_GROUPED)
     if case.device.type == "cpu" and case.backend != "triton":
         raise DoesNotApply("a CPU waits for nobody")
-    step = Step(case)
+    step = Step(case, case.sizes.step, case.sizes.step_width)
     calls: list[Callable[[], Any]] = [step.results, *(_layer_step(case, max_norm) for max_norm in (None, 1.0))]
     memory, x = _memory(case), case.there(case.normal(3, 16))
     calls.append(torch.no_grad()(lambda: memory.eval()(x)))
@@ -43,9 +43,9 @@ def replays(case: Case) -> None:
     """Captured after a first call, and by a call that is the first with such shapes."""
     if case.backend == "reference":
         raise DoesNotApply(_ROWS_ARE_GROUPED)
-    unusual = replace(case.sizes, step=case.sizes.step._replace(num_tokens=29, knn=3))
-    for sizes, is_warm in ((case.sizes, True), (unusual, False)):
-        step = Step(replace(case, sizes=sizes))
+    unusual = case.sizes.step._replace(num_tokens=29, knn=3)
+    for size, is_warm in ((case.sizes.step, True), (unusual, False)):
+        step = Step(case, size, case.sizes.step_width)
         replay = _captured(step.results, is_warm, case.device)
         for _ in range(3):
             step.renew()
@@ -126,7 +126,9 @@ def _synchronising_raises(device: torch.device) -> Iterator[None]:
         raise DoesNotApply(f"torch does not report who waits for a device of the kind {device.type}")
     torch.cuda.synchronize(device)
     before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # torch calls it a prototype
+        torch.cuda.set_sync_debug_mode("error")
     try:
         yield
     finally:
