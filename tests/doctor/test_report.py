@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from pkmem.cli import main
-from pkmem.doctor import report, surroundings
+from pkmem.doctor import examination, report, surroundings
 from pkmem.doctor.findings import Finding
 from pkmem.doctor.report import passed_in, visit
-from pkmem.ops import backends, verdict
+from pkmem.ops import backends, reference, verdict
 from pkmem.ops.verdict import DTYPES, SHAPES, stored
 
 GPU = {"gpu": "Made-up 100", "capability": "9.0", "driver": "535.1", "torch": "2.13.0", "triton": "3.7.1"}
@@ -65,6 +65,7 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
         monkeypatch.setattr(report, "examine", examine)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: len(gpus))
         monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(gpus))
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda: gpus[0])
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (70 << 30, 80 << 30))
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
         monkeypatch.setattr(verdict, "subject_of", lambda device: {**GPU, "gpu": gpus[device.index]})
@@ -253,27 +254,45 @@ def test_no_path_names_the_user(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
 # The real thing ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow  # a minute: tests/doctor/test_examination.py makes the same checks
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there the Triton kernels are checked")
 def test_the_doctor_finds_this_machine_well() -> None:
-    command = [sys.executable, "-m", "pkmem", "doctor"]
-    said = subprocess.run(command, capture_output=True, text=True)
+    said = subprocess.run([sys.executable, "-m", "pkmem", "doctor"], capture_output=True, text=True)
     assert said.returncode == 0, said.stdout
+    assert "Traceback" not in said.stderr
     assert "The backend triton is not checked: " in said.stdout
     assert "All that could be checked here is right." in said.stdout
-    assert "Traceback" not in said.stderr
     for backend in ("reference", "cpu"):
         table = said.stdout.split(f"\nThe backend {backend} on cpu\n")[1].split("\n\n")[0]
         assert [point for point in range(1, 8) if f"\n   {point}  passed " not in f"\n{table}"] == []
 
 
-def test_a_broken_kernel_is_named_and_ends_with_1(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    from pkmem.doctor import examination
-    from pkmem.ops import reference
+@pytest.fixture
+def only_random_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The checks of one point alone, which take a second."""
+    monkeypatch.setattr(examination, "CHECKS", tuple(check for check in examination.CHECKS if check.point == 2))
 
-    checks = tuple(check for check in examination.CHECKS if check.point == 2)
-    monkeypatch.setattr(examination, "CHECKS", checks)
+
+def _exit_code() -> object:
+    with pytest.raises(SystemExit) as stop:
+        main(["doctor", "--device", "cpu"])
+    return stop.value.code
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there the Triton kernels are checked")
+def test_a_sound_machine_without_a_gpu_ends_with_0(
+    only_random_numbers: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert _exit_code() == 0
+    printed = capsys.readouterr().out
+    assert "The backend triton is not checked: " in printed
+    assert printed.count("   2  passed         random numbers") == 2
+    assert printed.endswith("All that could be checked here is right.\n")
+
+
+def test_a_broken_kernel_is_named_and_ends_with_1(
+    only_random_numbers: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     product_key_topk = reference.product_key_topk
 
     def broken(query: torch.Tensor, sub_keys: torch.Tensor, knn: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -281,9 +300,7 @@ def test_a_broken_kernel_is_named_and_ends_with_1(
         return scores, slots.roll(1, 0)
 
     monkeypatch.setattr(reference, "product_key_topk", broken)
-    with pytest.raises(SystemExit) as stop:
-        main(["doctor", "--device", "cpu"])
-    assert stop.value.code == 1
+    assert _exit_code() == 1
     printed = capsys.readouterr().out
     assert "   2  FAILED         random numbers" in printed
     assert "Something failed: reference." in printed

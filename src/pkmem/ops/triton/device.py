@@ -10,7 +10,8 @@ import torch
 import triton
 from torch import Tensor
 
-_LEAST_CAPABILITY = (8, 0)
+from pkmem.ops.verdict import LEAST_CAPABILITY
+
 _USUAL_PROCESSORS = 64
 _USUAL_SHARED_BYTES = 48 << 10  # less than any GPU has on which the kernels run
 
@@ -36,10 +37,10 @@ def why_not(device: torch.device) -> str | None:
 def _why_too_old(index: int) -> str | None:
     """Why an NVIDIA GPU cannot run the kernels: before 8.0 it has no bf16, and the kernels spill kilobytes."""
     capability = torch.cuda.get_device_capability(index)
-    if capability >= _LEAST_CAPABILITY:
+    if capability >= LEAST_CAPABILITY:
         return None
     name = torch.cuda.get_device_name(index)
-    found, least = (".".join(map(str, numbers)) for numbers in (capability, _LEAST_CAPABILITY))
+    found, least = (".".join(map(str, numbers)) for numbers in (capability, LEAST_CAPABILITY))
     return f"{name} has compute capability {found}, below {least}: the kernels would spill registers by the kilobyte"
 
 
