@@ -223,7 +223,10 @@ def main() -> None:
     where, out = environment(), given.out
     out.mkdir(parents=True, exist_ok=True)
     kernels = [{**asdict(code), **(asdict(detailed[code.kernel]) if code.gpu == DETAILED else {})} for code in codes]
-    save_json(out / "gpu_code.json", {"environment": where, "kernels": kernels})
+    gpus = {
+        gpu: {"models": targets.GPUS[gpu].models, "shared_bytes": targets.GPUS[gpu].shared_bytes} for gpu in given.gpus
+    }
+    save_json(out / "gpu_code.json", {"environment": where, "gpus": gpus, "kernels": kernels})
     text = text_of(codes, detailed, where)
     (out / "gpu_code.md").write_text(text, encoding="utf-8")
     print(text)

@@ -39,7 +39,7 @@ def main() -> None:
     with rc_context(STYLE):
         for draw in (layer, product_keys, reading_log, growth, slots, value_rates):
             draw().savefig(BUILD / "figures" / f"{draw.__name__}.svg", metadata={"Date": None})
-    for write in (forward, training_step, peak_memory):
+    for write in (forward, training_step, peak_memory, gpu_reference, gpu_code):
         (BUILD / "tables" / f"{write.__name__}.md").write_text(write(), encoding="utf-8")
 
 
@@ -259,9 +259,41 @@ def peak_memory() -> str:
     return _table(["trained with", *sizes], [*rows, ["*parameters and moments alone*", *needed]])
 
 
+def gpu_reference() -> str:
+    """What a training step of the reference asks of a GPU."""
+    document = _document("gpu_reference")
+    rows = []
+    for part in ("forward", "backward", "RowAdam step"):
+        counted = [document["figures"][dtype][part] for dtype in ("float32", "bfloat16")]
+        rows.append(
+            [part, *(f"{f['operators']:,}" for f in counted), *(f"{f['peak_bytes'] / 2**20:,.0f}" for f in counted)]
+        )
+    size = f"{document['tokens']:,} tokens"
+    titles = [size, "operators, fp32", "operators, bf16", "MiB beside inputs and outputs, fp32", "the same, bf16"]
+    return _table(titles, rows)
+
+
+def gpu_code() -> str:
+    """What the Triton kernels take of each GPU."""
+    document = _document("gpu_code")
+    rows = []
+    for name, gpu in document["gpus"].items():
+        kernels = [kernel for kernel in document["kernels"] if kernel["gpu"] == name]
+        largest = [max(kernel[what] for kernel in kernels) for what in ("shared_bytes", "registers", "spills")]
+        rows.append([
+            f"{gpu['models']} ({name})", str(len(kernels)), f"{largest[0] >> 10} of {gpu['shared_bytes'] >> 10}",
+            str(largest[1]), str(largest[2]),
+        ])  # fmt: skip
+    return _table(["GPU", "kernels", "most shared KiB", "most registers", "spilled registers"], rows)
+
+
+def _document(benchmark: str) -> dict[str, Any]:
+    file = ROOT / "benchmarks" / "results" / f"{benchmark}.json"
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
 def _lines(benchmark: str) -> dict[str, dict[str, Any]]:
-    document = json.loads((ROOT / "benchmarks" / "results" / f"{benchmark}.json").read_text(encoding="utf-8"))
-    return {line["what"]: line for line in document["lines"]}
+    return {line["what"]: line for line in _document(benchmark)["lines"]}
 
 
 def _ratio(line: dict[str, Any]) -> str:
