@@ -42,7 +42,11 @@ _INDEX = tl.constexpr(0xFFFFFFFF)
 
 
 def product_key_topk(query: Tensor, sub_keys: Tensor, knn: int) -> tuple[Tensor, Tensor]:
-    """See `Backend.product_key_topk`; fp64 and large sets go to the reference."""
+    """See `Backend.product_key_topk`; fp64 and large sets go to the reference.
+
+    Two dtypes become the wider one: where autocast makes bf16 queries of a layer whose sub-keys are fp32, the scores are
+    those of fp32, which the matrix units do not multiply. Sub-keys in bf16 take the fast way.
+    """
     num_tokens, heads, _ = query.shape
     num_sub_keys = sub_keys.shape[2]
     if knn > _LARGEST_KNN or num_sub_keys > _LARGEST_SET or query.dtype == torch.float64:
