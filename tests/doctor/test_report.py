@@ -222,7 +222,9 @@ def test_what_failed_has_a_remedy(
 def test_a_slow_backend_is_told_of_but_not_wrong(machine: Machine, capsys: pytest.CaptureFixture[str]) -> None:
     machine("A", findings={"triton": [finding("failed", point=11)]})
     assert visit()
-    assert "Slower than the reference on some examples: triton" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "Slower than the reference on some examples: triton" in printed
+    assert "  11  SLOW           no slower than the reference (0 of 1 checks passed)" in printed
     assert stored({**GPU, "gpu": "A"}) == ALL - {("bf16", "usual"), ("bf16", "huge")}  # nor is it the default
 
 

@@ -122,7 +122,7 @@ def _table(findings: list[Finding]) -> Iterator[str]:
     for point, group in groupby(sorted(findings, key=_point_of), key=_point_of):
         some = list(group)
         worst = min((finding.outcome for finding in some), key=_WORST_FIRST.index)
-        outcome = worst.upper() if worst == "failed" else worst
+        outcome = worst if worst != "failed" else "SLOW" if point == _SPEED else "FAILED"
         yield f"  {point:>2}  {outcome:<14} {POINTS[point]}{_count(some)}"
         told = ("failed", "not checked") if worst != "does not apply" else ("does not apply",)
         notes = [finding for finding in some if finding.outcome in told or (finding.note and point in _MEASURED)]
