@@ -360,7 +360,7 @@ def on_a_gpu(backend: str) -> Case:
     ("changed", "complaint"),
     [
         ({}, None),
-        ({"spills": 3}, "spills 3"),
+        ({"spills": 17}, "spills 17"),
         ({"shared_bytes": 200 << 10}, "shared memory"),
         ({"has_tf32": True}, "TF32"),
         ({"has_atomics": True}, "atomics"),
@@ -377,6 +377,8 @@ def test_compiled_code_that_breaks_a_promise_is_found(changed, complaint, monkey
     monkeypatch.setattr(device, "shared_bytes", lambda _: 99 << 10)
     if complaint is None:
         assert kernels.examine(on_a_gpu("triton")) == "2 kernels"
+        facts["other"] = replace(sound, spills=3)  # told of, but nothing is wrong with it
+        assert kernels.examine(on_a_gpu("triton")) == "2 kernels; other spills 3 registers"
     else:
         with pytest.raises(AssertionError, match=f"1 of 2 kernels: other .*{complaint}"):
             kernels.examine(on_a_gpu("triton"))

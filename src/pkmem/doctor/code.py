@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from pkmem.doctor.checks import Case, DoesNotApply, NotChecked, check
+
+_SLIGHT_SPILLS = 16  # registers: nothing is wrong with so few, and the race tells what they cost
 
 
 @check(10, "every kernel that the other checks had compiled", ("",))
@@ -20,10 +24,14 @@ def kernels(case: Case) -> str:
     if not found:
         raise NotChecked("no kernel was compiled")
     most = shared_bytes(case.device)
-    wrong = {name: complaints(facts_of(compiled), most) for name, compiled in found.items()}
-    lines = [f"{name} {' and '.join(what)}" for name, what in wrong.items() if what]
+    facts = {name: facts_of(compiled) for name, compiled in found.items()}
+    slight = {name: fact for name, fact in facts.items() if 0 < (fact.spills or 0) <= _SLIGHT_SPILLS}
+    facts |= {name: replace(fact, spills=0) for name, fact in slight.items()}
+    lines = [f"{name} {' and '.join(what)}" for name, fact in facts.items() if (what := complaints(fact, most))]
     assert not lines, f"{len(lines)} of {len(found)} kernels: {'; '.join(lines)}"
-    return f"{len(found)} kernels"
+    return f"{len(found)} kernels" + "".join(
+        f"; {name} spills {fact.spills} registers" for name, fact in slight.items()
+    )
 
 
 CHECKS = (kernels,)

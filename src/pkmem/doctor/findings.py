@@ -15,7 +15,7 @@ POINTS = {
     7: "RowAdam against fp64: rounding by key, a scale that is not finite skips, unread rows keep their bits",
     8: "tables past 2^31 elements",
     9: "nothing waits for the device; capture and replay; torch.compile; every read is logged",
-    10: "what was compiled: shared memory within the device's, no spilled registers, no TF32, no atomics",
+    10: "what was compiled: shared memory within the device's, hardly a spilled register, no TF32, no atomics",
     11: "no slower than the reference",
 }
 Outcome = Literal["passed", "failed", "not checked", "does not apply"]
