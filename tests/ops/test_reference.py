@@ -1,9 +1,11 @@
 """The reference where it runs on a GPU: few operators, little memory, full precision; counted on CPU tensors."""
 
+import contextlib
 from importlib.util import find_spec
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 
@@ -114,3 +116,26 @@ def test_empty_segments_are_left_out_and_the_host_looks_once(monkeypatch: pytest
         results.append(tables)
     assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
     assert looks.call_count == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_everything_is_made_where_the_tensors_are(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On torch's device without numbers, whose operators refuse tensors of the CPU; the host's look is made up."""
+    monkeypatch.setattr(reference, "full_precision", lambda device: contextlib.nullcontext())  # unknown to autocast
+
+    def there(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    query, sub_keys, table = there(33, 2, 8), there(2, 2, 7, 4), there(49, 5)
+    scores, slots = reference.product_key_topk(query, sub_keys, 3)
+    grads = reference.product_key_topk_backward(scores, query, sub_keys, slots)
+    flat, weights = slots.flatten(1), scores.softmax(-1).flatten(1)
+    sums = reference.weighted_sum(table, flat, weights)
+    found = [*grads, reference.flat_topk(query, there(2, 30, 8), 4), reference.row_products(table, flat, sums)]
+    reads = reference.sort_reads([flat, flat], [weights, weights], [sums, sums], 49)
+    reads.__dict__["host_offsets"] = np.arange(49)
+    found += [reference.row_gradient_norm(reads), reference.weighted_sum_grad_values(reads, 49)]
+    for scalar in (1.0, torch.ones((), dtype=torch.float64, device="meta")):
+        update = AdamStep(lr=scalar, betas=(0.9, 0.98), eps=1e-8, step=scalar, scale=scalar, seed=3)
+        reference.adam_rows(table, torch.empty_like(table), torch.empty_like(table), reads, update)
+    assert {tensor.device.type for tensor in (scores, slots, sums, *found, reads.rows, reads.offsets)} == {"meta"}

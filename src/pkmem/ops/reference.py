@@ -52,8 +52,8 @@ def product_key_topk(query: Tensor, sub_keys: Tensor, knn: int) -> tuple[Tensor,
         half_scores, ranks = best_first(half_scores, indices.expand_as(half_scores), knn, num_sub_keys)
         score1, score2 = half_scores.unflatten(1, (heads, 2)).unbind(2)
         rank1, rank2 = ranks.unflatten(1, (heads, 2)).unbind(2)
-        of_pairs = score1[..., first] + score2[..., second]
-        pairs = rank1[..., first] * num_sub_keys + rank2[..., second]
+        of_pairs = score1.index_select(-1, first) + score2.index_select(-1, second)
+        pairs = rank1.index_select(-1, first) * num_sub_keys + rank2.index_select(-1, second)
         best_scores, best_slots = best_first(of_pairs, pairs, knn, num_sub_keys**2)
         scores.append(best_scores)
         slots.append(best_slots)
@@ -159,7 +159,7 @@ def _pairs_that_can_win(knn: int, device: torch.device) -> tuple[Tensor, Tensor]
     ends = (knn // torch.arange(1, knn + 1, device=device)).cumsum(0)  # of the pairs of each first rank
     pair = torch.arange(num_pairs, device=device)
     first = torch.searchsorted(ends, pair, right=True)
-    return first, pair - F.pad(ends, (1, 0))[first]
+    return first, pair - F.pad(ends, (1, 0)).index_select(0, first)
 
 
 def weighted_sum(values: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
@@ -219,10 +219,10 @@ def sort_without_waiting(
     offsets.scatter_(0, place, torch.arange(num_reads, device=device))
     offsets = offsets[: min(num_reads, num_rows) + 1]
     return SortedReads(
-        rows=ordered[offsets[:-1].clamp(max=max(num_reads - 1, 0))].to(torch.int64),
+        rows=ordered.index_select(0, offsets[:-1].clamp(max=max(num_reads - 1, 0))).to(torch.int64),
         offsets=offsets,
-        tokens=_tokens(slots)[order],
-        weights=torch.cat([part.reshape(-1) for part in weights])[order],
+        tokens=_tokens(slots).index_select(0, order),
+        weights=torch.cat([part.reshape(-1) for part in weights]).index_select(0, order),
         grad_output=grad_outputs[0] if len(grad_outputs) == 1 else torch.cat(grad_outputs),
     )
 
