@@ -63,13 +63,14 @@ def _grad_sub_keys(grad_halves: Tensor, query: Tensor, sub_keys: Tensor, chosen:
 
 @lru_cache(maxsize=256)
 def _shape_of_sum(device: torch.device, dtype: torch.dtype, num_sub_keys: int, half: int, knn: int) -> dict[str, Any]:
-    """How `_sum_queries` is launched: with four warps, or with eight if four have too few registers."""
+    """How `_sum_queries` is launched: with as few warps and as many sub-keys a program as registers allow."""
     is_bf16 = dtype == torch.bfloat16
     block_d = power_of_two(half, 16, 256 if is_bf16 else 128)  # what registers hold
     shape = {"IS_BF16": is_bf16, "BLOCK_N": _TOKENS, "BLOCK_S": power_of_two(num_sub_keys, 16, 64), "BLOCK_D": block_d}
     tensors = (of_type(dtype), of_type(torch.int32), of_type(torch.float32), of_type(torch.float32))
     numbers = (_TOKENS, _TOKENS, num_sub_keys, half, knn, _TOKENS, triton.cdiv(half, block_d))
-    shapes = [{**shape, "num_warps": warps} for warps in (4, 8)]
+    fewer = {**shape, "BLOCK_S": min(shape["BLOCK_S"], 32)}
+    shapes = [{**shape, "num_warps": 4}, {**shape, "num_warps": 8}, {**fewer, "num_warps": 4}]
     return first_that_fits(_sum_queries, device, (*tensors, *numbers), shapes) or shapes[0]
 
 
