@@ -9,10 +9,6 @@ process, `python tests/ops/test_triton.py`, which prints a JSON object of what f
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-import traceback
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,6 +19,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from interpreter import assert_none, failures_in, failures_of
 from pkmem.ops import reference
 from pkmem.ops.arguments import AdamStep
 
@@ -192,42 +189,14 @@ def fp64_goes_to_the_reference_from_either_log(backend: Any) -> None:
 # --- the processes ----------------------------------------------------------------------------------------
 
 
-def interpreted() -> dict[str, str]:
-    """What failed, by check: its traceback."""
-    from pkmem.ops import triton as backend
-
-    failures = {}
-    torch.use_deterministic_algorithms(True)  # fresh memory is full of NaN
-    for name, function in CHECKS.items():
-        torch.manual_seed(0)
-        try:
-            function(backend)
-        except Exception:
-            failures[name] = traceback.format_exc()
-    return failures
-
-
-def in_a_process(cache: Path) -> dict[str, str]:
-    environment = {**os.environ, "TRITON_CACHE_DIR": str(cache), "TRITON_INTERPRET": "1"}
-    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
-    finished = subprocess.run([sys.executable, __file__], capture_output=True, text=True, env=environment)
-    assert finished.returncode == 0, finished.stderr
-    failures: dict[str, str] = json.loads(finished.stdout.splitlines()[-1])
-    return failures
-
-
 needs_triton = pytest.mark.skipif(not find_spec("triton"), reason="Triton is not installed")
 
 
 @needs_triton
 def test_interpreted_kernels_pass_every_check(tmp_path: Path) -> None:
     # One test, so that pytest-xdist starts one interpreter.
-    assert_no_failures(in_a_process(tmp_path))
-
-
-def assert_no_failures(failures: dict[str, str]) -> None:
-    assert not failures, "\n".join(f"{name}\n{trace}" for name, trace in failures.items())
+    assert_none(failures_in(__file__, tmp_path))
 
 
 if __name__ == "__main__":
-    print(json.dumps(interpreted()))
+    print(json.dumps(failures_of(CHECKS)))

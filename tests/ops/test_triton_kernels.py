@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import gc
 import json
-import os
 import subprocess
 import sys
-import traceback
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,6 +21,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from interpreter import assert_none, failures_in, failures_of
 from pkmem.ops import reference
 from pkmem.ops.arguments import AdamStep
 
@@ -178,21 +177,6 @@ def no_tensor_is_kept_from_call_to_call(backend: Any) -> None:
     assert alive() == before
 
 
-def interpreted() -> dict[str, str]:
-    """What failed, by check: its traceback."""
-    from pkmem.ops import triton as backend
-
-    failures = {}
-    torch.use_deterministic_algorithms(True)  # fresh memory is full of NaN
-    for name, function in CHECKS.items():
-        torch.manual_seed(0)
-        try:
-            function(backend)
-        except Exception:
-            failures[name] = traceback.format_exc()
-    return failures
-
-
 # --- here -------------------------------------------------------------------------------------------------
 
 needs_triton = pytest.mark.skipif(not find_spec("triton"), reason="Triton is not installed")
@@ -200,11 +184,7 @@ needs_triton = pytest.mark.skipif(not find_spec("triton"), reason="Triton is not
 
 @needs_triton
 def test_kernels_interpreted_pass_every_check(tmp_path: Path) -> None:
-    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    finished = subprocess.run([sys.executable, __file__], capture_output=True, text=True, env=environment)
-    assert finished.returncode == 0, finished.stderr
-    failures = json.loads(finished.stdout.splitlines()[-1])
-    assert not failures, "\n".join(f"{name}\n{trace}" for name, trace in failures.items())
+    assert_none(failures_in(__file__, tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -311,4 +291,4 @@ def test_kernels_are_launched_on_the_device_of_their_tensors() -> None:
 
 
 if __name__ == "__main__":
-    print(json.dumps(interpreted()))
+    print(json.dumps(failures_of(CHECKS)))
