@@ -26,18 +26,25 @@ def finding(outcome: str = "passed", dtype: str = "bf16", shapes: str = "usual",
     return Finding(point, "a check", dtype, shapes, outcome, "a note")  # type: ignore[arg-type]
 
 
+EVERYTHING = [finding("passed", dtype, shapes) for dtype, shapes in sorted(ALL)]
+
+
 # What passed ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("findings", "passed"),
     [
-        ([finding(), finding("does not apply", ""), finding("passed", "fp32", "huge")], ALL),
-        ([finding("failed")], ALL - {("bf16", "usual"), ("bf16", "huge")}),
-        ([finding("not checked")], ALL - {("bf16", "usual"), ("bf16", "huge")}),
-        ([finding("failed", "bf16", "huge")], ALL - {("bf16", "huge")}),
-        ([finding("not checked", "", "huge")], USUAL),
-        ([finding(), finding("failed", "")], frozenset()),
+        ([], frozenset()),  # what was not checked has not passed
+        ([finding()], {("bf16", "usual")}),
+        (EVERYTHING, ALL),
+        ([*EVERYTHING, finding("does not apply", "")], ALL),
+        ([*EVERYTHING, finding("failed")], ALL - {("bf16", "usual"), ("bf16", "huge")}),
+        ([*EVERYTHING, finding("not checked")], ALL - {("bf16", "usual"), ("bf16", "huge")}),
+        ([*EVERYTHING, finding("failed", "bf16", "huge")], ALL - {("bf16", "huge")}),
+        ([*EVERYTHING, finding("not checked", "", "huge")], USUAL),
+        ([*EVERYTHING, finding("failed", "")], frozenset()),
+        ([finding("passed", "fp32", "huge")], frozenset()),
     ],
 )
 def test_a_dtype_passes_if_all_that_is_about_it_is_good(findings: list[Finding], passed: verdict.Passed) -> None:
@@ -60,7 +67,7 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
         def examine(backend: str, device: torch.device, full: bool) -> Iterator[Finding]:
             examined.append((backend, str(device), full))
             by_name = findings or {}
-            yield from by_name.get(f"{backend} {device}", by_name.get(backend, [finding()]))
+            yield from by_name.get(f"{backend} {device}", by_name.get(backend, EVERYTHING))
 
         monkeypatch.setattr(report, "examine", examine)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: len(gpus))
@@ -220,7 +227,7 @@ def test_what_failed_has_a_remedy(
 
 
 def test_a_slow_backend_is_told_of_but_not_wrong(machine: Machine, capsys: pytest.CaptureFixture[str]) -> None:
-    machine("A", findings={"triton": [finding("failed", point=11)]})
+    machine("A", findings={"triton": [*EVERYTHING, finding("failed", point=11)]})
     assert visit()
     printed = capsys.readouterr().out
     assert "Slower than the reference on some examples: triton" in printed

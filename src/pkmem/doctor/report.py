@@ -72,14 +72,16 @@ def visit(full: bool = False, device: str | None = None) -> bool:
 def passed_in(findings: Iterable[Finding]) -> verdict.Passed:
     """The dtypes and classes of shapes that a backend was found right for.
 
-    All findings of a dtype, and those of none, have to be good. Huge tables are read by what the usual ones are read by.
+    At least one check of just that dtype and class has to have passed, and none of them, or of those of no dtype, may have
+    failed or be open. Huge tables are read by what the usual ones are read by.
     """
-    open_or_failed = [finding for finding in findings if finding.outcome in ("failed", "not checked")]
+    found = {(finding.dtype, finding.shapes, finding.outcome) for finding in findings}
     passed = {
         (dtype, shapes)
         for dtype in verdict.DTYPES.values()
         for shapes in verdict.SHAPES
-        if not any(finding.shapes == shapes and finding.dtype in (dtype, "") for finding in open_or_failed)
+        if (dtype, shapes, "passed") in found
+        and found.isdisjoint((of, shapes, bad) for of in (dtype, "") for bad in ("failed", "not checked"))
     }
     return frozenset((dtype, shapes) for dtype, shapes in passed if (dtype, "usual") in passed)
 
