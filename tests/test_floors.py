@@ -15,7 +15,8 @@ ORDER = {  # folders from the ground up, each with its files in order: a file im
     "ops.cpu": "threads cache kernels halves vectors bag rows selection selection_backward decoding compiling",
     "ops.triton": "installed device code arithmetic launch bag rows selection selection_backward kernels",
     "ops ": "backends reading_log registered transformed",
-    "layer": "config huge_pages room padding recomputation query keys values gate decoding memory usage optim combined",
+    "layer": "config huge_pages drawing room padding recomputation crossing query keys values gate decoding memory usage "
+    "replicas sharding optim combined",
     "lm": "config evaluation speed padding signature placement huggingface modeling_pkmem build recall inspection autoload",
     "training": "recipe reading files checkpoint state saved journal trainer prepare run",
     "experiments": "benchmarks environment plots page family results costs claims grid report demo",

@@ -61,6 +61,8 @@ OF_TORCH_AND_NUMBA = {
     "_backward_hooks",
     "_backward_pre_hooks",
     "_replicate_for_data_parallel",  # of a module: makes a copy for nn.DataParallel
+    "_save_to_state_dict",  # of a module: what a sharded table gives as a DTensor: tests/layer/test_sharding.py
+    "_load_from_state_dict",
     "_current_graph_task_id",  # which backward pass runs; -1 outside all: tests of activation checkpointing
     "_dynamo_marked_constant",  # what torch.compiler.assume_constant_result sets
     # of tensors that are more than numbers, and of the operators they see: tests/ops/test_reading_log.py

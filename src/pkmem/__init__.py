@@ -24,9 +24,13 @@ from pkmem.lm import autoload
 
 if TYPE_CHECKING:
     from pkmem.layer.combined import CombinedOptimizer as CombinedOptimizer
+    from pkmem.layer.drawing import undrawn_tables as undrawn_tables
     from pkmem.layer.memory import ProductKeyMemory as ProductKeyMemory
     from pkmem.layer.optim import RowAdam as RowAdam
+    from pkmem.layer.optim import dense_parameters as dense_parameters
+    from pkmem.layer.sharding import shard_values as shard_values
     from pkmem.layer.usage import MemoryUsage as MemoryUsage
+    from pkmem.layer.values import tables_in as tables_in
     from pkmem.lm.huggingface import add_memory as add_memory
     from pkmem.ops import product_key_topk as product_key_topk
     from pkmem.ops import row_products as row_products
@@ -40,6 +44,10 @@ _contents = {
     "MemoryUsage": "pkmem.layer.usage",
     "RowAdam": "pkmem.layer.optim",
     "CombinedOptimizer": "pkmem.layer.combined",
+    "dense_parameters": "pkmem.layer.optim",
+    "tables_in": "pkmem.layer.values",
+    "shard_values": "pkmem.layer.sharding",
+    "undrawn_tables": "pkmem.layer.drawing",
     "product_key_topk": "pkmem.ops",
     "row_products": "pkmem.ops",
     "weighted_sum": "pkmem.ops",

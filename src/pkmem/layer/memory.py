@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from pkmem.layer.config import MemoryConfig
 from pkmem.layer.decoding import in_one_kernel_if_few
+from pkmem.layer.drawing import tables_stay_undrawn
 from pkmem.layer.gate import OutputGate
 from pkmem.layer.keys import FlatKeys, ProductKeys
 from pkmem.layer.padding import flat_mask, without_padding
@@ -59,7 +60,7 @@ class ProductKeyMemory(nn.Module):
         shape = (config.num_slots, config.value_width)
         if values is not None and tuple(values.weight.shape) != shape:
             raise ValueError(f"the shared table is {tuple(values.weight.shape)} but this memory needs (m, v) = {shape}")
-        size = num_weights(config, shares_values=values is not None)
+        size = num_weights(config, shares_values=values is not None, without_tables=tables_stay_undrawn())
         require_room(f"a memory of {config.num_slots:,} slots", size)
         self.config = config
         self.query = QueryNetwork(config)

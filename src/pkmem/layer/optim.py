@@ -19,6 +19,8 @@ from pkmem.ops.arguments import AdamStep
 from pkmem.ops.backends import backend_module, choose_backend
 from pkmem.ops.reading_log import ReadLog, Reads, RowGradient, reads_of
 
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
 
 class RowAdam(Optimizer):
     """Adam on the rows of value tables that were read since the last step.
@@ -136,13 +138,38 @@ class RowAdam(Optimizer):
         return max((int(state["num_skipped"]) for state in self.state.values()), default=0)
 
     def grad_norm(self) -> float:
-        """Euclidean norm of the gradient of all tables together, over the reads so far."""
+        """Euclidean norm of the gradient of all tables together, over the reads so far; collective for sharded ones."""
         return _norm(list(self._reads().values())).item()
+
+    def state_dict(self) -> dict[str, Any]:
+        """As in torch; the moments of a sharded table are DTensors, of which each process has its part."""
+        whole = self.register_state_dict_post_hook(lambda _, state: self._converted(state, "as_distributed"))
+        try:
+            return super().state_dict()
+        finally:
+            whole.remove()
+
+    def _converted(self, state_dict: dict[str, Any], conversion: str) -> dict[str, Any]:
+        """A state dict with the moments of sharded tables turned into what goes out, or into what is held here."""
+        state = dict(state_dict["state"])
+        indices = [index for group in state_dict["param_groups"] for index in group["params"]]
+        logs = self._logs()
+        for index, weight in zip(indices, self._weights(), strict=False):
+            others = logs[weight][0].others
+            if others is not None and index in state:
+                convert = getattr(others, conversion)
+                state[index] = {k: convert(v) if k in _MOMENTS else v for k, v in state[index].items()}
+        return {**state_dict, "state": state}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores what `state_dict` gave, the moments in `moment_dtype` where torch would take the table's dtype."""
         loaded: list[dict[str, Any]] = []
-        last = self.register_load_state_dict_pre_hook(lambda _, given: loaded.append(given))  # others may change it
+
+        def here(_: Any, given: dict[str, Any]) -> dict[str, Any]:
+            loaded.append(self._converted(given, "part_of"))
+            return loaded[-1]
+
+        last = self.register_load_state_dict_pre_hook(here)  # others may change it before
         try:
             super().load_state_dict(state_dict)
         finally:
@@ -155,7 +182,7 @@ class RowAdam(Optimizer):
                 self.state[weight],
                 {"num_skipped": torch.zeros((), device="cpu"), **loaded[0]["state"][index]},
             )
-            for name in ("exp_avg", "exp_avg_sq"):
+            for name in _MOMENTS:
                 state[name] = given[name].to(weight.device, self._dtype_of_moments(weight))
             state["step"] = given["step"].to(weight.device)
             state["num_skipped"] = given["num_skipped"].to(weight.device, torch.int64)
@@ -178,7 +205,7 @@ class RowAdam(Optimizer):
     def _own(self, table: Table) -> None:
         """From now on the table's gradient is its reads, and this optimizer's, until one of the two is gone."""
         logs = {log.weight: log for _, log in self._owned}
-        log = logs.get(table.weight) or ReadLog(table.weight)
+        log = logs.get(table.weight) or ReadLog(table.weight, table.others)
         table.weight.grad, table.log = None, log
         self._owned.append((table, log))
         weakref.finalize(self, _disown, weakref.ref(table), log).atexit = False
@@ -188,9 +215,21 @@ class RowAdam(Optimizer):
 
     def _reads(self) -> dict[Tensor, Reads]:
         """The reads of each table that has any; a dense gradient, as of a penalty on the table, is read as one."""
-        backends = {log.weight: choose_backend(log.weight, table.backend) for table, log in self._owned}
-        read = {w: reads_of(w.grad, backends[w]) for w in self._weights() if w.grad is not None}
-        return {weight: reads for weight, reads in read.items() if reads.sorted() is not None}
+        read = {}
+        for weight, (log, backend) in self._logs().items():
+            reads = Reads(len(weight), backend, [], log.others)
+            if weight.grad is not None:
+                reads = reads_of(weight.grad, backend, log.others)
+            if log.others is not None:
+                reads = reads.copy()  # more may be added yet
+                reads.complete()
+            if reads.sorted() is not None:
+                read[weight] = reads
+        return read
+
+    def _logs(self) -> dict[Tensor, tuple[ReadLog, str]]:
+        """The log and the backend of each table."""
+        return {log.weight: (log, choose_backend(log.weight, table.backend)) for table, log in self._owned}
 
     def _warn_of_no_reads(self) -> None:
         if not self._has_warned:
@@ -219,7 +258,8 @@ class RowAdam(Optimizer):
         grouped = None if reads is None else reads.sorted()
         if reads is not None and grouped is not None:
             scale = clip * reads.factor
-            update = AdamStep(group["lr"], group["betas"], group["eps"], state["step"], scale, group["seed"])
+            first = 0 if reads.others is None else reads.others.first_column
+            update = AdamStep(group["lr"], group["betas"], group["eps"], state["step"], scale, group["seed"], first)
             backend = backend_module(reads.backend)
             backend.adam_rows(weight, state["exp_avg"], state["exp_avg_sq"], grouped, update)
 
@@ -232,7 +272,7 @@ class RowAdam(Optimizer):
             dtype = self._dtype_of_moments(weight)
             state["step"] = torch.zeros((), device=weight.device)
             state["num_skipped"] = torch.zeros((), dtype=torch.int64, device=weight.device)
-            for name in ("exp_avg", "exp_avg_sq"):
+            for name in _MOMENTS:
                 state[name] = prefer_huge_pages(torch.empty_like(weight, dtype=dtype, requires_grad=False)).zero_()
         return state
 

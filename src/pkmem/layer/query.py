@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pkmem.layer.config import MemoryConfig
+from pkmem.layer.crossing import AllProcesses
 from pkmem.layer.recomputation import is_recomputation
 
 
@@ -59,26 +60,28 @@ class MaskedBatchNorm(nn.BatchNorm1d):
     """Batch normalisation over the tokens that are real: padding counts neither now nor in eval statistics.
 
     A forward that activation checkpointing runs again does not follow the batch a second time.
+
+    Attributes:
+        processes: whose tokens are normalised together in training, as `pkmem.shard_values` sets it; None: this one.
     """
+
+    processes: AllProcesses | None = None
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """(n, c) and a mask (n,) or None -> (n, c); every row is normalised, real rows alone are counted."""
-        if not self.training or len(x) == 0:
+        if not self.training or (len(x) == 0 and self.processes is None):
             # A cast here: eval statistics stay in the module's dtype, whatever the activations are in.
             return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
         assert self.running_mean is not None
         assert self.running_var is not None
         momentum = self._momentum()
-        if mask is None:
+        if mask is None and self.processes is None:
             mean, variance = self.running_mean.clone(), self.running_var.clone()
             out = F.batch_norm(x, mean, variance, self.weight, self.bias, True, momentum, self.eps)
             self._adopt(mean, variance, torch.ones((), dtype=torch.bool, device=x.device))
             return out
         exact = x.to(torch.promote_types(x.dtype, torch.float32))
-        share = mask.to(exact.dtype).unsqueeze(-1)
-        count = share.sum().clamp_min(1.0)
-        mean = (exact * share).sum(0) / count
-        variance = ((exact - mean).square() * share).sum(0) / count
+        count, mean, variance = self._statistics(exact, mask)
         normal = (exact - mean) * (variance + self.eps).rsqrt()
         with torch.no_grad():
             unbiased = variance * (count / (count - 1).clamp_min(1.0))
@@ -90,6 +93,22 @@ class MaskedBatchNorm(nn.BatchNorm1d):
                 counted,
             )
         return (normal * self.weight + self.bias).to(x.dtype)
+
+    def _statistics(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """How many real tokens there are, their mean (c,) and variance (c,), over all processes."""
+        share = x.new_ones(len(x), 1) if mask is None else mask.to(x.dtype).unsqueeze(-1)
+        count = share.sum().clamp_min(1.0)
+        mean = (x * share).sum(0) / count
+        squares = ((x - mean).square() * share).sum(0)
+        if self.processes is None:
+            return count, mean, squares / count
+        # Means and squares about them, put together as by Chan et al. 1979: sums of squares would cancel.
+        own = torch.cat((share.sum().unsqueeze(0), mean, squares))
+        counts, means, squares = self.processes.gathered(own).split((1, len(mean), len(mean)), 1)
+        count = counts.sum().clamp_min(1.0)
+        mean = (counts * means).sum(0) / count
+        squares = (squares + counts * (means - mean).square()).sum(0)
+        return count, mean, squares / count
 
     def _momentum(self) -> float:
         """The share of this batch; without one, as `torch.optim.swa_utils.update_bn` sets it, all have the same."""

@@ -12,20 +12,22 @@ import torch
 from pkmem.layer.config import MemoryConfig
 
 
-def num_weights(config: MemoryConfig, shares_values: bool = False) -> int:
+def num_weights(config: MemoryConfig, shares_values: bool = False, without_tables: bool = False) -> int:
     """Elements of all that grows with a memory's config; norms and biases are small.
 
     Args:
         config: the memory's shape, bound to a width.
         shares_values: the table of values is there already.
+        without_tables: the tables are not made yet.
     """
     dim, queries = config.bound_dim, config.heads * config.query_dim
+    has_values, has_neurons = not (shares_values or without_tables), config.experts and not without_tables
     hidden = config.query_hidden_dim
     return (
         (dim * queries if hidden is None else (dim + queries) * hidden)
         + queries * (config.num_sub_keys if config.keys == "product" else config.num_slots)
-        + (0 if shares_values else config.num_slots * config.value_width)
-        + (config.num_slots * dim if config.experts else 0)
+        + has_values * config.num_slots * config.value_width
+        + has_neurons * config.num_slots * dim
         + (2 * dim * config.value_width if config.gate else 0)
     )
 

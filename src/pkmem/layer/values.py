@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from pkmem import ops
+from pkmem.layer.drawing import draw_normal, new_seed, tables_stay_undrawn
 from pkmem.layer.huge_pages import prefer_huge_pages
 from pkmem.layer.room import require_room
-from pkmem.ops.reading_log import ReadLog
+from pkmem.ops.reading_log import OtherProcesses, ReadLog
 
 
 class Table(nn.Module):
@@ -21,19 +22,38 @@ class Table(nn.Module):
         log: None while `weight.grad` is a dense tensor; a reading log while a living `pkmem.RowAdam` trains this very
             table (a copy or a reloaded table has none), and `weight.grad` holds the reads.
         backend: None for the fastest on the device, or one of `pkmem.ops.BACKENDS`.
+        seed: of the rows, 0-d int64.
     """
 
     def __init__(self, num_slots: int, width: int) -> None:
         super().__init__()
-        require_room(f"a table of {num_slots:,} rows", num_slots * width)
-        self.weight = nn.Parameter(prefer_huge_pages(torch.empty(num_slots, width)))
+        device = torch.device("meta") if tables_stay_undrawn() else None
+        require_room(f"a table of {num_slots:,} rows", num_slots * width, device)
+        self.weight = nn.Parameter(prefer_huge_pages(torch.empty(num_slots, width, device=device)))
         self.log: ReadLog | None = None
         self.backend: str | None = None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Normal with standard deviation 1 / sqrt(v), as in the paper's public code."""
-        nn.init.normal_(self.weight, std=self.weight.shape[1] ** -0.5)
+        self.seed = new_seed()
+        self.draw()
+
+    def draw(self) -> None:
+        """The rows by the seed; a table on the meta device keeps it for later."""
+        if not self.weight.is_meta:
+            width = self.weight.shape[1]
+            draw_normal(self.weight, width**-0.5, self.seed, 0, width)
+
+    @property
+    def others(self) -> OtherProcesses | None:
+        """The processes that hold other columns of the table, or the same ones; None if it is whole, and of no others."""
+        return None
+
+    @property
+    def num_parameters(self) -> int:
+        """Numbers of the whole table, whatever part of it is here."""
+        return self.weight.numel()
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy or a pickle takes along: the RowAdam trains the original."""
@@ -81,6 +101,7 @@ def tables_in(module: nn.Module) -> list[Table]:
 
 def count_parameters(model: nn.Module) -> dict[str, int]:
     """Parameters in the tables (memory_params) and everywhere else (dense_params)."""
-    memory = sum(table.weight.numel() for table in tables_in(model))
+    tables = tables_in(model)
+    here = sum(table.weight.numel() for table in tables)
     total = sum(parameter.numel() for parameter in model.parameters())
-    return {"dense_params": total - memory, "memory_params": memory}
+    return {"dense_params": total - here, "memory_params": sum(table.num_parameters for table in tables)}

@@ -18,8 +18,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pkmem.layer.config import MemoryConfig, is_integer
+from pkmem.layer.drawing import tables_stay_undrawn
 from pkmem.layer.memory import ProductKeyMemory, memories_in
 from pkmem.layer.room import num_weights, require_room
+from pkmem.layer.values import Table
 from pkmem.lm.padding import mask_of_pass
 
 Placement = Literal["replace", "parallel"]
@@ -95,7 +97,8 @@ def insert_memories(
     _require_room_for_memories(homes, config, share_values)
     shared = None
     for layer, mlp, home in zip(layers, mlps, homes, strict=True):
-        memory = ProductKeyMemory(config, values=shared).to(*home)
+        memory = ProductKeyMemory(config, values=shared)
+        _move(memory, *home)
         if share_values:
             shared = memory.values
         for module in memory.modules():  # drawn already: not to be drawn again by the decoder's own rule
@@ -111,13 +114,21 @@ def _home_beside(mlp: nn.Module, model: PreTrainedModel) -> tuple[torch.device, 
     return like.device, like.dtype if like.is_floating_point() else model.dtype
 
 
+def _move(memory: ProductKeyMemory, device: torch.device, dtype: torch.dtype) -> None:
+    """Moves all but a table without numbers, which has its device from `shard_values`."""
+    for part in memory.children():
+        is_undrawn = isinstance(part, Table) and part.weight.is_meta
+        part.to(None if is_undrawn else device, dtype)
+
+
 def _require_room_for_memories(
     homes: list[tuple[torch.device, torch.dtype]], memory: MemoryConfig, share_values: bool
 ) -> None:
     """Refuses memories that do not fit together, before a block is edited."""
     sizes: Counter[tuple[torch.device, torch.dtype]] = Counter()
     for place, home in enumerate(homes):
-        sizes[home] += num_weights(memory, shares_values=share_values and place > 0)
+        shares = share_values and place > 0
+        sizes[home] += num_weights(memory, shares_values=shares, without_tables=tables_stay_undrawn())
     for (device, dtype), size in sizes.items():
         require_room(f"{len(homes)} memories of {memory.num_slots:,} slots", size, device, dtype)
 

@@ -55,6 +55,7 @@ class AdamStep(NamedTuple):
         step: updates made so far, this one included, >= 1; corrects the bias of every row alike.
         scale: factor on the gradients (clipping), > 0; one that is not finite leaves everything as it is.
         seed: bf16 is rounded up or down at random, by seed, step, row and column alone; fp16 to nearest.
+        first_column: of the table given, in the whole one of which it may be a part.
     """
 
     lr: float | Tensor
@@ -63,6 +64,7 @@ class AdamStep(NamedTuple):
     step: int | Tensor
     scale: float | Tensor
     seed: int = 0
+    first_column: int = 0
 
 
 NORM_TENSORS = {  # of each query norm, in the order in which `Backend.decode` takes them

@@ -12,7 +12,7 @@ import operator
 import warnings
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -28,25 +28,61 @@ _aten = torch.ops.aten
 _ADD_TO_MOMENTS = {"aten::lerp_", "aten::addcmul_", "aten::_foreach_lerp_", "aten::_foreach_addcmul_"}
 
 
+class OtherProcesses(Protocol):
+    """Those that hold the other columns of a table, or the same ones; methods are collective unless they say otherwise.
+
+    Attributes:
+        first_column: of those held here, in the whole table.
+    """
+
+    first_column: int
+
+    def reads_of_replicas(self, reads: Reads) -> list[tuple[Tensor, Tensor, Tensor]] | None:
+        """The entries of all processes that hold the same columns, these ones included; None if there are no others."""
+
+    def norm(self, norm: Tensor) -> Tensor:
+        """The norm of a gradient, from that of the columns held here, an fp64 scalar."""
+
+    def is_finite(self, here: Tensor) -> Tensor:
+        """Whether all columns are finite, from whether those held here are, a bool scalar."""
+
+    def as_distributed(self, part: Tensor) -> Tensor:
+        """The columns held here as a DTensor, which knows of the others. Not collective."""
+
+    def part_of(self, whole: Tensor) -> Tensor:
+        """The columns held here of a whole tensor, or of a DTensor. Not collective."""
+
+
 class Reads:
     """Reads of one table of `num_rows` rows in the order in which they came, times a factor.
 
     Attributes:
         entries: of each backward pass: slots and weights (n, b), grad_output (n, v).
         factor: 1, or a scalar tensor (fp64) by which the gradient was scaled.
+        others: None, or the processes that hold other columns of the table, or the same ones.
     """
 
-    def __init__(self, num_rows: int, backend: str, entries: list[tuple[Tensor, Tensor, Tensor]]) -> None:
-        self.num_rows, self.backend, self.entries = num_rows, backend, entries
+    def __init__(
+        self,
+        num_rows: int,
+        backend: str,
+        entries: list[tuple[Tensor, Tensor, Tensor]],
+        others: OtherProcesses | None = None,
+    ) -> None:
+        self.num_rows, self.backend, self.entries, self.others = num_rows, backend, entries, others
         self.factor: float | Tensor = 1.0
         self._sorted: tuple[int, SortedReads | None] = (0, None)
+        self._is_complete = False
 
     def add(self, other: Reads) -> None:
         """Appends the reads of another pass."""
+        if self._is_complete:
+            raise RuntimeError(
+                "the gradient of a table was clipped, unscaled or measured, for which its replicas exchanged their reads, "
+                "and now another backward pass adds to it: do that after the last backward pass before the step"
+            )
         for reads in (self, other):
-            if isinstance(reads.factor, Tensor) or reads.factor != 1.0:
-                reads.entries = [(slots, weights, reads.factor * back) for slots, weights, back in reads.entries]
-                reads.factor, reads._sorted = 1.0, (0, None)
+            reads._apply_factor()
         few = len(self.entries) < _MANY_PASSES
         self.entries = self.entries + other.entries
         if few and len(self.entries) >= _MANY_PASSES:
@@ -55,6 +91,19 @@ class Reads:
                 "zero_grad() to forget them, or delete the RowAdam to train the table with another optimizer",
                 stacklevel=2,
             )
+
+    def complete(self) -> None:
+        """Takes in what the table's replicas have read, once; collective."""
+        if self.others is not None and not self._is_complete:
+            self._apply_factor()
+            entries = self.others.reads_of_replicas(self)
+            if entries is not None:
+                self.entries, self._sorted, self._is_complete = entries, (0, None), True
+
+    def _apply_factor(self) -> None:
+        if isinstance(self.factor, Tensor) or self.factor != 1.0:
+            self.entries = [(slots, weights, self.factor * back) for slots, weights, back in self.entries]
+            self.factor, self._sorted = 1.0, (0, None)
 
     def sorted(self) -> SortedReads | None:
         """All reads grouped by row, before the factor; None if there are none."""
@@ -72,29 +121,34 @@ class Reads:
         self.factor = self.factor * (factor.double() if isinstance(factor, Tensor) else factor)
 
     def norm(self) -> Tensor:
-        """Euclidean norm of the gradient, an fp64 scalar; not finite if any entry is not."""
+        """Euclidean norm of the whole table's gradient, an fp64 scalar; not finite if any entry is not."""
+        self.complete()
         grouped = self.sorted()
         if grouped is None:
             return torch.zeros((), dtype=torch.float64, device="cpu")
-        return (backend_module(self.backend).row_gradient_norm(grouped) * self.factor).abs()
+        norm = (backend_module(self.backend).row_gradient_norm(grouped) * self.factor).abs()
+        return norm if self.others is None else self.others.norm(norm)
 
     def is_finite(self) -> Tensor:
-        """Whether every entry of the gradient is finite, a bool scalar."""
+        """Whether every entry of the whole table's gradient is finite, a bool scalar."""
+        self.complete()
         grouped = self.sorted()
         if grouped is None:
             return torch.ones((), dtype=torch.bool, device="cpu")
         finite = backend_module(self.backend).gradient_is_finite(grouped)
-        return finite & self.factor.isfinite() if isinstance(self.factor, Tensor) else finite
+        finite = finite & self.factor.isfinite() if isinstance(self.factor, Tensor) else finite
+        return finite if self.others is None else self.others.is_finite(finite)
 
     def copy(self) -> Reads:
         """The same reads, to be scaled or added to on their own."""
-        twin = Reads(self.num_rows, self.backend, list(self.entries))
-        twin.factor, twin._sorted = self.factor, self._sorted
+        twin = Reads(self.num_rows, self.backend, [], self.others)
+        twin.replace(self)
         return twin
 
     def replace(self, other: Reads) -> None:
         """Forgets all reads and takes another's."""
         self.entries, self.factor, self._sorted = list(other.entries), other.factor, other._sorted
+        self._is_complete = other._is_complete
 
 
 class RowGradient(Tensor):
@@ -160,18 +214,23 @@ class RowGradient(Tensor):
         return _on_numbers(func, args, kwargs or {}) if done is NotImplemented else done
 
 
-def row_gradient(table: Tensor, slots: Tensor, weights: Tensor, grad_output: Tensor, backend: str) -> RowGradient:
-    """What one backward pass gives a table: slots and weights (n, b), grad_output (n, v)."""
+def row_gradient(
+    table: Tensor, slots: Tensor, weights: Tensor, grad_output: Tensor, backend: str, handle: int
+) -> RowGradient:
+    """What one backward pass gives a table: slots and weights (n, b), grad_output (n, v); by the handle of its log."""
     # Copies: the caller, or a compiler, may reuse the memory of what it passed.
-    return RowGradient(table, Reads(len(table), backend, [(slots.clone(), weights.clone(), grad_output.clone())]))
+    entry = (slots.clone(), weights.clone(), grad_output.clone())
+    log = _logs.get(handle)
+    return RowGradient(table, Reads(len(table), backend, [entry], None if log is None else log.others))
 
 
-def reads_of(gradient: Tensor, backend: str) -> Reads:
+def reads_of(gradient: Tensor, backend: str, others: OtherProcesses | None = None) -> Reads:
     """The reads of a gradient; a dense one reads each of its rows that are not zero, with weight 1."""
     if isinstance(gradient, RowGradient):
         return gradient.reads
     rows = gradient.any(1).nonzero()
-    return Reads(len(gradient), backend, [(rows, torch.ones_like(rows, dtype=gradient.dtype), gradient[rows[:, 0]])])
+    entry = (rows, torch.ones_like(rows, dtype=gradient.dtype), gradient[rows[:, 0]])
+    return Reads(len(gradient), backend, [entry], others)
 
 
 def _on_numbers(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -311,11 +370,12 @@ class ReadLog:
     tensor it declares to change, so that the compiler keeps what it does.
 
     Args:
-        weight: (m, v) the table.
+        weight: (m, v) the table, or the columns of it that are here.
+        others: None, or the processes that hold other columns, or the same ones.
     """
 
-    def __init__(self, weight: Tensor) -> None:
-        self.weight = weight
+    def __init__(self, weight: Tensor, others: OtherProcesses | None = None) -> None:
+        self.weight, self.others = weight, others
         self.counter = torch.zeros((), dtype=torch.int64, device="cpu")  # whatever torch's default: it picks the kernel
         self.handle = next(_handles)
         _logs[self.handle] = self

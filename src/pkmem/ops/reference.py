@@ -294,7 +294,7 @@ def adam_rows(
 
     def step_by(part: slice, gradients: Tensor) -> None:
         rows = reads.rows[part]
-        random = None if keys is None else random_bits(keys[part], values.shape[1])
+        random = None if keys is None else random_bits(keys[part], update.first_column, values.shape[1])
         old = first_moment.index_select(0, rows)
         first = old.to(gradients.dtype).lerp(gradients, 1 - beta1)
         write(first_moment, rows, old, first, random, 16)

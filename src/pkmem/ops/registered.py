@@ -156,7 +156,7 @@ def _(slots: Tensor, weights: Tensor, grad_output: Tensor, num_rows: int, backen
 @custom_op("pkmem::log_reads", mutates_args=("counter",), tags=[torch.Tag.cudagraph_unsafe])
 def _log_reads(counter: Tensor, slots: Tensor, weights: Tensor, grad_output: Tensor, handle: int, backend: str) -> None:
     log = ReadLog.of(handle)
-    log.append(row_gradient(log.weight, slots, weights, grad_output, backend))
+    log.append(row_gradient(log.weight, slots, weights, grad_output, backend, handle))
     counter.add_(1)
 
 
@@ -228,7 +228,7 @@ def _read_gradients(ctx: Any, grad_output: Tensor, adjoint: Any, as_read: Any) -
         if not ctx.log or torch.is_grad_enabled():  # a second derivative needs the numbers
             grad_table = _table_gradient(slots, weights, back.to(table.dtype), table.shape[0], ctx.backend)
         elif type(grad_output) is Tensor:
-            grad_table = row_gradient(table, slots, weights, back, ctx.backend)
+            grad_table = row_gradient(table, slots, weights, back, ctx.backend, ctx.log[1])
         else:  # a compiler traces
             _log_reads(ctx.log[0], slots, weights, back, ctx.log[1], ctx.backend)
     return (grad_table, None, grad_given, *(None for _ in ctx.log), None)

@@ -23,9 +23,10 @@ def random_keys(seed: int, step: Tensor, rows: Tensor) -> Tensor:
     return _mixed(key)
 
 
-def random_bits(keys: Tensor, width: int) -> Tensor:
-    """32 random bits (c, v) for every column of rows with these keys (c,), int32."""
-    return _mixed(keys.unsqueeze(1) ^ torch.arange(width, dtype=torch.int32, device=keys.device))
+def random_bits(keys: Tensor, first_column: int, width: int) -> Tensor:
+    """32 random bits (c, v) for v columns from the first on, of rows with these keys (c,), int32."""
+    columns = torch.arange(first_column, first_column + width, dtype=torch.int32, device=keys.device)
+    return _mixed(keys.unsqueeze(1) ^ columns)
 
 
 def _word(number: int, device: torch.device) -> Tensor:

@@ -85,7 +85,7 @@ def adam_rows(
         return
     beta1, beta2 = update.betas
     factors = (scale, 1 - beta1, beta2, 1 - beta2, 1 / (1 - beta2**step), update.eps, lr / (1 - beta1**step))
-    key = np.array([seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF, step], np.uint32)
+    key = np.array([seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF, step, update.first_column], np.uint32)
     contiguous = tuple(table.contiguous() for table in tables)
     _over_rows(adam, reads, *(array(table) for table in contiguous), np.array(factors, np.float32), key)
     for table, updated in zip(tables, contiguous, strict=True):
@@ -229,7 +229,7 @@ def adam(rows, offsets, tokens, weights, grad_output, values, moments1, moments2
             new1 += rate1 * (slope - new1)
             new2 = beta2 * widen(moment2[column]) + rate2 * (slope * slope)
             change = step_size * new1 / (np.sqrt(new2 * correction2) + eps)
-            random = mixed(row_key ^ np.uint32(column))
+            random = mixed(row_key ^ np.uint32(column + key[3]))
             value[column] = narrow_at_random(widen(value[column]) - change, value[column], random)
             moment1[column] = narrow_at_random(new1, moment1[column], random >> np.uint32(16))
             moment2[column] = narrow_at_random(new2, moment2[column], random >> np.uint32(16))

@@ -72,9 +72,9 @@ def adam_rows(
     contiguous = tuple(table.contiguous() for table in tables)
     betas, seed = update.betas, update.seed
     factors = reference.adam_factors(update, values.device)
-    seeds = (_as_int32(seed), _as_int32(seed >> 32))
+    keys = (_as_int32(seed), _as_int32(seed >> 32), update.first_column)
     rates = (1 - betas[0], 1 - betas[1])
-    _over_rows(_adam, reads, *contiguous, len(values), factors, *betas, *rates, update.eps, *seeds)
+    _over_rows(_adam, reads, *contiguous, len(values), factors, *betas, *rates, update.eps, *keys)
     for table, updated in zip(tables, contiguous, strict=True):
         if updated is not table:
             table.copy_(updated)
@@ -211,10 +211,11 @@ def _sum_squares(  # type: ignore[no-untyped-def]
     tl.store(squares + tl.program_id(0), tl.sum(total, 0))
 
 
-@triton.jit(do_not_specialize=["seed_low", "seed_high", "table_size"])
+@triton.jit(do_not_specialize=["seed_low", "seed_high", "first_column", "table_size"])
 def _adam(  # type: ignore[no-untyped-def]
     offsets, tokens, weights, grad_output, first_piece, sums, rows, num_rows, width,
     values, moments1, moments2, table_size, factors, beta1, beta2, rate1, rate2, eps, seed_low, seed_high,
+    first_column,
     ROWS: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """Updates the touched rows of values and moments, which have `table_size`; one outside is left out."""
@@ -241,7 +242,7 @@ def _adam(  # type: ignore[no-untyped-def]
         moment1 += rate1 * (slope - moment1)
         moment2 = beta2 * moment2 + rate2 * (slope * slope)
         value -= step_size * moment1 / (tl.sqrt(moment2 * correction2) + eps)
-        random = mixed(mixed(key ^ row.to(tl.uint32)) ^ columns.to(tl.uint32))
+        random = mixed(mixed(key ^ row.to(tl.uint32)) ^ (columns + first_column).to(tl.uint32))
         tl.store(values + places, narrow_at_random(value, random, values.dtype.element_ty), mask=inside)
         moment1 = narrow_at_random(moment1, random >> 16, moments1.dtype.element_ty)
         moment2 = narrow_at_random(moment2, random >> 16, moments2.dtype.element_ty)
