@@ -6,7 +6,7 @@ BIN := $(VENV)/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS)
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-slow test-oldest test-portable suite check docs format bench constraints clean
+.PHONY: demo test test-slow test-oldest test-portable suite check docs format bench reliability constraints clean
 .DEFAULT_GOAL := test
 
 $(INSTALLED): pyproject.toml $(CONSTRAINTS)
@@ -50,6 +50,9 @@ format: $(INSTALLED)
 bench: $(INSTALLED)        ## operators, layer, training step and growth against peers, about half an hour
 	$(INSTALL) --editable '.[bench]'
 	$(BIN)/pkmem bench
+
+reliability: $(INSTALLED)  ## what several processes and checkpoints withstand, at most 40 minutes; as root it tries more
+	$(BIN)/python -m benchmarks.reliability
 
 constraints: $(INSTALLED)  ## write the pins of what is installed now
 	(echo "# Every pin of a green run; the Makefile installs with it. Regenerate: make constraints"; \

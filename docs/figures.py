@@ -39,7 +39,7 @@ def main() -> None:
     with rc_context(STYLE):
         for draw in (layer, product_keys, reading_log, growth, slots, value_rates):
             draw().savefig(BUILD / "figures" / f"{draw.__name__}.svg", metadata={"Date": None})
-    for write in (forward, training_step, peak_memory, gpu_reference, gpu_code):
+    for write in (forward, training_step, peak_memory, gpu_reference, gpu_code, reliability, reliability_runs):
         (BUILD / "tables" / f"{write.__name__}.md").write_text(write(), encoding="utf-8")
 
 
@@ -287,6 +287,31 @@ def gpu_code() -> str:
     return _table(["GPU", "kernels", "most shared KiB", "most registers", "spilled registers"], rows)
 
 
+def reliability() -> str:
+    """What the trials of the reliability page found."""
+    words = {True: "yes", False: "**no**", None: "not tried"}
+    rows = [
+        [number, outcome["what"], outcome["required"], outcome["found"], words[outcome["holds"]]]
+        for number, trial in _document("reliability")["trials"].items()
+        for outcome in trial["outcomes"]
+    ]
+    return _table(["trial", "what", "required", "found", "holds"], rows, "---")
+
+
+def reliability_runs() -> str:
+    """Where and when the trials ran."""
+    runs: dict[tuple[str, ...], list[tuple[str, float]]] = {}
+    for number, trial in _document("reliability")["trials"].items():
+        where, versions = trial["environment"], trial["environment"]["versions"]
+        key = (where["commit"], f"{where['processor']}, {where['cores']} cores", versions["torch"], where["python"])
+        runs.setdefault(key, []).append((number, sum(outcome["seconds"] for outcome in trial["outcomes"])))
+    rows = [
+        [", ".join(number for number, _ in ran), *key, f"{sum(seconds for _, seconds in ran) / 60:.1f}"]
+        for key, ran in runs.items()
+    ]
+    return _table(["trials", "commit", "machine", "torch", "Python", "minutes"], rows, "---")
+
+
 def _document(benchmark: str) -> dict[str, Any]:
     file = ROOT / "benchmarks" / "results" / f"{benchmark}.json"
     return json.loads(file.read_text(encoding="utf-8"))
@@ -300,8 +325,8 @@ def _ratio(line: dict[str, Any]) -> str:
     return f"{line['median']:.2f} <small>({line['low']:.2f} to {line['high']:.2f})</small>"
 
 
-def _table(titles: list[str], rows: Iterable[list[str]]) -> str:
-    lines = [titles, ["---", *["---:"] * (len(titles) - 1)], *rows]
+def _table(titles: list[str], rows: Iterable[list[str]], align: str = "---:") -> str:
+    lines = [titles, ["---", *[align] * (len(titles) - 1)], *rows]
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
 
