@@ -156,8 +156,8 @@ def dense_bytes_per_step(num_bytes: int, layout: Layout, micro_batches: int) -> 
 
 def wire_bytes_per_token(
     tables: Iterable[TableReads], dense_bytes: int, layout: Layout, tokens: int, micro_batches: int = 1
-) -> Wire:
-    """All that a process receives in an update, per token of its own batch.
+) -> dict[str, Wire]:
+    """All that a process receives in an update, per token of its own batch, by what it is.
 
     Args:
         tables: as they are read.
@@ -165,14 +165,18 @@ def wire_bytes_per_token(
         layout: the processes.
         tokens: of one process in an update.
         micro_batches: that they are split into.
+
+    Returns:
+        by "columns" of the tables, "replicas" of the tables and "dense" weights.
     """
-    total = dense_bytes_per_step(dense_bytes, layout, micro_batches)
+    columns, replicas = Wire(0, 0), Wire(0, 0)
     for table in tables:
-        crossing = column_bytes_per_token(table, layout.columns) * tokens
-        total = total.plus(_split(crossing, layout.columns, min(layout.columns, layout.per_host)))
-        exchanged = replica_bytes_per_step(table, layout, tokens)
-        total = total.plus(_split(exchanged, layout.replicas, max(1, layout.per_host // layout.columns)))
-    return total.times(1 / tokens)
+        crossing = column_bytes_per_token(table, layout.columns)
+        columns = columns.plus(_split(crossing, layout.columns, min(layout.columns, layout.per_host)))
+        exchanged = replica_bytes_per_step(table, layout, tokens) / tokens
+        replicas = replicas.plus(_split(exchanged, layout.replicas, max(1, layout.per_host // layout.columns)))
+    dense = dense_bytes_per_step(dense_bytes, layout, micro_batches).times(1 / tokens)
+    return {"columns": columns, "replicas": replicas, "dense": dense}
 
 
 def _split(num_bytes: float, group: int, together: int) -> Wire:
