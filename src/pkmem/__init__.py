@@ -66,4 +66,4 @@ def __dir__() -> list[str]:
     return sorted(__all__)
 
 
-autoload.register_with_transformers()
+autoload.register_when_imported()

@@ -12,7 +12,8 @@ from typing import NamedTuple, NoReturn
 
 from jsonargparse import ActionYesNo, ArgumentParser, Namespace
 
-from pkmem.training.reading import Parser, read_recipe, recorded_recipe
+from pkmem.planning.verb import plan, plan_arguments
+from pkmem.training.reading import Parser, given_recipe, recorded_recipe
 from pkmem.training.recipe import Recipe
 
 _ASSIGNMENT = re.compile(r"[a-z]\w*(\.\w+)*=")
@@ -32,7 +33,7 @@ class Verb(NamedTuple):
         run: does it, given the options; its docstring says what, with an example.
     """
 
-    add_arguments: Callable[[ArgumentParser], None]
+    add_arguments: Callable[[Parser], None]
     run: Callable[[Namespace], None]
 
     @property
@@ -53,7 +54,7 @@ def main(arguments: list[str] | None = None) -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # what a console has no letter for is a question mark there
-    if arguments[:1] == ["train"]:
+    if arguments[:1] in (["train"], ["plan"]):
         arguments = [f"--{text}" if _ASSIGNMENT.match(text) else text for text in arguments]
     try:
         parser = build_parser()
@@ -87,11 +88,8 @@ def build_parser() -> ArgumentParser:
     return parser
 
 
-def _train_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument(
-        "--config", action="config", help="a recipe, such as configs/tiny.yaml; options after it override it"
-    )
-    parser.add_class_arguments(Recipe, as_group=False)
+def _train_arguments(parser: Parser) -> None:
+    parser.add_recipe()
     _flag(parser, "resume", "go on from the newest checkpoint of OUT")
     _flag(parser, "overwrite", "replace OUT if it is there")
 
@@ -103,12 +101,12 @@ def _train(options: Namespace) -> None:
     """
     from pkmem.training.run import train
 
-    names = [field.name for field in fields(Recipe)]
     if options.resume:
+        names = [field.name for field in fields(Recipe)]
         given = {name: option for name, option in options.given.items() if name.split(".")[0] in names}
         recipe = recorded_recipe(Path(options.out), given)
     else:
-        recipe = read_recipe({name: options.as_dict()[name] for name in names})
+        recipe = given_recipe(options)
     summary = train(recipe, resume=options.resume, overwrite=options.overwrite)
     if os.environ.get("RANK", "0") != "0":  # torchrun: the first process speaks
         return
@@ -283,6 +281,7 @@ def _model_argument(parser: ArgumentParser) -> None:
 
 
 VERBS = {
+    "plan": Verb(plan_arguments, plan),
     "train": Verb(_train_arguments, _train),
     "eval": Verb(_eval_arguments, _eval),
     "generate": Verb(_generate_arguments, _generate),

@@ -59,14 +59,14 @@ def test_a_table_alone_is_refused_alike_and_a_shared_one_is_not_counted(monkeypa
         ValueTable(10**12, 64)
     big = MemoryConfig(dim=6, num_sub_keys=64, heads=1, knn=3, query_dim=4)
     table = ValueTable(64**2, 6)
-    monkeypatch.setattr(room, "_bytes_of", lambda device: 64**2 * 6 * 4)
+    monkeypatch.setattr(room, "bytes_of", lambda device: 64**2 * 6 * 4)
     ProductKeyMemory(big, values=table)
     with pytest.raises(ValueError, match="has 98,304"):
         ProductKeyMemory(big)
 
 
 def test_the_dtype_counts_and_what_just_fits_is_taken(monkeypatch) -> None:
-    monkeypatch.setattr(room, "_bytes_of", lambda device: 200)
+    monkeypatch.setattr(room, "bytes_of", lambda device: 200)
     require_room("a table", 50)
     require_room("a table", 100, dtype=torch.bfloat16)
     for num_elements, dtype in ((51, None), (101, torch.float16), (26, torch.float64)):
@@ -106,4 +106,4 @@ def test_a_containers_limit_counts_in_both_versions_of_control_groups(tmp_path) 
 def test_a_system_that_does_not_say_its_memory_is_asked_by_the_allocator(monkeypatch) -> None:
     monkeypatch.delattr("os.sysconf")
     monkeypatch.setattr(room, "_limits_of_container", lambda: iter(()))
-    assert room._bytes_of(torch.device("cpu")) == sys.maxsize
+    assert room.bytes_of(torch.device("cpu")) == sys.maxsize

@@ -245,7 +245,7 @@ def test_a_mask_without_padding_is_bitwise_no_mask() -> None:
 @pytest.mark.parametrize(("share", "fits"), [(False, False), (True, True)])
 def test_memories_that_do_not_fit_together_are_refused_before_the_model_is_edited(share, fits, monkeypatch) -> None:
     one = room.num_weights(MEMORY.bound_to(32))
-    monkeypatch.setattr(room, "_bytes_of", lambda device: 4 * 2 * one - 4)
+    monkeypatch.setattr(room, "bytes_of", lambda device: 4 * 2 * one - 4)
     model = decoder()
     before = [name for name, _ in model.named_modules()]
     if fits:

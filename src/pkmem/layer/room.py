@@ -45,7 +45,7 @@ def require_room(
     """
     made = torch.empty(0)  # by the defaults
     device, dtype = device or made.device, dtype or made.dtype
-    needed, there = num_elements * dtype.itemsize, _bytes_of(device)
+    needed, there = num_elements * dtype.itemsize, bytes_of(device)
     if needed > there:
         raise ValueError(
             f"{what} of {num_elements:,} {str(dtype).removeprefix('torch.')} numbers needs {needed:,} bytes but "
@@ -53,7 +53,8 @@ def require_room(
         )
 
 
-def _bytes_of(device: torch.device) -> int:
+def bytes_of(device: torch.device) -> int:
+    """Bytes of all memory of a device, as far as the system says: see `require_room`."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     if device.type != "cpu":

@@ -1,7 +1,8 @@
-"""Makes `import pkmem` enough for `AutoModelForCausalLM` to know pkmem's models.
+"""Makes `import pkmem` enough for other libraries to know what is pkmem's.
 
-transformers has no entry point for model classes and takes seconds to import, so its import is watched:
-the moment somebody imports it, pkmem's classes are registered; who never does, pays nothing.
+`AutoModelForCausalLM` knows its models, `torch.utils.flop_counter.FlopCounterMode` the operations of its operators.
+Neither library has an entry point for that, and both take long to import, so their import is watched: the moment
+somebody imports one, pkmem's part is registered; who never does, pays nothing.
 """
 
 from __future__ import annotations
@@ -13,32 +14,37 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-_WATCHED = "transformers"
+_REGISTERING = {"transformers": "pkmem.lm.huggingface", "torch.utils.flop_counter": "pkmem.ops.flops"}
 
 
-def register_with_transformers() -> None:
-    """Registers pkmem's model classes now if transformers is loaded, else right after it is."""
-    if _WATCHED in sys.modules:
-        importlib.import_module("pkmem.lm.huggingface")
-    elif not any(isinstance(finder, _Watcher) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Watcher())
+def register_when_imported() -> None:
+    """Registers pkmem's part with each library now if it is loaded, else right after it is."""
+    watched = {finder.watched for finder in sys.meta_path if isinstance(finder, _Watcher)}
+    for library, ours in _REGISTERING.items():
+        if library in sys.modules:
+            importlib.import_module(ours)
+        elif library not in watched:
+            sys.meta_path.insert(0, _Watcher(library))
 
 
 class _Watcher(importlib.abc.MetaPathFinder):
+    def __init__(self, watched: str) -> None:
+        self.watched = watched
+
     def find_spec(self, name: str, path: Any, target: ModuleType | None = None) -> ModuleSpec | None:
-        if name != _WATCHED:
+        if name != self.watched:
             return None
         # Asked does not mean imported: many libraries only look whether it is there, so the watch goes on.
         others = (finder for finder in sys.meta_path if not isinstance(finder, _Watcher))
         spec = next((spec for finder in others if (spec := finder.find_spec(name, path, target))), None)
         if spec is not None and spec.loader is not None:
-            spec.loader = _LoadThenRegister(spec.loader)
+            spec.loader = _LoadThenRegister(spec.loader, self)
         return spec
 
 
 class _LoadThenRegister(importlib.abc.Loader):
-    def __init__(self, loader: Any) -> None:
-        self._loader = loader
+    def __init__(self, loader: Any, watcher: _Watcher) -> None:
+        self._loader, self._watcher = loader, watcher
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         created: ModuleType | None = self._loader.create_module(spec)
@@ -48,5 +54,5 @@ class _LoadThenRegister(importlib.abc.Loader):
         assert module.__spec__ is not None
         module.__spec__.loader = module.__loader__ = self._loader
         self._loader.exec_module(module)
-        sys.meta_path[:] = [finder for finder in sys.meta_path if not isinstance(finder, _Watcher)]
-        importlib.import_module("pkmem.lm.huggingface")
+        sys.meta_path[:] = [finder for finder in sys.meta_path if finder is not self._watcher]
+        importlib.import_module(_REGISTERING[self._watcher.watched])

@@ -8,6 +8,7 @@ import json
 import os
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import fields
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, NoReturn
@@ -39,6 +40,12 @@ class Parser(ArgumentParser):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(allow_abbrev=False, **options)  # or memory.kn would be memory.knn
+
+    def add_recipe(self) -> None:
+        """Takes a recipe: --config FILE, and its fields by dotted name."""
+        text = "a recipe, such as configs/tiny.yaml; options after it override it"
+        self.add_argument("--config", action="config", help=text)
+        self.add_class_arguments(Recipe, as_group=False)
 
     def parse_path(self, path: str | os.PathLike[str], *args: Any, **options: Any) -> Namespace:
         # jsonargparse's own reads a recipe in the platform's encoding.
@@ -102,6 +109,12 @@ def read_recipe(document: Mapping[str, Any], overrides: Mapping[str, Any] | None
         nested[part][option] = setting
     beside = _parser("").parse_object(nested.pop(""))
     return Recipe(**beside.as_dict(), **{part: _made(part, json.dumps(nested[part], default=str)) for part in _PARTS})
+
+
+def given_recipe(options: Namespace) -> Recipe:
+    """The recipe among the options of a parser that takes one: see `Parser.add_recipe`."""
+    given = options.as_dict()
+    return read_recipe({field.name: given[field.name] for field in fields(Recipe)})
 
 
 def by_dotted_name(document: Mapping[str, Any]) -> dict[str, Any]:

@@ -28,6 +28,8 @@ class TrainingConfig:
         max_norm: clip the gradient norm of everything but the values to this, > 0.
         value_grad: "rows" trains the read rows alone, at a cost that does not grow with the table; "dense"
             makes a gradient of the table's size, as several processes still need.
+        columns: processes that share the columns of each value table; None: as many of a host's as divide its width.
+        parallel: "ddp" holds everything but the tables on each process, "fsdp" splits it among them.
         precision: "fp32", or "bf16" autocast.
         seed: of weights, data order and dropout, >= 0.
         log_every_steps: updates from record to record, >= 1.
@@ -48,6 +50,8 @@ class TrainingConfig:
     weight_decay: float = 0.0
     max_norm: float = 1.0
     value_grad: Literal["rows", "dense"] = "rows"
+    columns: int | None = None
+    parallel: Literal["ddp", "fsdp"] = "ddp"
     precision: Literal["fp32", "bf16"] = "fp32"
     seed: int = 0
     log_every_steps: int = 10
@@ -60,6 +64,7 @@ class TrainingConfig:
             require(getattr(self, name) >= 1, f"training.{name}", getattr(self, name), ">= 1")
         for name in ("checkpoint_every_steps", "eval_tokens"):
             require(getattr(self, name) >= 1, f"training.{name}", getattr(self, name), ">= 1")
+        require(self.columns is None or self.columns >= 1, "training.columns", self.columns, "None or >= 1")
         for name in ("lr", "value_lr", "max_norm"):
             require(getattr(self, name) > 0, f"training.{name}", getattr(self, name), "> 0")
         for name in ("warmup_share", "beta2"):
