@@ -49,11 +49,17 @@ class MemoryUsage:
     @torch.no_grad()
     def count(self, slots: Tensor, weights: Tensor, mask: Tensor | None) -> None:
         """Adds what a memory reads for its real tokens, by a mask (n,)."""
-        if self.weight_sum.device != slots.device:
-            for name in ("weight_sum", "num_reads", "num_top1"):
-                setattr(self, name, getattr(self, name).to(slots.device))
+        self.counts(slots.device)
         add = _compiled_add if torch.compiler.is_compiling() else _add
         add(self.weight_sum, self.num_reads, self.num_top1, slots, weights.detach(), mask)
+
+    def counts(self, device: torch.device) -> list[Tensor]:
+        """weight_sum, num_reads and num_top1, on a device from now on; several processes may add theirs up in place."""
+        names = ("weight_sum", "num_reads", "num_top1")
+        if self.weight_sum.device != device:
+            for name in names:
+                setattr(self, name, getattr(self, name).to(device))
+        return [getattr(self, name) for name in names]
 
     @property
     def usage(self) -> float:

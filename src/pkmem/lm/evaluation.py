@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset
@@ -22,6 +23,7 @@ def evaluate(
     batch_sequences: int = 8,
     max_tokens: int | None = None,
     progress: bool = False,
+    together: bool = False,
 ) -> dict[str, float]:
     """Loss of a causal language model on held-out blocks, and how it uses its memories (section 4.1).
 
@@ -32,6 +34,7 @@ def evaluate(
         batch_sequences: blocks evaluated at once.
         max_tokens: the first blocks up to about this many tokens; None takes all.
         progress: show a progress bar.
+        together: the processes of torch.distributed each take a share of the blocks; all call this, and get the same.
 
     Returns:
         loss (nats per token), perplexity, bits_per_byte, num_tokens (predicted), and per memory
@@ -42,13 +45,20 @@ def evaluate(
         blocks = Subset(blocks, range(min(num_blocks, len(blocks))))  # type: ignore[arg-type]
     device = next(model.parameters()).device
     total, count = 0.0, 0
+    share = _share(len(blocks), batch_sequences) if together else None  # type: ignore[arg-type]
     with in_eval_mode(model), watching(model) as usages:
-        for batch in tqdm(DataLoader(blocks, batch_sequences), "evaluating", disable=not progress):
+        loader = DataLoader(blocks, 1 if share else batch_sequences, batch_sampler=share)
+        for batch in tqdm(loader, "evaluating", disable=not progress):
             tokens = batch["input_ids"].to(device)
             logits = model(input_ids=tokens, use_cache=False).logits[:, :-1].float()
             losses = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
             total += losses.double().sum().item()
             count += losses.numel()
+    if share:
+        sums = torch.tensor([total, count], dtype=torch.float64, device=device)
+        for counts in (sums, *(counts for usage in usages.values() for counts in usage.counts(device))):
+            dist.all_reduce(counts)
+        total, count = sums[0].item(), int(sums[1])
     loss = total / count
     result = {
         "loss": loss,
@@ -57,6 +67,18 @@ def evaluate(
         "num_tokens": count,
     }
     return result | usage_figures(usages)
+
+
+def _share(num_blocks: int, batch_sequences: int) -> list[list[int]] | None:
+    """The batches of this process, as many as every other's, since sharded tables are read together.
+
+    None where there are fewer blocks than processes: each takes all.
+    """
+    num = dist.get_world_size()
+    if num_blocks < num:
+        return None
+    num_batches = -(-num_blocks // (num * batch_sequences))
+    return [part.tolist() for part in torch.arange(dist.get_rank(), num_blocks, num).tensor_split(num_batches)]
 
 
 @contextlib.contextmanager

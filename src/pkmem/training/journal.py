@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
 from torch import nn
 from torch.utils.data import Dataset
 from torch.utils.tensorboard import SummaryWriter
@@ -24,20 +25,22 @@ from pkmem.training.recipe import Recipe
 class Journal(TrainerCallback):
     """Measures a run: losses, held-out figures, use of the memories, speed; to a bar, a file and TensorBoard.
 
-    Of several processes the first one keeps it: losses are the mean over all of them, the use of the memories during
-    training is that of its own share of the tokens.
+    Several processes measure together and the first one writes: losses are the mean over all of them, the use of the
+    memories during training is that of its own share of the tokens.
     """
 
     def __init__(
         self,
         recipe: Recipe,
         progress: bool,
+        processes: PartialState,
         held_out: Dataset,
         train_bytes_per_token: float,
         held_out_bytes_per_token: float,
         usages: dict[str, Any],
     ) -> None:
         self.recipe, self.progress, self.held_out, self.usages = recipe, progress, held_out, usages
+        self.processes = processes
         self.train_bytes_per_token, self.held_out_bytes_per_token = train_bytes_per_token, held_out_bytes_per_token
         self.path = recipe.out / "metrics.jsonl"
         self._open = contextlib.ExitStack()
@@ -60,6 +63,8 @@ class Journal(TrainerCallback):
         self._step_loss += loss
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if not self.processes.is_main_process:
+            return
         _drop_records_after(self.path, state.global_step)
         board = self.recipe.out / "tensorboard"
         _wait_for_a_later_name(board)
@@ -83,7 +88,8 @@ class Journal(TrainerCallback):
         self.seconds += time.perf_counter() - self._step_start
         self._losses.append(self._step_loss)
         config, step = self.recipe.training, state.global_step
-        self._bar.update(config.batch_tokens)
+        if self.processes.is_main_process:
+            self._bar.update(config.batch_tokens)
         is_last = step == config.num_steps
         if step % config.log_every_steps == 0 or is_last:
             self._record_training(step, kwargs["optimizer"])
@@ -107,12 +113,16 @@ class Journal(TrainerCallback):
             record["value_lr"] = optimizer.param_groups[-1]["lr"]
         record |= usage_figures(self.usages)
         self._reset()
-        self._bar.set_postfix(loss=f"{loss:.3f}", bpb=f"{record['bits_per_byte']:.3f}")
+        if self.processes.is_main_process:
+            self._bar.set_postfix(loss=f"{loss:.3f}", bpb=f"{record['bits_per_byte']:.3f}")
         self._write(step, "train", record)
 
     def _record_held_out(self, step: int, model: nn.Module) -> None:
         config = self.recipe.training
-        figures = evaluate(model, self.held_out, self.held_out_bytes_per_token, max_tokens=config.eval_tokens)
+        together = self.processes.num_processes > 1
+        figures = evaluate(
+            model, self.held_out, self.held_out_bytes_per_token, max_tokens=config.eval_tokens, together=together
+        )
         for usage in self.usages.values():
             usage.reset()  # the evaluation's reads are not the training's
         self._write(step, "held_out", figures)
@@ -123,6 +133,8 @@ class Journal(TrainerCallback):
             usage.reset()
 
     def _write(self, step: int, kind: str, figures: dict[str, float]) -> None:
+        if not self.processes.is_main_process:
+            return
         tokens = step * self.recipe.training.batch_tokens
         record = {"kind": kind, "step": step, "tokens": tokens, "seconds": self.seconds, **figures}
         with self.path.open("a", encoding="utf-8") as file:

@@ -27,7 +27,7 @@ class TrainingConfig:
         weight_decay: of matrices other than values, >= 0.
         max_norm: clip the gradient norm of everything but the values to this, > 0.
         value_grad: "rows" trains the read rows alone, at a cost that does not grow with the table; "dense"
-            makes a gradient of the table's size, as several processes still need.
+            makes a gradient of the table's size.
         columns: processes that share the columns of each value table; None: as many of a host's as divide its width.
         parallel: "ddp" holds everything but the tables on each process, "fsdp" splits it among them.
         precision: "fp32", or "bf16" autocast.

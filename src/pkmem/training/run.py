@@ -31,6 +31,8 @@ from transformers import (
     set_seed,
 )
 
+from pkmem.layer.drawing import undrawn_tables
+from pkmem.layer.sharding import shard_values
 from pkmem.layer.usage import watching
 from pkmem.layer.values import count_parameters, tables_in
 from pkmem.lm.build import build_model
@@ -41,6 +43,7 @@ from pkmem.text import TokenBlocks, TokenFile
 from pkmem.text.facts import SYNTHETIC, Facts
 from pkmem.training.files import save_json
 from pkmem.training.journal import Journal
+from pkmem.training.parallel import split_dense_part, table_mesh
 from pkmem.training.prepare import make_run_directory, prepare_run, say
 from pkmem.training.recipe import Recipe
 from pkmem.training.trainer import MemoryTrainer, save_model
@@ -55,8 +58,8 @@ def train(recipe: Recipe, resume: bool = False, overwrite: bool = False, progres
 
     Ctrl-C or SIGTERM ends the run after the update in progress with a checkpoint; a second one ends it at once.
 
-    Several processes (torchrun) share the batch of each update; the first one does alone what is not training, and
-    they all see the run directory and the token cache. A run may be resumed on another number of them.
+    Several processes (torchrun) share the batch of each update and the columns of the tables; they all see the run
+    directory and the token cache, and the first one writes there. A run may be resumed on another number of them.
 
     Args:
         recipe: the run; when resuming, the one it was started with.
@@ -86,12 +89,20 @@ def train(recipe: Recipe, resume: bool = False, overwrite: bool = False, progres
         recipe.training.seed,
     )
     held_out = TokenBlocks(held_out_file, recipe.model.context_tokens)
+    mesh = table_mesh(recipe, processes.num_processes, processes.device)
     set_seed(recipe.training.seed)
-    model = build_model(recipe.model, recipe.memory, len(tokenizer), tokenizer.eos_token_id)
+    with contextlib.nullcontext() if mesh is None else undrawn_tables():
+        model = build_model(recipe.model, recipe.memory, len(tokenizer), tokenizer.eos_token_id)
+    if mesh is not None:
+        shard_values(model, mesh)
+    if recipe.training.parallel == "fsdp" and processes.num_processes > 1:
+        split_dense_part(model)
     if processes.is_main_process and not resume:
         make_run_directory(recipe, tokenizer)
     with watching(model) as usages:
-        journal = Journal(recipe, progress, held_out, train_file.bytes_per_token, held_out_file.bytes_per_token, usages)
+        journal = Journal(
+            recipe, progress, processes, held_out, train_file.bytes_per_token, held_out_file.bytes_per_token, usages
+        )
         trainer = MemoryTrainer(recipe, sequences, model, blocks, tokenizer, journal)
         stop = _StopWhenAsked(loud=processes.is_main_process)
         trainer.add_callback(stop)
@@ -101,7 +112,7 @@ def train(recipe: Recipe, resume: bool = False, overwrite: bool = False, progres
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     if stop.stopped:
         raise KeyboardInterrupt(f"stopped at step {trainer.state.global_step}; continue with --resume")
-    return _by_first_process(lambda: _finish(recipe, model, tokenizer, held_out, held_out_file, journal, progress))
+    return _finish(recipe, model, tokenizer, held_out, held_out_file, journal, progress)
 
 
 def sequences_per_process(recipe: Recipe, num_processes: int) -> int:
@@ -115,13 +126,8 @@ def sequences_per_process(recipe: Recipe, num_processes: int) -> int:
         sequences, at least 1.
 
     Raises:
-        ValueError: the processes cannot share the batch evenly, or each would update its own table of values.
+        ValueError: the processes cannot share the batch evenly.
     """
-    if num_processes > 1 and recipe.training.value_grad == "rows" and recipe.model.memory_layers:
-        raise ValueError(
-            f"training.value_grad is 'rows' but there are {num_processes} processes, "
-            "each of which would update its own table: set training.value_grad=dense"
-        )
     sequences, rest = divmod(recipe.micro_batch_sequences, num_processes)
     if rest:
         unit = recipe.model.context_tokens * recipe.training.micro_batches * num_processes
@@ -157,22 +163,23 @@ def _finish(
     journal: Journal,
     progress: bool,
 ) -> dict[str, Any]:
-    """Evaluates and saves the trained model; returns the summary."""
+    """Evaluates and saves the trained model, all processes together; returns the summary."""
+    together = PartialState().num_processes > 1
     train_tokens = recipe.training.num_steps * recipe.training.batch_tokens
     summary = {
         **count_parameters(model),
-        **evaluate(model, held_out, held_out_file.bytes_per_token, progress=progress),
+        **evaluate(model, held_out, held_out_file.bytes_per_token, progress=progress, together=together),
         "train_tokens": train_tokens,
         "train_seconds": journal.seconds,
         "train_tokens_per_s": train_tokens / journal.seconds,
     }
-    save_model(recipe.out / "model", model, tokenizer)
+    _by_first_process(lambda: save_model(recipe.out / "model", model, tokenizer))
     if recipe.data.startswith(SYNTHETIC):
         try:
             summary |= measure_recall(model, tokenizer, Facts.named(recipe.data), progress)
         except ValueError as error:  # such as a context too short for a fact: the model is trained all the same
-            say(True, f"what it recalls was not measured: {error}")
-    save_json(recipe.out / "summary.json", summary)
+            say(progress, f"what it recalls was not measured: {error}")
+    _by_first_process(lambda: save_json(recipe.out / "summary.json", summary))
     return summary
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from numba import config, njit
 from torch import Tensor
 
@@ -35,4 +36,19 @@ def array(tensor: Tensor) -> np.ndarray:
     tensor = tensor.detach().contiguous()
     if tensor.dtype in _HALF_VIEWS:
         tensor = tensor.view(_HALF_VIEWS[tensor.dtype])
+    if dist.is_available() and dist.is_initialized() and tensor.numel():
+        return np.asarray(_Memory(tensor))
     return tensor.numpy()
+
+
+class _Memory:
+    """A tensor's memory for numpy, to which `Tensor.numpy` would bind it for good: FSDP frees it between uses."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor = tensor  # lives as long as the array
+        self.__array_interface__ = {
+            "version": 3,
+            "data": (tensor.data_ptr(), False),
+            "shape": tuple(tensor.shape),
+            "typestr": np.dtype(str(tensor.dtype).removeprefix("torch.")).str,
+        }
