@@ -12,10 +12,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from transformers import GPT2Config, GPT2LMHeadModel
 
 import pkmem
 from pkmem import MemoryConfig, ProductKeyMemory, RowAdam, shard_values, tables_in
 from pkmem.layer.values import NeuronTable, Table, ValueTable
+from pkmem.ops.reading_log import row_gradient
 
 WIDTH, NUM_SLOTS = 12, 40
 TOKENS = ((5, 7, 1, 3), (2, 4, 6, 1))  # of each process in each pass: uneven, and one of one token
@@ -207,6 +209,8 @@ def everyday(shape: tuple[int, int]) -> dict[str, object]:
         "twice": lambda: shard_values(model, mesh),
         "no table": lambda: shard_values(nn.Linear(2, 2), mesh),
         "no replicas' gradient": lambda: model.train()(x),
+        "saved by one process": lambda: language_model(mesh).save_pretrained("nowhere"),
+        "wrapped around": lambda: nn.parallel.DistributedDataParallel(nn.Sequential(twin)).train()(x),
     }.items():
         try:
             act()
@@ -249,3 +253,27 @@ def clipped(shape: tuple[int, int]) -> list[float]:
     first = optimizer.grad_norm()
     second = nn.utils.clip_grad_norm_(tables, 1e-3).item()
     return [first, second, optimizer.grad_norm()]
+
+
+def language_model(mesh: DeviceMesh) -> nn.Module:
+    sizes = {"vocab_size": 32, "n_embd": WIDTH, "n_layer": 1, "n_head": 2}
+    with pkmem.undrawn_tables():
+        model = pkmem.add_memory(
+            GPT2LMHeadModel(GPT2Config(**sizes)), [0], MemoryConfig(num_sub_keys=4, heads=1, knn=2)
+        )
+    shard_values(model, mesh)
+    return model
+
+
+def compiled_apart() -> str:
+    """What a log says that a compiled backward pass appends to, where each process has the whole table."""
+    table = ValueTable(4, 4)
+    optimizer = RowAdam(table)
+    gradient = row_gradient(table.weight, torch.zeros(1, 1).long(), torch.ones(1, 1), torch.ones(1, 4), "cpu", -1)
+    try:
+        table.log.append(gradient)
+    except RuntimeError as error:
+        return str(error)
+    finally:
+        del optimizer
+    return ""

@@ -41,6 +41,7 @@ NAMES = {
     "_load_rng_state",  # of Trainer: reads its part of a checkpoint
     "_set_gradient_checkpointing",  # of a model: hands its blocks the function that checkpoints them
     "_save_checkpoint",  # of Trainer: writes a checkpoint
+    "_wrap_model",  # of Trainer: makes the model one of several processes'
     "_supports_default_dynamic_cache",  # of a model: whether generation makes it the usual cache
     "_supports_flash_attn",  # of a model: an attention it lets through to the decoder
     "_supports_flex_attn",  # as before
@@ -63,6 +64,8 @@ OF_TORCH_AND_NUMBA = {
     "_replicate_for_data_parallel",  # of a module: makes a copy for nn.DataParallel
     "_save_to_state_dict",  # of a module: what a sharded table gives as a DTensor: tests/layer/test_sharding.py
     "_load_from_state_dict",
+    "_get_active_ddp_module",  # of DistributedDataParallel: the one whose forward runs: tests/layer/test_sharding.py
+    "_module_parameters",  # of DistributedDataParallel: what it exchanges
     "_current_graph_task_id",  # which backward pass runs; -1 outside all: tests of activation checkpointing
     "_dynamo_marked_constant",  # what torch.compiler.assume_constant_result sets
     # of tensors that are more than numbers, and of the operators they see: tests/ops/test_reading_log.py

@@ -86,6 +86,8 @@ def test_everyday_use() -> None:
         assert "no table found" in errors["no table"]
         assert "make a pkmem.RowAdam" in errors["no replicas' gradient"]
         assert "ignored_params=" in errors["another weight"]
+        assert "pkmem export" in errors["saved by one process"]
+        assert "the very module that shard_values was given" in errors["wrapped around"]
 
 
 def test_what_cannot_be_sharded_is_refused() -> None:
@@ -106,3 +108,7 @@ def test_the_norm_that_others_clip_by_is_of_the_whole_table() -> None:
         assert first == pytest.approx(optimizer.grad_norm(), rel=1e-12)
         assert second == pytest.approx(first, rel=1e-12)
         assert third == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_whole_tables_of_several_processes_are_not_trained_apart_by_compiled_code() -> None:
+    assert all("would drift apart: call pkmem.shard_values" in said for said in together(2, sharded.compiled_apart))

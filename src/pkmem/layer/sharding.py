@@ -244,6 +244,12 @@ class ShardedTable(Table):
                 "something has put another weight in place of a sharded table's: leave the tables out of fully_shard with "
                 "ignored_params={table.weight for table in pkmem.tables_in(model)}"
             )
+        parallel = nn.parallel.DistributedDataParallel._get_active_ddp_module()
+        if parallel is not None and any(part is self.weight for part in parallel._module_parameters):
+            raise RuntimeError(
+                "DistributedDataParallel has made the same columns of a sharded table on all processes: give it the very "
+                "module that shard_values was given, or one inside, or name the tables among the parameters to ignore"
+            )
         is_trained = torch.is_grad_enabled() and self.weight.requires_grad and self.training
         if is_trained and self.log is None and self.shards.replicas is not None:
             raise RuntimeError(

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
@@ -299,6 +300,12 @@ def _copy_(gradient: Any, source: Tensor, non_blocking: bool = False) -> Any:
     """DistributedDataParallel writes back like this what it has averaged."""
     if not isinstance(gradient, RowGradient) or source.shape != gradient.shape:
         return NotImplemented
+    if _among_processes() and not isinstance(source, RowGradient):
+        warnings.warn(
+            "the processes exchange a gradient of the whole table at every step: call pkmem.shard_values(model, mesh) before "
+            "DistributedDataParallel, and they exchange what was read",
+            stacklevel=2,
+        )
     gradient.reads.replace(reads_of(source.to(gradient.device), gradient.reads.backend))
     return gradient
 
@@ -363,6 +370,10 @@ _ON_READS: dict[Any, Callable[..., Any]] = {
 }
 
 
+def _among_processes() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
 class ReadLog:
     """Where the reads of one table go while a living `pkmem.RowAdam` trains it: into the `.grad` of its weight.
 
@@ -398,5 +409,14 @@ class ReadLog:
         return self.weight.grad.reads.entries if isinstance(self.weight.grad, RowGradient) else []
 
     def append(self, gradient: RowGradient) -> None:
-        """Adds to the weight's gradient, as autograd does with what it is given."""
+        """Adds to the weight's gradient, as autograd does with what it is given.
+
+        Raises:
+            RuntimeError: several processes each have the whole table, which DistributedDataParallel does not see.
+        """
+        if self.others is None and _among_processes():
+            raise RuntimeError(
+                "a compiled model logs its reads where DistributedDataParallel does not see them, so the tables of the "
+                "processes would drift apart: call pkmem.shard_values(model, mesh) before the RowAdam is made"
+            )
         self.weight.grad = gradient if self.weight.grad is None else self.weight.grad.add_(gradient)
