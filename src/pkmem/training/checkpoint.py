@@ -203,7 +203,7 @@ def _seal(folder: Path, step: int, shards: dict[str, Digest], tensors: dict[str,
     manifest = {
         "format": _FORMAT,
         "step": step,
-        "files": {name: digests[name]._asdict() for name in sorted(digests)},
+        "files": {name: {"size": size, "sha256": sha256} for name, (size, sha256) in sorted(digests.items())},
         "tensors": tensors,
     }
     save_json(folder / "manifest.json", manifest | {"sha256": _hash_of(manifest)})

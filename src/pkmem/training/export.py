@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 import uuid
 from pathlib import Path
-from typing import Any
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
@@ -32,7 +32,7 @@ def save_description(folder: Path, model: PreTrainedModel, tokenizer: PreTrained
     tokenizer.save_pretrained(folder)
 
 
-def export_run(run: Path, out: Path | None, step: int | None, overwrite: bool, tell: Any) -> Path:
+def export_run(run: Path, out: Path | None = None, step: int | None = None, overwrite: bool = False) -> Path:
     """Exports a checkpoint of a run.
 
     Args:
@@ -40,7 +40,6 @@ def export_run(run: Path, out: Path | None, step: int | None, overwrite: bool, t
         out: where to; None is `RUN/model-step-N`.
         step: of the checkpoint; None takes the newest that is valid.
         overwrite: replace `out` if it is there.
-        tell: called with a line about each checkpoint that is skipped.
 
     Returns:
         the directory.
@@ -50,7 +49,7 @@ def export_run(run: Path, out: Path | None, step: int | None, overwrite: bool, t
         ValueError: `out` is there already.
     """
     if step is None:
-        checkpoint = newest_valid_checkpoint(run, tell)
+        checkpoint = newest_valid_checkpoint(run, lambda line: print(line, file=sys.stderr))
         if checkpoint is None:
             raise CheckpointError(f"{run} has no checkpoint to export: give a run directory")
     else:

@@ -55,7 +55,7 @@ class Shard:
 
     def copied(self) -> Shard:
         """The same with its numbers in memory of their own, on the CPU, which training leaves alone."""
-        parts = {name: part._replace(tensor=part.tensor.to("cpu", copy=True)) for name, part in self.parts.items()}
+        parts = {name: Part(part.offsets, part.tensor.to("cpu", copy=True)) for name, part in self.parts.items()}
         return replace(self, parts=parts)
 
     def write(self, folder: Path) -> dict[str, Digest]:
@@ -211,14 +211,12 @@ def _are_sizes(numbers: Any) -> bool:
 def _require_cover(folder: Path, name: str, shape: Any, parts: Mapping[tuple[int, ...], TensorFile]) -> None:
     """Refuses parts that are not the cells of a grid over the whole tensor, as the shards of a mesh are."""
     sizes = {offsets: file.stored[name].shape for offsets, file in parts.items()}
-    holds = _are_sizes(shape) and all(len(offsets) == len(shape) for offsets in sizes)
+    holds = bool(sizes) and _are_sizes(shape) and all(len(offsets) == len(shape) for offsets in sizes)
     if holds:
         filled = {offsets: size for offsets, size in sizes.items() if math.prod(size)}
-        edges = [sorted({offsets[dim] for offsets in filled}) for dim in range(len(shape))]
+        edges = [sorted({0, *(offsets[dim] for offsets in filled)}) for dim in range(len(shape))]
         ends = [dict(itertools.pairwise([*edge, full])) for edge, full in zip(edges, shape, strict=True)]
-        holds = len(filled) == math.prod(map(len, edges)) if math.prod(shape) else bool(sizes) and not filled
-        holds = holds and all(edge[:1] in ([0], []) for edge in edges)
-        holds = holds and all(
+        holds = len(filled) == (math.prod(map(len, edges)) if math.prod(shape) else 0) and all(
             at + n == ends[dim].get(at)
             for offsets, size in filled.items()
             for dim, (at, n) in enumerate(zip(offsets, size, strict=True))

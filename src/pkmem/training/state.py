@@ -65,7 +65,7 @@ def _encode(state: Any, where: str) -> Any:
     if kind in (dict, OrderedDict) and all(type(key) in (str, int) for key in state):
         return {kind.__name__: [[key, _encode(v, f"{where}[{key!r}]")] for key, v in state.items()]}
     if kind in (Tensor, torch.nn.Parameter) and state.layout == torch.strided and not state.is_meta:
-        plain = state.detach().cpu().resolve_conj().resolve_neg().contiguous()
+        plain = state.detach().cpu().resolve_conj().resolve_neg().clone(memory_format=torch.contiguous_format)
         bits = plain.flatten().view(torch.uint8).numpy().tobytes().hex()
         return {"tensor": [str(plain.dtype).removeprefix("torch."), list(plain.shape), bits]}
     allowed = "dense tensors, dicts with str or int keys, lists, tuples, numbers, strings, bools, None"

@@ -167,7 +167,10 @@ def _chunks(tensor: Tensor) -> Iterator[Tensor]:
         for row in tensor.split(max(1, _CHUNK_BYTES * len(tensor) // max(1, tensor.nbytes))):
             yield row.contiguous().flatten().cpu()
         return
-    for chunk in tensor.contiguous().flatten().split(_CHUNK_BYTES // tensor.itemsize):
+    flat = tensor.contiguous().flatten()
+    if flat.stride() != (1,):  # a single number
+        flat = flat.clone(memory_format=torch.contiguous_format)
+    for chunk in flat.split(_CHUNK_BYTES // tensor.itemsize):
         yield chunk.cpu()
 
 
