@@ -471,7 +471,7 @@ def test_resuming_skips_a_broken_checkpoint_and_says_so_in_one_line(
     assert "1000 bytes instead of" in line
     for step in (9, 10):
         (out / "checkpoints" / f"step-{step}" / "manifest.json").write_text("{")
-    assert "resume from an earlier checkpoint" in error_of(["train", "--out", out, "--resume"], capsys)
+    assert "step-9/manifest.json: not JSON" in error_of(["train", "--out", out, "--resume"], capsys)
 
 
 def test_export_writes_the_model_of_a_checkpoint(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
