@@ -12,15 +12,18 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from pkmem.training import shards as shards_module
 from pkmem.training.checkpoint import newest_valid_checkpoint, open_shards, save_checkpoint, verify_checkpoint
 from pkmem.training.files import CheckpointError, load_json
+from pkmem.training.named_state import load_model, load_optimizer, model_tensors, optimizer_state
 from pkmem.training.saver import CheckpointSaver
 from pkmem.training.shards import plan_shard
+from pkmem.training.state import load_state, save_state
 from pkmem.training.tensor_file import TensorFile
 from pkmem.training.together import Together
 
@@ -186,3 +189,56 @@ def check_torch_reads(checkpoint: Path) -> None:
     read = {name: torch.zeros_like(tensor) for name, tensor in whole(1).items() if tensor.dim() and tensor.numel()}
     dcp.load(read, storage_reader=dcp.HuggingFaceStorageReader(str(checkpoint)), no_dist=True)
     assert all(torch.equal(tensor, whole(1)[name]) for name, tensor in read.items())
+
+
+# A dense model under FSDP2 -----------------------------------------------------------------------------------
+
+SHARDED_STEPS = 3
+
+
+def dense_model() -> tuple[nn.Module, torch.optim.Optimizer]:
+    """In fp64; 5 rows do not divide by 2."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2)).double()
+    return model, torch.optim.AdamW(model.parameters(), lr=1e-2)
+
+
+def trained(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range, share: slice = slice(None)) -> None:
+    """Steps on all of the batches, or on a process's share of them."""
+    for step in steps:
+        x = torch.randn(4, 3, generator=torch.Generator().manual_seed(step), dtype=torch.float64)[share]
+        model(x).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def save_sharded(rank: int, folder: str) -> None:
+    """One of two processes: trains under FSDP2, saves, and goes on from what it saved to the same bits."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    together, share = Together(dist.new_group(backend="gloo")), slice(2 * rank, 2 * rank + 2)
+    made = []
+    for _ in range(2):
+        model, _ = dense_model()
+        fully_shard(model, mesh=DeviceMesh("cpu", torch.arange(2)))
+        made.append((model, torch.optim.AdamW(model.parameters(), lr=1e-2)))
+    (model, optimizer), (resumed, its_optimizer) = made
+    trained(model, optimizer, range(SHARDED_STEPS), share)
+    tensors, others = optimizer_state(model, optimizer)
+    named = {f"model.{name}": tensor for name, tensor in model_tensors(model).items()}
+    named |= {f"optimizer.{name}": tensor for name, tensor in tensors.items()}
+    checkpoint = save_checkpoint(
+        Path(folder) / "run",
+        1,
+        lambda folder: save_state(folder / "optimizer.json", others),
+        plan_shard(named, together),
+        together=together,
+    )
+    load_model(resumed, open_shards(checkpoint))
+    load_optimizer(resumed, its_optimizer, open_shards(checkpoint), load_state(checkpoint / "optimizer.json"))
+    for m, o in made:
+        trained(m, o, range(SHARDED_STEPS, 2 * SHARDED_STEPS), share)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(local(tensor), local(resumed.state_dict()[name])), name
+    dist.barrier()
+    dist.destroy_process_group()

@@ -75,8 +75,8 @@ class CheckpointSaver:
         if failure is not None:
             raise failure
 
-    def __enter__(self) -> None:
-        """Training begins."""
+    def __enter__(self) -> CheckpointSaver:
+        return self
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         """Waits for the checkpoint that is being written; not where training is to end at once, by a second Ctrl-C."""
