@@ -2,6 +2,7 @@
 
 import errno
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -39,22 +40,22 @@ def test_training_goes_on_while_a_checkpoint_of_its_moment_is_written(tmp_path: 
         assert load_json(checkpoint / "loss.json") == 1.5
 
 
-@pytest.mark.parametrize("ending", ["save", "leave", "wait"])
+def leave(saver: CheckpointSaver) -> None:
+    with saver:
+        pass
+
+
+@pytest.mark.parametrize(
+    "opportunity", [leave, CheckpointSaver.wait, lambda saver: saver.save(3, {"x": torch.ones(3)}, lambda folder: None)]
+)
 def test_a_failure_in_the_background_is_raised_at_the_next_opportunity(
-    ending: str, tmp_path: Path, capsys: pytest.CaptureFixture
+    opportunity: Callable[[CheckpointSaver], None], tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    message = r"step-2: no space left.*the previous checkpoint step-1 is intact"
     saver = CheckpointSaver(tmp_path, in_background=True)
     saver.save(1, {"x": torch.ones(3)}, lambda folder: None)
     saver.save(2, {"x": torch.ones(3)}, full)
-    with pytest.raises(CheckpointError, match=message):
-        if ending == "save":
-            saver.save(3, {"x": torch.ones(3)}, lambda folder: None)
-        elif ending == "wait":
-            saver.wait()
-        else:
-            with saver:
-                pass
+    with pytest.raises(CheckpointError, match=r"step-2: no space left.*the previous checkpoint step-1 is intact"):
+        opportunity(saver)
     assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"step-1"}
     assert "step-2 is not saved, training stops at the next save: " in capsys.readouterr().err
     saver.save(3, {"x": torch.ones(3)}, lambda folder: None)  # once is enough
@@ -63,10 +64,13 @@ def test_a_failure_in_the_background_is_raised_at_the_next_opportunity(
 
 
 def test_an_error_of_training_is_not_hidden_by_one_of_saving(tmp_path: Path) -> None:
-    saver = CheckpointSaver(tmp_path, in_background=True)
-    with pytest.raises(ValueError, match="of training"), saver:
-        saver.save(1, {"x": torch.ones(3)}, full)
-        raise ValueError("of training")
+    def fail(saver: CheckpointSaver) -> None:
+        with saver:
+            saver.save(1, {"x": torch.ones(3)}, full)
+            raise ValueError("of training")
+
+    with pytest.raises(ValueError, match="of training"):
+        fail(CheckpointSaver(tmp_path, in_background=True))
 
 
 def test_in_the_foreground_a_checkpoint_is_there_when_save_returns(tmp_path: Path) -> None:
