@@ -9,7 +9,8 @@ from typing import Any
 
 from pkmem.text.durable import replacing
 
-LARGEST_DOCUMENT = 8 << 20  # bytes of JSON that are read: of 80,000 tensors; parsed, any such text stays below 200 MB
+LARGEST_DOCUMENT = 8 << 20  # bytes of JSON that are read: of 80,000 tensors
+_MOST_BRACKETS = 300_000  # in it: millions of empty lists take seconds and hundreds of MB
 
 
 class CheckpointError(ValueError):
@@ -67,6 +68,8 @@ def parse_json(text: bytes, path: Path) -> Any:
         CheckpointError: the text is not JSON.
     """
     try:
+        if text.count(b"[") + text.count(b"{") > _MOST_BRACKETS:
+            raise ValueError(f"more than {_MOST_BRACKETS:,} lists and objects")
         return json.loads(text.decode(), object_pairs_hook=_object)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not JSON, truncated? ({error}); use another checkpoint") from error
