@@ -17,7 +17,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor, Shard
 
 from benchmarks.reliability.damage import damaged_checkpoints
 from benchmarks.reliability.hostile import hostile_directories
@@ -28,9 +28,7 @@ from pkmem.training import checkpoint, tensor_file
 from pkmem.training.checkpoint import newest_valid_checkpoint, open_shards, save_checkpoint
 from pkmem.training.files import CheckpointError
 from pkmem.training.saver import CheckpointSaver
-from pkmem.training.shards import Part, plan_shard
-from pkmem.training.shards import Shard as ShardOfProcess
-from pkmem.training.tensor_file import Digest
+from pkmem.training.shards import plan_shard
 from pkmem.training.together import Together
 
 ROWS, WIDTH = 4096, 64  # a table of 1 MB
@@ -177,7 +175,9 @@ def save_on_a_full_disk(together: Together, place: str, in_background: bool) -> 
 def full_disk(short: bool) -> Iterator[Outcome]:
     """Fills a disk of 10 MB by one of two processes, while training waits or goes on."""
     for in_background in (False, True):
-        what = f"the disk is full for one of 2 processes that save {'in the background' if in_background else ''}".strip()
+        what = (
+            f"the disk is full for one of 2 processes that save {'in the background' if in_background else ''}".strip()
+        )
         required = "the same error in both, the checkpoint before is whole, and saving goes on once there is room"
         try:
             with small_disk(10 << 20) as place:
@@ -223,7 +223,10 @@ def cost_of_hashing(short: bool) -> Iterator[Outcome]:
 
     with tempfile.TemporaryDirectory() as place:
         seconds(True, Path(place), 0)
-        pairs = [(seconds(True, Path(place), 2 * i + 1), seconds(False, Path(place), 2 * i + 2)) for i in range(3 if short else 9)]
+        pairs = [
+            (seconds(True, Path(place), 2 * i + 1), seconds(False, Path(place), 2 * i + 2))
+            for i in range(3 if short else 9)
+        ]
     shares = sorted(1 - without / with_all for with_all, without in pairs)
     share, spread = statistics.median(shares), f"{shares[len(shares) // 4]:.0%} to {shares[-1 - len(shares) // 4]:.0%}"
     size = 2 * table.nbytes / 1e6

@@ -85,7 +85,9 @@ def damaged_checkpoints(short: bool) -> Iterator[Outcome]:
 def _saved(run: Path, step: int) -> Path:
     """A checkpoint of two processes, with the kinds of files that a run's has."""
     table, bias = torch.randn(256, 32), torch.randn(32)
-    whole = plan_shard({"model.table": table, "model.bias": bias, "optimizer.bias.step": torch.tensor(float(step))}, Together())
+    whole = plan_shard(
+        {"model.table": table, "model.bias": bias, "optimizer.bias.step": torch.tensor(float(step))}, Together()
+    )
     first, second = dict(whole.parts), {"model.table": Part((0, 16), table[:, 16:])}
     first["model.table"] = Part((0, 0), table[:, :16])
 

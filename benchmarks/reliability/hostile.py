@@ -245,7 +245,9 @@ MODELS: dict[str, Callable[[Place], str]] = {
     "a config of an unknown model with code": code(
         "config.json", model_type="evil", auto_map={"AutoConfig": "evil.Evil", "AutoModelForCausalLM": "evil.Evil"}
     ),
-    "weights that config.json places elsewhere": config(lambda c: c.update(transformers_weights="../outside/model.safetensors")),
+    "weights that config.json places elsewhere": config(
+        lambda c: c.update(transformers_weights="../outside/model.safetensors")
+    ),
     "an adapter of a model elsewhere": adapter,
     "a tokenizer that names files elsewhere": config(
         lambda c: c.update(fast_tokenizer_files=["../outside/tokenizer.1.json"]), "tokenizer_config.json"
@@ -403,7 +405,11 @@ def _judged(place: Place, good: Path, use: Callable[[Path], None], named: str) -
         f"took {seconds:.1f} s": seconds > SECONDS,
         f"took {megabytes:.0f} MB": megabytes > MEGABYTES,
     }
-    return {"bad": "; ".join(what for what, is_wrong in wrong.items() if is_wrong), "seconds": seconds, "megabytes": megabytes}
+    return {
+        "bad": "; ".join(what for what, is_wrong in wrong.items() if is_wrong),
+        "seconds": seconds,
+        "megabytes": megabytes,
+    }
 
 
 def _memory(name: str) -> float:

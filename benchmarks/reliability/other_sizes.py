@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from benchmarks.reliability.outcome import Outcome
 from benchmarks.reliability.workers import results
-from pkmem import CombinedOptimizer, MemoryConfig, ProductKeyMemory, RowAdam, dense_parameters, shard_values, tables_in
+from pkmem import CombinedOptimizer, MemoryConfig, ProductKeyMemory, RowAdam, dense_parameters, shard_values
 from pkmem.training.checkpoint import open_shards, save_checkpoint
 from pkmem.training.named_state import load_model, load_optimizer, model_tensors, optimizer_state
 from pkmem.training.shards import plan_shard
@@ -30,7 +30,11 @@ def model_and_optimizer(world: int) -> tuple[nn.Module, nn.Module, CombinedOptim
     first = ProductKeyMemory(MEMORY)
     experts = MemoryConfig(**{**MEMORY.to_dict(), "experts": True})
     model = nn.Sequential(
-        nn.Linear(WIDTH, WIDTH), first, nn.Tanh(), ProductKeyMemory(MEMORY, values=first.values), ProductKeyMemory(experts)
+        nn.Linear(WIDTH, WIDTH),
+        first,
+        nn.Tanh(),
+        ProductKeyMemory(MEMORY, values=first.values),
+        ProductKeyMemory(experts),
     ).double()
     wrapped = model
     if world > 1:
@@ -106,7 +110,9 @@ def other_numbers_of_processes(short: bool) -> Iterator[Outcome]:
             loaded, was = tensors_in(run, STEPS), tensors_in(saved, STEPS)
             same = loaded.keys() == was.keys() and all(torch.equal(loaded[name], was[name]) for name in was)
             end, straight = tensors_in(run, 2 * STEPS), tensors_in(saved, 2 * STEPS)
-            apart = max((end[name] - straight[name]).abs().max().item() for name in straight if name.startswith("model."))
+            apart = max(
+                (end[name] - straight[name]).abs().max().item() for name in straight if name.startswith("model.")
+            )
             yield Outcome(
                 4,
                 f"a run of {before} goes on with {after} processes",
