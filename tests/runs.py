@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from pkmem.training.checkpoint import open_shards
 from pkmem.training.files import load_json
 from pkmem.training.journal import Journal, read_metrics
 
@@ -37,14 +38,25 @@ def losses(run: Path) -> list[tuple]:
     return [(r["kind"], r["step"], r["loss"], r["lr"] if r["kind"] == "train" else None) for r in read_metrics(run)]
 
 
+def tensors_of(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a checkpoint, whole."""
+    shards = open_shards(checkpoint)
+    tensors = {name: torch.empty(shape, dtype=shards.dtype(name)) for name, shape in shards.shapes.items()}
+    shards.read_into(tensors)
+    return tensors
+
+
 def assert_same_run(left: Path, right: Path) -> None:
     """Bitwise: losses, weights, optimizer, schedule, random generators."""
     assert losses(left) == losses(right)
-    for name in ("model", "optimizer", "random"):
-        ours, theirs = (load_file(run / "checkpoints" / "step-10" / f"{name}.safetensors") for run in (left, right))
+    checkpoints = [run / "checkpoints" / "step-10" for run in (left, right)]
+    pairs = [[tensors_of(checkpoint) for checkpoint in checkpoints]]
+    pairs.append([load_file(run / "model" / "model.safetensors") for run in (left, right)])
+    for ours, theirs in pairs:
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[key], theirs[key]) for key in ours)
-    ours, theirs = (load_file(run / "model" / "model.safetensors") for run in (left, right))
-    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    for name in ("optimizer", "schedule", "random-0"):
+        ours, theirs = ((checkpoint / f"{name}.json").read_text() for checkpoint in checkpoints)
+        assert ours == theirs, name
     figures = [load_json(run / "summary.json") for run in (left, right)]
     assert figures[0]["loss"] == figures[1]["loss"]

@@ -450,22 +450,43 @@ def test_models_that_cannot_be_read_are_one_line_with_the_fix(
     (pickled / "model.safetensors").unlink()
     torch.save({}, pickled / "pytorch_model.bin")
     assert "a pickle can run any code when loaded; convert it to safetensors" in error_of([verb, pickled], capsys)
-    for name, saved in (("checkpoint", run / "checkpoints" / "step-10"), ("model", run / "model")):
-        broken = shutil.copytree(saved, tmp_path / name)
-        os.truncate(broken / "model.safetensors", 1000)
+    checkpoint = run / "checkpoints" / "step-10"
+    for saved, name in ((checkpoint, "shard-00001-of-00001.safetensors"), (run / "model", "model.safetensors")):
+        broken = shutil.copytree(saved, tmp_path / saved.name)
+        os.truncate(broken / name, 1000)
         assert "another checkpoint" in error_of([verb, broken], capsys).replace("an earlier", "another")
 
 
-def test_resuming_from_a_broken_checkpoint_is_one_line_with_the_fix(
+def test_resuming_skips_a_broken_checkpoint_and_says_so_in_one_line(
     run: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     out = shutil.copytree(run, tmp_path / "run")
     (out / "config.yaml").write_text(yaml.safe_dump(tiny(text, out).to_dict()))
-    os.truncate(out / "checkpoints" / "step-10" / "model.safetensors", 1000)
-    message = error_of(["train", "--out", out, "--resume"], capsys)
-    assert "resume from an earlier checkpoint" in message
-    shutil.rmtree(out / "checkpoints" / "step-10")
-    assert "bits_per_byte" in output_of(["train", "--out", out, "--resume"], capsys)
+    os.truncate(out / "checkpoints" / "step-10" / "shard-00001-of-00001.safetensors", 1000)
+    main(["train", "--out", str(out), "--resume"])
+    said = capsys.readouterr()
+    assert "bits_per_byte" in said.out
+    (line,) = [line for line in said.err.splitlines() if line.startswith("skipped")]
+    assert "skipped step-10" in line
+    assert "1000 bytes instead of" in line
+    for step in (9, 10):
+        (out / "checkpoints" / f"step-{step}" / "manifest.json").write_text("{")
+    assert "step-9/manifest.json: not JSON" in error_of(["train", "--out", out, "--resume"], capsys)
+
+
+def test_export_writes_the_model_of_a_checkpoint(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    out = tmp_path / "exported"
+    assert output_of(["export", run, "--out", out], capsys) == f"{out}\n"
+    names = {path.name for path in (run / "model").iterdir()}
+    assert {path.name for path in out.iterdir()} == names
+    assert all((out / name).read_bytes() == (run / "model" / name).read_bytes() for name in names)
+    assert "exported already exists: choose another --out, or --overwrite it" in error_of(
+        ["export", run, "--out", out], capsys
+    )
+    output_of(["export", run, "--out", out, "--step", 9, "--overwrite"], capsys)
+    assert (out / "model.safetensors").read_bytes() != (run / "model" / "model.safetensors").read_bytes()
+    assert "step-8" in error_of(["export", run, "--step", 8], capsys)
+    assert "has no checkpoint to export" in error_of(["export", tmp_path], capsys)
 
 
 def test_the_demo_is_called_with_its_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

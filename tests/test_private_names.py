@@ -37,6 +37,7 @@ NAMES = {
     "_is_hf_initialized",  # of a module: its weights are drawn already
     "_is_stateful",  # of a model: its cache cannot go back, so no assistant helps it
     "_keep_in_fp32_modules",  # of a model: what quantisers leave alone: tests/lm/test_quantisers.py
+    "_load_from_checkpoint",  # of Trainer: reads its part of a checkpoint
     "_load_optimizer_and_scheduler",  # of Trainer: reads its part of a checkpoint
     "_load_rng_state",  # of Trainer: reads its part of a checkpoint
     "_set_gradient_checkpointing",  # of a model: hands its blocks the function that checkpoints them
@@ -188,6 +189,9 @@ class Watched(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: object) -> None:
         self.asked["_save_checkpoint"] = None
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        self.asked["_load_from_checkpoint"] = resume_from_checkpoint
+
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         self.asked["_load_optimizer_and_scheduler"] = checkpoint
 
@@ -208,7 +212,7 @@ def test_the_trainer_clips_by_clip_grad_norm(tmp_path: Path) -> None:
     assert "_clip_grad_norm" in trainer.asked
 
 
-@pytest.mark.parametrize("name", ["_load_optimizer_and_scheduler", "_load_rng_state"])
+@pytest.mark.parametrize("name", ["_load_from_checkpoint", "_load_optimizer_and_scheduler", "_load_rng_state"])
 def test_the_trainer_resumes_by(name: str, tmp_path: Path) -> None:
     checkpoint = tmp_path / "checkpoint-1"  # without optimizer.pt, scheduler.pt and rng_state.pth
     trainer = Watched(tmp_path, 2)

@@ -2,6 +2,248 @@
 
 from __future__ import annotations
 
-from benchmarks.reliability.outcome import Trial
+import random
+import statistics
+import subprocess
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
 
-TRIALS: dict[int, Trial] = {}
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
+
+from benchmarks.reliability.damage import damaged_checkpoints
+from benchmarks.reliability.hostile import hostile_directories
+from benchmarks.reliability.other_sizes import other_numbers_of_processes
+from benchmarks.reliability.outcome import Outcome, Trial
+from benchmarks.reliability.workers import join, results, started
+from pkmem.training import checkpoint, tensor_file
+from pkmem.training.checkpoint import newest_valid_checkpoint, open_shards, save_checkpoint
+from pkmem.training.files import CheckpointError
+from pkmem.training.saver import CheckpointSaver
+from pkmem.training.shards import plan_shard
+from pkmem.training.together import Together
+
+ROWS, WIDTH = 4096, 64  # a table of 1 MB
+
+
+def state_of(step: int, world: int) -> dict[str, Tensor]:
+    """A table in columns, its moments and what all processes hold alike: every number is the step."""
+    tensors: dict[str, Tensor] = {"step": torch.tensor(float(step)), "bias": torch.full((WIDTH,), float(step))}
+    for name in ("table", "exp_avg", "exp_avg_sq"):
+        local = torch.full((ROWS, WIDTH // world), float(step))
+        tensors[name] = local
+        if world > 1:
+            mesh = DeviceMesh("cpu", torch.arange(world), mesh_dim_names=("columns",))
+            tensors[name] = DTensor.from_local(local, mesh, [Shard(1)], run_check=False)
+    return tensors
+
+
+def steps_in(path: Path) -> set[float]:
+    """The numbers that stand in a checkpoint."""
+    shards = open_shards(path)
+    read = {name: torch.empty(shape) for name, shape in shards.shapes.items()}
+    shards.read_into(read)
+    return {number for tensor in read.values() for number in (tensor.min().item(), tensor.max().item())}
+
+
+# 5: killed while saving -------------------------------------------------------------------------------------
+
+
+def save_for_ever(together: Together, run: str, first: int, told: str) -> None:
+    """Saves step after step, and appends to a file which it has begun and which are there."""
+    for step in range(first, first + 10_000):
+        with Path(told).open("a") as file:
+            print(f"begun {step}", file=file)
+        save_checkpoint(
+            Path(run),
+            step,
+            lambda folder: (folder / "loss.json").write_text("1.5"),
+            plan_shard(state_of(step, together.size), together),
+            together=together,
+        )
+        with Path(told).open("a") as file:
+            print(f"there {step}", file=file)
+
+
+def killed_while_saving(short: bool) -> Iterator[Outcome]:
+    """Kills the processes of a run, or one of them, at a random moment after its first save has begun."""
+    draw, trials = random.Random(0), 2 if short else 30
+    for world in (1, 2):
+        states: Counter[str] = Counter()
+        bad: list[str] = []
+        with tempfile.TemporaryDirectory() as place:
+            run, told, first = Path(place) / "run", Path(place) / "told", 1
+            for trial in range(trials):
+                told.write_text("")
+                with started(world, save_for_ever, str(run), first, str(told)) as (processes, _):
+                    while not told.read_text():
+                        time.sleep(0.001)
+                    time.sleep(draw.uniform(0, 0.2))
+                    victims = processes if trial % 2 else [draw.choice(processes)]
+                    for process in victims:
+                        process.kill()
+                    join(processes, 60)  # the others notice
+                    bad += [f"trial {trial}: a process was left" for process in processes if process.is_alive()]
+                said = [line.split() for line in told.read_text().splitlines()]
+                there = max((int(step) for word, step in said if word == "there"), default=first - 1)
+                states[_left_in(run / "checkpoints")] += 1
+                newest = newest_valid_checkpoint(run, lambda line, trial=trial: bad.append(f"trial {trial}: {line}"))
+                if newest is None and there > 0:
+                    bad.append(f"trial {trial}: no checkpoint")
+                if newest is not None:
+                    step = int(newest.name.split("-")[1].removesuffix(".old"))
+                    bad += [f"trial {trial}: mixed {steps_in(newest)}"] * (steps_in(newest) != {float(step)})
+                    bad += [f"trial {trial}: step {step} after {there}"] * (step < there)
+                    first = step + 1
+        found = ", ".join(f"{number} {state}" for state, number in sorted(states.items()))
+        yield Outcome(
+            5,
+            f"{trials} times kill -9 while {_processes(world)} saved",
+            "every newest checkpoint loads, is of one step, and loses at most the save that was going on",
+            f"{len(bad)} failures; the kill came {found}" + "".join(f"; {line}" for line in bad[:3]),
+            not bad,
+        )
+
+
+def _left_in(folder: Path) -> str:
+    """What a kill left behind."""
+    unfinished = list(folder.glob("*.tmp")) if folder.exists() else []
+    if not unfinished:
+        return "between two saves"
+    sealed = any((path / "manifest.json").exists() for path in unfinished)
+    return "after the manifest" if sealed else "while files were written"
+
+
+def _processes(world: int) -> str:
+    return "one process" if world == 1 else f"{world} processes"
+
+
+# 8: a full disk ---------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def small_disk(num_bytes: int) -> Iterator[Path]:
+    """A file system in memory.
+
+    Raises:
+        PermissionError: this machine does not let us mount one.
+    """
+    with tempfile.TemporaryDirectory() as place:
+        mount = ["mount", "-t", "tmpfs", "-o", f"size={num_bytes}", "tmpfs", place]
+        try:
+            done = subprocess.run(mount, capture_output=True, text=True, check=False)
+        except OSError as error:
+            raise PermissionError(f"no mount here: {error}") from error
+        if done.returncode:
+            raise PermissionError(done.stderr.strip())
+        try:
+            yield Path(place)
+        finally:
+            subprocess.run(["umount", "-l", place], check=True)
+
+
+def save_on_a_full_disk(together: Together, place: str, in_background: bool) -> list[str]:
+    """Saves what fits; then a process saves more than is left, while the other's share fits; then again what fits."""
+    run, said = Path(place) / "run", []
+    saver = CheckpointSaver(run, in_background)
+    with saver:
+        saver.save(1, state_of(1, together.size), lambda folder: None)
+    large = together.size - 1
+    try:
+        with saver:
+            mesh = DeviceMesh("cpu", torch.arange(together.size))
+            # One row more than there are processes before the last: it is the first process's or the last one's alone.
+            rows = torch.ones(1 if together.rank == 0 else 0, 4 << 20)
+            table = DTensor.from_local(rows, mesh, [Shard(0)], run_check=False, shape=(1, 4 << 20), stride=(4 << 20, 1))
+            tensors = state_of(2, together.size) | {"large": table if large else torch.ones(4 << 20)}
+            saver.save(2, tensors, lambda folder: None)
+    except CheckpointError as error:
+        said.append(str(error))
+    with saver:
+        saver.save(3, state_of(3, together.size), lambda folder: None)
+    return said
+
+
+def full_disk(short: bool) -> Iterator[Outcome]:
+    """Fills a disk of 10 MB by one of two processes, while training waits or goes on."""
+    for in_background in (False, True):
+        what = (
+            f"the disk is full for one of 2 processes that save {'in the background' if in_background else ''}".strip()
+        )
+        required = "the same error in both, the checkpoint before is whole, and saving goes on once there is room"
+        try:
+            with small_disk(10 << 20) as place:
+                errors = results(2, save_on_a_full_disk, str(place), in_background)
+                left = sorted(path.name for path in (place / "run" / "checkpoints").iterdir())
+                valid = steps_in(place / "run" / "checkpoints" / "step-1") == {1.0}
+        except PermissionError as error:
+            yield Outcome(8, what, required, f"no file system could be mounted: {error}", None)
+            continue
+        same = len({tuple(error) for error in errors}) == 1 and len(errors[0]) == 1
+        clear = same and "no space left in process 0" in errors[0][0] and "step-1 is intact" in errors[0][0]
+        found = f"{sum(map(len, errors))} of 2 processes ended with the error; {', '.join(left)} are there"
+        yield Outcome(8, what, required, found, clear and valid and left == ["step-1", "step-3"])
+
+
+# 13: the cost of certainty ----------------------------------------------------------------------------------
+
+
+def cost_of_hashing(short: bool) -> Iterator[Outcome]:
+    """The same save with and without hashes and manifest, in turns."""
+    num_rows = (1 << 20) if short else (4 << 20)
+    table = torch.randn(num_rows, 64)
+    shard = plan_shard({"table": table, "exp_avg": table + 1}, Together())
+
+    class NoHash:
+        def update(self, data: Any) -> None:
+            pass
+
+        def hexdigest(self) -> str:
+            return ""
+
+    def seconds(hashed: bool, run: Path, step: int) -> float:
+        start = time.perf_counter()
+        if hashed:
+            save_checkpoint(run, step, lambda folder: None, shard, keep=1)
+        else:
+            with (
+                mock.patch.object(tensor_file.hashlib, "sha256", NoHash),
+                mock.patch.object(checkpoint, "_seal", lambda *arguments: (arguments[0] / "manifest.json").touch()),
+            ):
+                save_checkpoint(run, step, lambda folder: None, shard, keep=1)
+        return time.perf_counter() - start
+
+    with tempfile.TemporaryDirectory() as place:
+        seconds(True, Path(place), 0)
+        pairs = [
+            (seconds(True, Path(place), 2 * i + 1), seconds(False, Path(place), 2 * i + 2))
+            for i in range(3 if short else 9)
+        ]
+    shares = sorted(1 - without / with_all for with_all, without in pairs)
+    share, spread = statistics.median(shares), f"{shares[len(shares) // 4]:.0%} to {shares[-1 - len(shares) // 4]:.0%}"
+    size = 2 * table.nbytes / 1e6
+    yield Outcome(
+        13,
+        f"the share of hashes and manifest in saving {size:,.0f} MB, with and without in turns",
+        "at most 15 % of the time",
+        f"{share:.0%} (middle half {spread}) of {statistics.median(pair[0] for pair in pairs):.1f} s",
+        share <= 0.15 or short,
+    )
+
+
+TRIALS: dict[int, Trial] = {
+    4: other_numbers_of_processes,
+    5: killed_while_saving,
+    7: damaged_checkpoints,
+    8: full_disk,
+    9: hostile_directories,
+    13: cost_of_hashing,
+}

@@ -6,7 +6,6 @@ import os
 import re
 import sys
 from collections.abc import Callable
-from dataclasses import fields
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
@@ -14,10 +13,8 @@ from jsonargparse import ActionYesNo, ArgumentParser, Namespace
 
 from pkmem.planning.verb import plan, plan_arguments
 from pkmem.training.reading import Parser, given_recipe, recorded_recipe
-from pkmem.training.recipe import Recipe
 
 _ASSIGNMENT = re.compile(r"[a-z]\w*(\.\w+)*=")
-_USER_ERROR = 2
 _CALM = {  # read when the libraries are imported: pkmem says itself what a user needs to know
     "TOKENIZERS_PARALLELISM": "true",
     "TRANSFORMERS_VERBOSITY": "error",
@@ -76,7 +73,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _fail(message: str) -> NoReturn:
     print(f"pkmem: error: {' '.join(message.split())}", file=sys.stderr)
-    sys.exit(_USER_ERROR)
+    sys.exit(2)
 
 
 def build_parser() -> ArgumentParser:
@@ -101,12 +98,7 @@ def _train(options: Namespace) -> None:
     """
     from pkmem.training.run import train
 
-    if options.resume:
-        names = [field.name for field in fields(Recipe)]
-        given = {name: option for name, option in options.given.items() if name.split(".")[0] in names}
-        recipe = recorded_recipe(Path(options.out), given)
-    else:
-        recipe = given_recipe(options)
+    recipe = recorded_recipe(Path(options.out), options.given) if options.resume else given_recipe(options)
     summary = train(recipe, resume=options.resume, overwrite=options.overwrite)
     if os.environ.get("RANK", "0") != "0":  # torchrun: the first process speaks
         return
@@ -168,6 +160,20 @@ def _inspect(options: Namespace) -> None:
     print(describe_saved(Path(options.model), options.data, options.max_tokens, options.hottest))
 
 
+def _export_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("run", type=str, help="a run directory")
+    parser.add_argument("--out", type=str | None, default=None, help="directory to make, else RUN/model-step-N")
+    parser.add_argument("--step", type=int | None, default=None, help="of the checkpoint, else the newest valid one")
+    _flag(parser, "overwrite", "replace OUT if it is there")
+
+
+def _export(options: Namespace) -> None:
+    """Write the Hugging Face directory of a checkpoint, from any number of processes. Example: pkmem export runs/x"""
+    from pkmem.training.export import export_run
+
+    print(export_run(Path(options.run), options.out and Path(options.out), options.step, options.overwrite))
+
+
 def _demo_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--out", type=str, default="runs/demo", help="where everything goes")
     parser.add_argument("--data", type=str, default="python", help="text to learn, as in `pkmem train --data`")
@@ -189,8 +195,7 @@ def _experiment_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "name",
         type=str,
-        help="table1, speed, size, position, keys or heads of the paper; layers, scaling or facts beyond it; "
-        "a file of configs/experiments each",
+        help="table1, speed, size, position, keys or heads of the paper; layers, scaling, facts beyond it",
     )
     parser.add_argument("--scale", type=str, default="laptop", help="laptop, gpu or paper")
     parser.add_argument("--seeds", type=int, default=1, help="seeds 0 .. SEEDS - 1 of each model")
@@ -210,8 +215,7 @@ def _experiment(options: Namespace) -> None:
     from pkmem.experiments.grid import describe, experiment, require_complete
 
     family = load_family(options.name, options.scale)
-    if options.cells:
-        family = family.only(options.cells)
+    family = family.only(options.cells) if options.cells else family
     if options.dry_run:
         print(describe(family, options.seeds, options.data))
         return
@@ -225,10 +229,7 @@ def _report_arguments(parser: ArgumentParser) -> None:
 
 
 def _report(options: Namespace) -> None:
-    """A page with the results of experiments beside the paper's, from all machines they ran on.
-
-    Example: pkmem report runs/experiments --out runs/report
-    """
+    """A page of experiments' results beside the paper's, from all machines. Example: pkmem report runs/experiments"""
     from pkmem.experiments.report import write_report
 
     page = write_report([Path(folder) for folder in options.folders], Path(options.out))
@@ -263,10 +264,7 @@ def _bench_arguments(parser: ArgumentParser) -> None:
 
 
 def _bench(options: Namespace) -> None:
-    """Measure this machine: pkmem against plain torch and its peers, interleaved, beside the floor.
-
-    Example: pkmem bench layer_forward
-    """
+    """Measure this machine: pkmem against plain torch and peers, beside the floor. Example: pkmem bench layer_forward"""
     from pkmem.experiments.benchmarks import run_benchmarks
 
     run_benchmarks(options.names, options.smoke)
@@ -286,6 +284,7 @@ VERBS = {
     "eval": Verb(_eval_arguments, _eval),
     "generate": Verb(_generate_arguments, _generate),
     "inspect": Verb(_inspect_arguments, _inspect),
+    "export": Verb(_export_arguments, _export),
     "demo": Verb(_demo_arguments, _demo),
     "experiment": Verb(_experiment_arguments, _experiment),
     "report": Verb(_report_arguments, _report),

@@ -76,8 +76,8 @@ def test_a_union_resumes_bitwise(through_files, tmp_path) -> None:
     resumed = copy.deepcopy(model)
     saved = copy.deepcopy(combined.state_dict())
     if through_files:
-        save_state(tmp_path / "optimizer", saved)
-        saved = load_state(tmp_path / "optimizer")
+        save_state(tmp_path / "optimizer.json", saved)
+        saved = load_state(tmp_path / "optimizer.json")
     other = CombinedOptimizer(*parts_for(resumed))
     other.load_state_dict(saved)
     assert_same_bits(everything(combined), everything(other))

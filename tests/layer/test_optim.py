@@ -240,8 +240,8 @@ def test_training_resumes_bitwise(dtype, through_files, backend, tmp_path) -> No
     resumed = copy.deepcopy(table)
     saved = copy.deepcopy(optimizer.state_dict())
     if through_files:
-        save_state(tmp_path / "optimizer", saved)
-        saved = load_state(tmp_path / "optimizer")
+        save_state(tmp_path / "optimizer.json", saved)
+        saved = load_state(tmp_path / "optimizer.json")
     other = RowAdam(resumed, lr=1.0)
     other.load_state_dict(saved)
     assert_same_bits(everything(optimizer), everything(other))

@@ -7,6 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate import skip_first_batches
+from accelerate.data_loader import BatchSamplerShard
+from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
 
 from pkmem.text import TokenBlocks, TokenFile
 
@@ -90,3 +93,27 @@ def test_numbers_out_of_range_are_refused(tmp_path, arguments):
 def test_an_index_out_of_range_is_refused(tmp_path, index):
     with pytest.raises(IndexError, match=rf"block {index} is outside \[0, 10\)"):
         TokenBlocks(counting_tokens(tmp_path, 100), 10)[index]
+
+
+def seen_by(num_processes: int, blocks: TokenBlocks, first: int, last: int) -> list[list[list[int]]]:
+    """The blocks of each update from `first` on, as accelerate deals them out to processes, two micro-batches each."""
+    updates: list[list[list[int]]] = [[] for _ in range(first, last)]
+    for rank in range(num_processes):
+        batches = BatchSampler(SequentialSampler(blocks), 4 // num_processes, drop_last=False)
+        shard = BatchSamplerShard(batches, num_processes, rank)
+        loader = iter(skip_first_batches(DataLoader(blocks, batch_sampler=shard), 2 * first))
+        for update in updates:
+            update += [row for _ in range(2) for row in next(loader)["input_ids"].tolist()]
+    return [sorted(update) for update in updates]
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 4), (4, 2), (2, 1)])
+def test_a_run_that_goes_on_with_another_number_of_processes_reads_the_same(
+    before: int, after: int, tmp_path: Path
+) -> None:
+    tokens = counting_tokens(tmp_path, 107)
+    run, straight = (TokenBlocks(tokens, 10, 64, seed=3) for _ in range(2))
+    resumed = TokenBlocks(tokens, 10, 64, seed=3)
+    alone = seen_by(1, straight, 0, 8)
+    assert [len(update) for update in alone] == [8] * 8
+    assert seen_by(before, run, 0, 5) + seen_by(after, resumed, 5, 8) == alone

@@ -27,13 +27,13 @@ from pkmem.lm.recall import measure_recall
 from pkmem.text.facts import Facts
 from pkmem.training import prepare
 from pkmem.training.checkpoint import CheckpointError, latest_checkpoint, verify_checkpoint
-from pkmem.training.files import load_json
+from pkmem.training.files import load_json, save_json
 from pkmem.training.journal import read_metrics
 from pkmem.training.recipe import Recipe
 from pkmem.training.run import sequences_per_process, train
 from pkmem.training.saved import load_saved
 from pkmem.training.trainer import MemoryTrainer, NonFiniteLossError
-from runs import assert_same_run, before_update, ctrl_c, losses
+from runs import assert_same_run, before_update, ctrl_c, losses, tensors_of
 from tiny import TRAINING, tiny
 
 pytest_plugins = "tiny"
@@ -52,9 +52,10 @@ def test_run_directory_holds_recipe_tokenizer_metrics_checkpoints_model_and_summ
     assert {path.name for path in (run / "checkpoints").iterdir()} == {"step-9", "step-10"}
     verify_checkpoint(run / "checkpoints" / "step-10")
     assert not [path for path in run.rglob("*") if path.suffix in (".bin", ".pt", ".pth", ".pkl")]
-    expected = load_file(run / "checkpoints" / "step-10" / "model.safetensors")
+    expected = tensors_of(run / "checkpoints" / "step-10")
     saved = load_file(run / "model" / "model.safetensors")
-    assert all(torch.equal(saved[key], expected[key]) for key in expected)
+    assert {name for name in expected if name.startswith("model.")} == {f"model.{name}" for name in saved}
+    assert all(torch.equal(saved[key], expected[f"model.{key}"]) for key in saved)
 
 
 def test_a_dense_model_has_no_memory_figures(text: Path, tmp_path: Path) -> None:
@@ -167,8 +168,9 @@ def test_a_run_resumed_after_ctrl_c_is_the_uninterrupted_run(run: Path, text: Pa
         {"training": {"schedule": "inverse_sqrt", "value_schedule": "constant", "precision": "bf16"}},
         {"model": {"family": "llama"}, "memory": {"query_norm": "rms", "gate": True}},
         {"model": {"memory_layers": []}},
+        {"training": {"async_save": True}},
     ],
-    ids=["dense gradient", "shared values", "schedules", "llama", "no memory"],
+    ids=["dense gradient", "shared values", "schedules", "llama", "no memory", "saved in background"],
 )
 def test_every_kind_of_run_resumes_bitwise(text: Path, tmp_path: Path, changes: dict) -> None:
     whole, stopped = (tiny(text, tmp_path / name, **changes) for name in ("whole", "stopped"))
@@ -249,21 +251,41 @@ def test_resuming_a_finished_run_changes_nothing(run: Path, text: Path, tmp_path
     assert summary == load_json(run / "summary.json")
 
 
-def test_resuming_needs_a_checkpoint_that_is_whole(run: Path, text: Path, tmp_path: Path) -> None:
+def test_resuming_takes_the_newest_checkpoint_that_is_whole(
+    run: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     recipe = tiny(text, tmp_path / "run")
     with pytest.raises(CheckpointError, match="no checkpoint to resume from: start it without --resume"):
         train(recipe, resume=True, progress=False)
     assert not recipe.out.exists()
     shutil.copytree(run, recipe.out)
-    file = recipe.out / "checkpoints" / "step-10" / "optimizer.safetensors"
-    file.write_bytes(file.read_bytes()[:-1])
+    for step, name in ((10, "shard-00001-of-00001.safetensors"), (9, "optimizer.json")):
+        file = recipe.out / "checkpoints" / f"step-{step}" / name
+        kept = file.read_bytes()
+        file.write_bytes(kept[:-1])
     metrics = (recipe.out / "metrics.jsonl").read_bytes()
-    with pytest.raises(CheckpointError, match=r"optimizer\.safetensors.*delete .*step-10 and resume from an earlier"):
+    with pytest.raises(CheckpointError, match=r"step-9/optimizer\.json.*delete .*step-9 and resume from an earlier"):
         train(recipe, resume=True, progress=False)
     assert (recipe.out / "metrics.jsonl").read_bytes() == metrics
-    shutil.rmtree(file.parent)  # as the message says
+    file.write_bytes(kept)
+    capsys.readouterr()
     train(recipe, resume=True, progress=False)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.match(r"skipped step-10: .*step-10/shard-00001-of-00001\.safetensors: \d+ bytes instead of", line)
     assert_same_run(recipe.out, run)
+
+
+def test_a_checkpoint_of_an_earlier_version_is_named_and_its_model_still_loads(
+    run: Path, text: Path, tmp_path: Path
+) -> None:
+    recipe = tiny(text, tmp_path / "run")
+    shutil.copytree(run, recipe.out)
+    shutil.rmtree(recipe.out / "checkpoints")
+    old = shutil.copytree(run / "model", recipe.out / "checkpoints" / "step-9")
+    save_json(old / "manifest.json", {"model.safetensors": {"size": 1, "sha256": "0"}})
+    with pytest.raises(CheckpointError, match=r"step-9 was made by an earlier version of pkmem and cannot be resumed"):
+        train(recipe, resume=True, progress=False)
+    load_saved(old)
 
 
 # Several processes ------------------------------------------------------------------------------------------

@@ -8,7 +8,6 @@ from typing import Any
 
 from pkmem.planning.plan import Plan, layout_of, make_plan, trace_of
 from pkmem.planning.trace import Trace
-from pkmem.planning.wire import Layout
 
 _WORTH = 1.1  # times as fast is worth a change
 

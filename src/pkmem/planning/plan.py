@@ -6,8 +6,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import torch
-
 from pkmem.planning.devices import Device
 from pkmem.planning.trace import Operation, Trace, trace_step
 from pkmem.planning.wire import Layout, TableReads, Wire, default_columns, wire_bytes_per_token

@@ -9,6 +9,9 @@ from typing import Any
 
 from pkmem.text.durable import replacing
 
+LARGEST_DOCUMENT = 8 << 20  # bytes of JSON that are read: of 80,000 tensors
+_MOST_BRACKETS = 300_000  # in it: millions of empty lists take seconds and hundreds of MB
+
 
 class CheckpointError(ValueError):
     """A checkpoint that is missing, broken, truncated or unsafe: one line with the file and the fix."""
@@ -46,11 +49,34 @@ def load_json(path: Path) -> Any:
     """Reads a JSON document.
 
     Raises:
-        CheckpointError: the file is missing or not JSON.
+        CheckpointError: the file is missing, a link, not JSON, or larger than `LARGEST_DOCUMENT`.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        if path.is_symlink():
+            raise CheckpointError(f"{path}: a link; put the file itself there")
+        if (size := path.stat().st_size) > LARGEST_DOCUMENT:
+            raise CheckpointError(f"{path}: {size:,} bytes of JSON are refused; use another checkpoint")
+        return parse_json(path.read_bytes(), path)
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror}; check the path or use another checkpoint") from error
+
+
+def parse_json(text: bytes, path: Path) -> Any:
+    """The document in the text of a file; a name that stands twice in an object is refused.
+
+    Raises:
+        CheckpointError: the text is not JSON.
+    """
+    try:
+        if text.count(b"[") + text.count(b"{") > _MOST_BRACKETS:
+            raise ValueError(f"more than {_MOST_BRACKETS:,} lists and objects")
+        return json.loads(text.decode(), object_pairs_hook=_object)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not JSON, truncated? ({error}); use another checkpoint") from error
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        raise ValueError("a name stands twice in an object")
+    return made

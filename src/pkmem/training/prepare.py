@@ -11,8 +11,8 @@ from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from pkmem.text import TokenFile, read_documents, tokenize, train_tokenizer
-from pkmem.training.checkpoint import CheckpointError, latest_checkpoint, verify_checkpoint
-from pkmem.training.files import empty, save_text
+from pkmem.training.checkpoint import latest_checkpoint, newest_valid_checkpoint
+from pkmem.training.files import CheckpointError, empty, save_text
 from pkmem.training.recipe import Recipe
 
 _TOKENIZER_CHARS = 50_000_000  # text a tokenizer is trained on; more changes little and takes minutes
@@ -23,7 +23,7 @@ def prepare_run(
 ) -> tuple[PreTrainedTokenizerBase, TokenFile, TokenFile, Path | None]:
     """What a run starts from: tokenizer, tokens of both splits, and the checkpoint to resume."""
     _check_run_directory(recipe.out, resume, overwrite)
-    checkpoint = _checkpoint_to_resume(recipe.out) if resume else None
+    checkpoint = newest_valid_checkpoint(recipe.out, lambda line: say(True, line)) if resume else None
     return *prepare_text(recipe, resume, progress), checkpoint
 
 
@@ -81,13 +81,6 @@ def make_run_directory(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> No
     recipe.out.resolve().mkdir(parents=True, exist_ok=True)  # also where a link leads that leads nowhere yet
     save_text(recipe.out / "config.yaml", yaml.safe_dump(recipe.to_dict(), sort_keys=False))
     tokenizer.save_pretrained(recipe.out / "tokenizer")
-
-
-def _checkpoint_to_resume(out: Path) -> Path | None:
-    checkpoint = latest_checkpoint(out)
-    if checkpoint is not None:
-        verify_checkpoint(checkpoint)
-    return checkpoint
 
 
 def say(loud: bool, text: str) -> None:

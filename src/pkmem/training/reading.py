@@ -153,12 +153,12 @@ def _parser(part: str) -> Parser:
     return parser
 
 
-def recorded_recipe(out: Path, given: Mapping[str, Any]) -> Recipe:
+def recorded_recipe(out: Path, given: Mapping[str, Any] | Namespace) -> Recipe:
     """The recipe a run was started with: a resumed run is the same run.
 
     Args:
         out: the run directory.
-        given: fields of the recipe by dotted name that must not differ from it.
+        given: options by dotted name; those that are fields of the recipe must not differ from it.
 
     Raises:
         ValueError: the run has no recipe, or one of those given differs.
@@ -167,7 +167,10 @@ def recorded_recipe(out: Path, given: Mapping[str, Any]) -> Recipe:
     if not recorded.exists():
         raise ValueError(f"{out} has no config.yaml to resume from: start the run without --resume")
     recipe = read_recipe(read_yaml(recorded), {"out": str(out)})
+    own = {field.name for field in fields(Recipe)}
     for name, setting in given.items():
+        if name.split(".")[0] not in own:
+            continue
         kept = attrgetter(name)(recipe)
         if kept != setting:
             raise ValueError(

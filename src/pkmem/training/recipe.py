@@ -35,6 +35,7 @@ class TrainingConfig:
         log_every_steps: updates from record to record, >= 1.
         eval_every_steps: updates from evaluation to evaluation, >= 1.
         checkpoint_every_steps: updates from checkpoint to checkpoint, >= 1.
+        async_save: go on training while a checkpoint is written, from a copy of weights and optimizer in host memory.
         eval_tokens: held-out tokens of the evaluations during training, >= 1.
     """
 
@@ -57,6 +58,7 @@ class TrainingConfig:
     log_every_steps: int = 10
     eval_every_steps: int = 100
     checkpoint_every_steps: int = 500
+    async_save: bool = False
     eval_tokens: int = 65_536
 
     def __post_init__(self) -> None:

@@ -41,12 +41,13 @@ from pkmem.lm.recall import measure_recall
 from pkmem.ops import prepare
 from pkmem.text import TokenBlocks, TokenFile
 from pkmem.text.facts import SYNTHETIC, Facts
+from pkmem.training.export import export_checkpoint
 from pkmem.training.files import save_json
 from pkmem.training.journal import Journal
 from pkmem.training.parallel import split_dense_part, table_mesh
 from pkmem.training.prepare import make_run_directory, prepare_run, say
 from pkmem.training.recipe import Recipe
-from pkmem.training.trainer import MemoryTrainer, save_model
+from pkmem.training.trainer import MemoryTrainer
 
 _LONGEST_WAIT = timedelta(days=1)  # for the process that reads the text, evaluates or saves
 
@@ -108,7 +109,7 @@ def train(recipe: Recipe, resume: bool = False, overwrite: bool = False, progres
         trainer.add_callback(stop)
         for table in tables_in(model):
             prepare(table.weight.device, table.weight.dtype)
-        with contextlib.closing(journal), stop:
+        with contextlib.closing(journal), trainer.saver, stop:
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     if stop.stopped:
         raise KeyboardInterrupt(f"stopped at step {trainer.state.global_step}; continue with --resume")
@@ -173,7 +174,8 @@ def _finish(
         "train_seconds": journal.seconds,
         "train_tokens_per_s": train_tokens / journal.seconds,
     }
-    _by_first_process(lambda: save_model(recipe.out / "model", model, tokenizer))
+    final = recipe.out / "checkpoints" / f"step-{recipe.training.num_steps}"
+    _by_first_process(lambda: export_checkpoint(final, recipe.out / "model", overwrite=True))
     if recipe.data.startswith(SYNTHETIC):
         try:
             summary |= measure_recall(model, tokenizer, Facts.named(recipe.data), progress)

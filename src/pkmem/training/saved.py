@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from pathlib import Path
+from typing import Any, cast
 
+import torch
+from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     TextStreamer,
@@ -23,28 +28,31 @@ from pkmem.lm.recall import measure_recall
 from pkmem.lm.speed import measure_speed
 from pkmem.text import Split, TokenBlocks, tokenize
 from pkmem.text.facts import SYNTHETIC, Facts
-from pkmem.training.checkpoint import CheckpointError, latest_checkpoint, verify_checkpoint
+from pkmem.training.checkpoint import newest_valid_checkpoint, open_shards, verify_checkpoint
+from pkmem.training.files import CheckpointError
+from pkmem.training.screening import screen_config, screen_model
 
 
 def find_saved(path: Path) -> Path:
-    """The folder with a model's config.json: RUN/model, else the newest checkpoint of RUN, else the path itself.
+    """The folder with a model's config.json: RUN/model, else the newest valid checkpoint of RUN, else the path itself.
 
     Raises:
-        CheckpointError: nothing there, or what is there is incomplete, damaged or no safetensors.
+        CheckpointError: nothing there, or what is there is incomplete, damaged or not safe to load.
     """
     if not path.is_dir():
         raise CheckpointError(f"{path} is not a directory: give a run or a saved model directory")
-    checkpoint = latest_checkpoint(path)
-    folder = next(
-        (f for f in (path / "model", checkpoint, path) if f is not None and (f / "config.json").exists()), None
-    )
-    if folder is None:
+    if (path / "model" / "config.json").exists():
+        folder = path / "model"
+    else:
+        folder = newest_valid_checkpoint(path, lambda line: print(line, file=sys.stderr)) or path
+    if folder != path and folder.is_symlink():
+        raise CheckpointError(f"{folder}: a link; put the folder itself there, or name where it leads")
+    if not (folder / "config.json").exists():
         raise CheckpointError(f"{path} holds no model (no config.json): give a run or a saved model directory")
-    if (folder / "manifest.json").exists():
+    if _is_checkpoint(folder):
         verify_checkpoint(folder)
-    if not any(folder.glob("*.safetensors")):
-        fix = "convert it to safetensors where you trust it (`model.save_pretrained`)"
-        raise CheckpointError(f"{folder} has no safetensors: a pickle can run any code when loaded; {fix}")
+    else:
+        screen_model(folder)
     return folder
 
 
@@ -52,20 +60,44 @@ def load_saved(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model, in eval mode, and its tokenizer.
 
     Raises:
-        CheckpointError: nothing there, or what is there is incomplete, damaged or no safetensors.
+        CheckpointError: nothing there, or what is there is incomplete, damaged or not safe to load.
     """
     folder = find_saved(path)
+    options: dict[str, Any] = {"use_safetensors": True, "output_loading_info": True, "trust_remote_code": False}
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True, output_loading_info=True)
+        if _is_checkpoint(folder):
+            config, kind, tensors = _from_checkpoint(folder)
+            model, info = kind.from_pretrained(None, config=config, state_dict=tensors, **options)
+        else:
+            model, info = AutoModelForCausalLM.from_pretrained(folder, **options)
         if info["missing_keys"]:
             raise ValueError(f"weights are missing, {min(info['missing_keys'])} among them")
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except CheckpointError:
+        raise
     except Exception as error:  # safetensors, tokenizers and transformers each raise their own kinds
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(
             f"cannot load the model in {folder}: {reason}; save it again, or use another checkpoint"
         ) from error
     return model.eval(), tokenizer
+
+
+def _is_checkpoint(folder: Path) -> bool:
+    """Whether this is a training checkpoint in shards; those of earlier versions are model directories."""
+    return (folder / "manifest.json").exists() and not (folder / "model.safetensors").exists()
+
+
+def _from_checkpoint(folder: Path) -> tuple[PreTrainedConfig, type[PreTrainedModel], dict[str, Tensor]]:
+    """Config, class and whole tensors of the model in a verified checkpoint."""
+    shards = open_shards(folder)
+    stored = {name: shards.shapes[name] for name in shards.shapes if name.startswith("model.")}
+    num_bytes = sum(math.prod(shape) * shards.dtype(name).itemsize for name, shape in stored.items())
+    config, model = screen_config(folder / "config.json", len(stored), num_bytes)
+    tensors = {name: torch.empty(shape, dtype=shards.dtype(name), device="cpu") for name, shape in stored.items()}
+    shards.read_into(tensors)
+    kind = cast(type[PreTrainedModel], type(model))
+    return config, kind, {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
 
 
 def evaluate_saved(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather_object, reduce
+from accelerate.utils import reduce
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments, get_scheduler
@@ -18,10 +19,12 @@ from transformers.trainer_callback import PrinterCallback
 from pkmem.layer.combined import CombinedOptimizer
 from pkmem.layer.optim import RowAdam, dense_parameters
 from pkmem.layer.values import tables_in
-from pkmem.training.checkpoint import save_checkpoint
-from pkmem.training.files import load_json, save_json
+from pkmem.training.checkpoint import open_shards
+from pkmem.training.export import save_description
 from pkmem.training.journal import Journal
+from pkmem.training.named_state import load_model, load_optimizer, model_tensors, optimizer_state
 from pkmem.training.recipe import Recipe, TrainingConfig
+from pkmem.training.saver import CheckpointSaver
 from pkmem.training.state import load_state, rng_state, save_state, set_rng_state
 
 
@@ -78,6 +81,7 @@ class MemoryTrainer(Trainer):
         journal: Journal,
     ) -> None:
         self.recipe, self.journal, self.saved_tokenizer = recipe, journal, tokenizer
+        self.saver = CheckpointSaver(recipe.out, recipe.training.async_save)
         config, processes = recipe.training, PartialState()
         arguments = _OneGpu(
             output_dir=str(recipe.out),
@@ -109,8 +113,7 @@ class MemoryTrainer(Trainer):
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """See `build_schedule`."""
-        combined = getattr(self.optimizer, "optimizer", self.optimizer)  # accelerate wraps it
-        self.lr_scheduler = build_schedule(combined, self.recipe.training)
+        self.lr_scheduler = build_schedule(self._plain_optimizer(), self.recipe.training)
         return self.lr_scheduler
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
@@ -128,7 +131,7 @@ class MemoryTrainer(Trainer):
         self.journal.add_loss(loss.item())
         return loss
 
-    # Trainer has no public name for the next five: tests/test_private_names.py
+    # Trainer has no public name for the next six: tests/test_private_names.py
 
     def _wrap_model(self, model: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
         """Splits the model where the recipe says so, which is all that accelerate would do then."""
@@ -143,38 +146,37 @@ class MemoryTrainer(Trainer):
         return self.accelerator.clip_grad_norm_(parameters, self.args.max_grad_norm)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        random = gather_object([rng_state()])  # of each process
-        if self.args.should_save:
-            save_checkpoint(self.recipe.out, self.state.global_step, lambda folder: self._write(folder, random))
-        self.accelerator.wait_for_everyone()  # who ends now may have all others killed
+        tensors, others = optimizer_state(self.model, self._plain_optimizer())
+        states = {"optimizer": others, "schedule": self.lr_scheduler.state_dict(), "journal": self.journal.state()}
+        states |= {f"random-{rank}": state for rank, state in enumerate(self.saver.together.each(rng_state))}
+        states, progress = copy.deepcopy((states, self.state))  # training goes on where these are saved in background
 
-    def _write(self, folder: Path, random: list[dict[str, Any]]) -> None:
-        save_model(folder, self.model, self.saved_tokenizer)
-        save_state(folder / "optimizer", self.optimizer.state_dict())
-        save_state(folder / "schedule", self.lr_scheduler.state_dict())
-        for index, state in enumerate(random):
-            save_state(_random_file(folder, index), state)
-        save_json(folder / "journal.json", self.journal.state())
-        self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
+        def write(folder: Path) -> None:
+            save_description(folder, self.model, self.saved_tokenizer)
+            for name, state in states.items():
+                save_state(folder / f"{name}.json", state)
+            progress.save_to_json(str(folder / TRAINER_STATE_NAME))
+
+        named = {f"model.{name}": tensor for name, tensor in model_tensors(self.model).items()}
+        named |= {f"optimizer.{name}": tensor for name, tensor in tensors.items()}
+        self.saver.save(self.state.global_step, named, write)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        load_model(self.model, open_shards(Path(resume_from_checkpoint)))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
-            self.optimizer.load_state_dict(load_state(Path(checkpoint) / "optimizer"))
-            self.lr_scheduler.load_state_dict(load_state(Path(checkpoint) / "schedule"))
-            self.journal.load_state(load_json(Path(checkpoint) / "journal.json"))
+            folder = Path(checkpoint)
+            others = load_state(folder / "optimizer.json")
+            load_optimizer(self.model, self._plain_optimizer(), open_shards(folder), others)
+            self.lr_scheduler.load_state_dict(load_state(folder / "schedule.json"))
+            self.journal.load_state(load_state(folder / "journal.json"))
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
-            file = _random_file(Path(checkpoint), self.args.process_index)
-            if file.with_suffix(".json").exists():  # or this process is more than there were: as it was seeded
+            file = Path(checkpoint) / f"random-{self.args.process_index}.json"
+            if file.exists():  # or this process is more than there were: as it was seeded
                 set_rng_state(load_state(file))
 
-
-def _random_file(checkpoint: Path, process_index: int) -> Path:
-    return checkpoint / (f"random-{process_index}" if process_index else "random")
-
-
-def save_model(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Writes what `from_pretrained` reads: the model, and its tokenizer beside it."""
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    def _plain_optimizer(self) -> Any:
+        return getattr(self.optimizer, "optimizer", self.optimizer)  # accelerate wraps it
