@@ -6,8 +6,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import torch
-
 from pkmem.planning.devices import Device
 from pkmem.planning.trace import Operation, Trace, trace_step
 from pkmem.planning.wire import Layout, TableReads, Wire, default_columns, wire_bytes_per_token
@@ -163,7 +161,7 @@ def memory_needs(trace: Trace, layout: Layout, tokens: int, micro_batches: int, 
     if layout.num_processes > 1 and layout.parallel == "ddp":
         needs["buckets of DDP"] = trace.dense_bytes
     log = by_rows * tokens * sum(_log_bytes(table, columns) for table in trace.tables)
-    in_passes = {
+    in_passes: dict[str, float] = {
         "activations": activations,
         "dense gradients": dense_gradients,
         "gradients of the values": table_gradients,
@@ -171,7 +169,7 @@ def memory_needs(trace: Trace, layout: Layout, tokens: int, micro_batches: int, 
         "reading log": log * (micro_batches - 1) / micro_batches,
     }
     everywhere = layout.replicas if by_rows else 1  # what replicas have read is here while a table is updated
-    in_update = {
+    in_update: dict[str, float] = {
         "dense gradients": trace.dense_bytes * share,
         "gradients of the values": 0 if by_rows else tables,
         "reading log": log * everywhere,
@@ -179,7 +177,7 @@ def memory_needs(trace: Trace, layout: Layout, tokens: int, micro_batches: int, 
         * max((_sorted_bytes(t, columns) * everywhere for t in trace.tables), default=0)
         * tokens,
     }
-    needs |= max(in_passes, in_update, key=lambda phase: sum(phase.values()))
+    needs |= in_update if sum(in_update.values()) > sum(in_passes.values()) else in_passes
     return {name: round(num_bytes) for name, num_bytes in needs.items() if num_bytes}
 
 
