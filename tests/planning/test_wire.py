@@ -1,7 +1,5 @@
 """Bytes on the wire, against an account of every message between every two processes."""
 
-import itertools
-
 import pytest
 
 from pkmem.planning.wire import (
@@ -9,7 +7,6 @@ from pkmem.planning.wire import (
     TableReads,
     Wire,
     column_bytes_per_token,
-    default_columns,
     dense_bytes_per_step,
     replica_bytes_per_step,
     wire_bytes_per_token,
@@ -76,15 +73,6 @@ def test_fsdp_gathers_twice_and_scatters_once_in_each_micro_batch() -> None:
     layout = Layout(4, 4, 1, "fsdp")
     once = 1200 * 3 / 4
     assert dense_bytes_per_step(1200, layout, micro_batches=2).inside == pytest.approx(2 * 3 * once)
-
-
-def test_columns_stay_inside_a_host_if_nobody_says_otherwise() -> None:
-    assert default_columns([1024], 8) == 8
-    assert default_columns([96, 64], 6) == 2
-    assert default_columns([7], 8) == 1
-    for width, per_host in itertools.product((6, 8, 10), (1, 2, 4, 6)):
-        columns = default_columns([width], per_host)
-        assert width % columns == per_host % columns == 0
 
 
 @pytest.mark.parametrize(

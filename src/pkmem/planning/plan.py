@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from pkmem.planning.devices import Device
 from pkmem.planning.trace import Operation, Trace, trace_step
-from pkmem.planning.wire import Layout, TableReads, Wire, default_columns, wire_bytes_per_token
+from pkmem.planning.wire import Layout, TableReads, Wire, wire_bytes_per_token
+from pkmem.training.parallel import shared_columns
 from pkmem.training.recipe import Recipe
 from pkmem.training.run import sequences_per_process
 
@@ -86,14 +87,7 @@ def layout_of(recipe: Recipe, num_processes: int, per_host: int) -> Layout:
     Raises:
         ValueError: they cannot share it; the message says what could be.
     """
-    columns = 1
-    if recipe.training.value_grad == "rows" and recipe.model.memory_layers:
-        memory = recipe.memory.bound_to(recipe.model.width)
-        widths = [memory.value_width] + [memory.bound_dim] * memory.experts
-        columns = recipe.training.columns or default_columns(widths, per_host)
-        for width in widths:
-            if width % columns:
-                raise ValueError(f"training.columns is {columns} but must divide {width}, the width of a table")
+    columns = shared_columns(recipe, num_processes, per_host)
     return Layout(num_processes, per_host, columns, recipe.training.parallel)
 
 
@@ -103,8 +97,7 @@ def trace_of(recipe: Recipe, num_processes: int) -> Trace:
     Raises:
         ValueError: the model cannot be built, or the processes cannot share the batch.
     """
-    shared = replace(recipe, training=replace(recipe.training, value_grad="dense"))
-    return trace_step(recipe, sequences_per_process(shared, num_processes))
+    return trace_step(recipe, sequences_per_process(recipe, num_processes))
 
 
 def make_plan(recipe: Recipe, layout: Layout, device: Device, trace: Trace) -> Plan:
