@@ -3,12 +3,15 @@
     python docs/figures.py            # into docs/_build/figures and docs/_build/tables
 
 The pictures of the layer are made up of a small example, computed here; every measurement is read from
-benchmarks/results and experiments/results, so that a page cannot say anything else than they do.
+benchmarks/results and experiments/results, so that a page cannot say anything else than they do. A plan is made anew.
 """
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
+import shlex
 import statistics
 from collections.abc import Iterable
 from pathlib import Path
@@ -19,6 +22,8 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch, Rectangle
+
+from pkmem import cli
 
 ROOT = Path(__file__).parents[1]
 BUILD = ROOT / "docs" / "_build"
@@ -41,6 +46,7 @@ def main() -> None:
             draw().savefig(BUILD / "figures" / f"{draw.__name__}.svg", metadata={"Date": None})
     for write in (forward, training_step, peak_memory, gpu_reference, gpu_code, reliability, reliability_runs):
         (BUILD / "tables" / f"{write.__name__}.md").write_text(write(), encoding="utf-8")
+    (BUILD / "tables" / "plan.txt").write_text(plan(), encoding="utf-8")
 
 
 # --- how the layer works --------------------------------------------------------------------------------
@@ -310,6 +316,16 @@ def reliability_runs() -> str:
         for key, ran in runs.items()
     ]
     return _table(["trials", "commit", "machine", "torch", "Python", "minutes"], rows, "---")
+
+
+def plan() -> str:
+    """What the first command of `plan.md` prints."""
+    page = (ROOT / "docs" / "plan.md").read_text(encoding="utf-8")
+    command = page.split("```sh\n")[1].split("```")[0].replace("\\\n", " ")
+    printed = io.StringIO()
+    with contextlib.chdir(ROOT), contextlib.redirect_stdout(printed):
+        cli.main(shlex.split(command)[1:])
+    return printed.getvalue()
 
 
 def _document(benchmark: str) -> dict[str, Any]:

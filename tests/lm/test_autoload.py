@@ -35,7 +35,7 @@ print({'transformers', 'numba', 'jsonargparse', 'pkmem.ops.cpu', 'pkmem.ops.trit
 REGISTERED = """
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
 name = MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING["pkmem"]].__name__
-print(name, [type(finder).__name__ for finder in sys.meta_path].count("_Watcher"), transformers.__spec__.loader)
+print(name, "transformers" in [getattr(finder, "watched", "") for finder in sys.meta_path], transformers.__spec__.loader)
 """
 
 
@@ -48,9 +48,9 @@ print(name, [type(finder).__name__ for finder in sys.meta_path].count("_Watcher"
     ],
 )
 def test_the_model_class_is_known_whichever_is_imported_first(imports) -> None:
-    name, watchers, loader = run(f"import sys; {imports}{REGISTERED}").split(maxsplit=2)
+    name, is_watched, loader = run(f"import sys; {imports}{REGISTERED}").split(maxsplit=2)
     assert name == "PkmemForCausalLM"
-    assert watchers == "0"  # nothing is left behind in Python's import machinery
+    assert is_watched == "False"  # nothing is left behind in Python's import machinery
     assert "SourceFileLoader" in loader
 
 
@@ -66,13 +66,27 @@ except ModuleNotFoundError as error:
     assert run(program) == "No module named 'transformers'"
 
 
-def test_two_registrations_leave_one_watcher() -> None:
+def test_two_registrations_leave_one_watcher_of_each_library() -> None:
     program = """
 import sys, pkmem
-pkmem.lm.autoload.register_with_transformers()
-print([type(finder).__name__ for finder in sys.meta_path].count("_Watcher"))
+pkmem.lm.autoload.register_when_imported()
+print(*sorted(finder.watched for finder in sys.meta_path if hasattr(finder, "watched")))
 """
-    assert run(program) == "1"
+    assert run(program) == "torch.utils.flop_counter transformers"
+
+
+@pytest.mark.parametrize("imports", ["pkmem, torch.utils.flop_counter", "torch.utils.flop_counter, pkmem"])
+def test_the_counter_of_torch_knows_the_operators_whichever_is_imported_first(imports) -> None:
+    program = f"""
+import sys, {imports}
+from pkmem import ops
+from torch.utils.flop_counter import FlopCounterMode
+table, slots = torch.zeros(9, 5), torch.zeros(2, 3, dtype=torch.int64)
+with FlopCounterMode(display=False) as counter:
+    ops.weighted_sum(table, slots, torch.zeros(2, 3), backend="reference")
+print(counter.get_total_flops(), [f.watched for f in sys.meta_path if hasattr(f, "watched")])
+"""
+    assert run(program) == "60 ['transformers']"
 
 
 def test_the_package_lists_its_contents_and_gives_each() -> None:

@@ -79,11 +79,11 @@ def _forward_flops(model: nn.Module, recipe: Recipe) -> int:
 
 
 def _read_flops(memory: ProductKeyMemory) -> int:
-    """Selection and weighted sum of one token (section 3.2: O((sqrt|K| + k²) dq), or O(|K| dq) for flat keys)."""
+    """Selection and weighted sum of one token: the products that `pkmem.ops.flops` counts."""
     config: MemoryConfig = memory.config
     if isinstance(memory.keys, FlatKeys):
-        selection = 2 * config.num_slots * config.query_dim
+        selection = 2 * (config.num_slots + config.knn) * config.query_dim  # the chosen once more, with a gradient
     else:
-        selection = 2 * config.num_sub_keys * config.query_dim + config.knn**2
+        selection = 2 * config.num_sub_keys * config.query_dim
     row = config.value_width + config.experts * config.bound_dim
     return config.heads * (selection + 2 * config.knn * row)

@@ -39,9 +39,12 @@ def _others(plan: Plan, trace: Trace) -> Iterator[tuple[str, Plan]]:
     if layout.num_processes > 1:
         other = "fsdp" if layout.parallel == "ddp" else "ddp"
         yield _changed(plan, trace, "parallel", layout.parallel, other)
-    sequences = plan.recipe.micro_batch_sequences
-    if sequences % (2 * layout.num_processes) == 0 and not plan.fits:
-        yield _changed(plan, None, "micro_batches", training.micro_batches, 2 * training.micro_batches)
+    sequences, micro_batches, fits = plan.recipe.micro_batch_sequences, training.micro_batches, plan.fits
+    while not fits and sequences % (2 * layout.num_processes) == 0:
+        sequences, micro_batches = sequences // 2, 2 * micro_batches
+        name, changed = _changed(plan, None, "micro_batches", training.micro_batches, micro_batches)
+        fits = changed.fits
+        yield name, changed
     if training.micro_batches % 2 == 0 and plan.fits:
         yield _changed(plan, None, "micro_batches", training.micro_batches, training.micro_batches // 2)
     if training.precision == "fp32" and plan.device.name != "this":
@@ -59,11 +62,11 @@ def _columns(plan: Plan) -> list[int]:
     """Other numbers of processes that could share the columns."""
     if plan.recipe.training.value_grad == "dense" or not plan.table_params:
         return []
-    processes, widths = plan.layout.num_processes, {table_width for table_width in plan.widths}
+    processes = plan.layout.num_processes
     return [
         count
         for count in range(1, processes + 1)
-        if processes % count == 0 and count != plan.layout.columns and not any(width % count for width in widths)
+        if processes % count == 0 and count != plan.layout.columns and not any(width % count for width in plan.widths)
     ]
 
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import Any, Protocol
 
 from pkmem.experiments.family import config_folder
 from pkmem.layer.config import require
@@ -14,12 +12,39 @@ from pkmem.planning.trace import Operation
 from pkmem.planning.wire import Wire
 from pkmem.training.reading import check_known, read_yaml
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_DTYPES = {"fp32", "bf16"}
+
+
+class Device(Protocol):
+    """How long a device takes for its part of a step."""
+
+    @property
+    def name(self) -> str:
+        """As it is called."""
+
+    @property
+    def memory_bytes(self) -> float:
+        """Bytes of its memory."""
+
+    def compute_seconds(self, operation: Operation) -> float:
+        """Seconds of an operator's products alone."""
+
+    def memory_seconds(self, operation: Operation) -> float:
+        """Seconds of an operator's bytes alone."""
+
+    def wait_seconds(self, operation: Operation) -> float:
+        """Seconds until an operator starts."""
+
+    def new_seconds(self, num_bytes: float) -> float:
+        """Seconds for memory that a step takes anew from the system."""
+
+    def wire_seconds(self, wire: Wire) -> float:
+        """Seconds until so many bytes have arrived."""
 
 
 @dataclass(frozen=True)
-class Device:
-    """What a device does in a second at most; see configs/devices.yaml.
+class Roofline:
+    """A device by what it does in a second at most; see configs/devices.yaml.
 
     Args:
         name: of the device.
@@ -56,35 +81,35 @@ class Device:
         return self.memory_gb * 1e9
 
     def compute_seconds(self, operation: Operation) -> float:
-        """Seconds of an operator's products alone; what is not bf16 or fp16 is multiplied as fp32."""
+        """See `Device.compute_seconds`; numbers of two bytes are multiplied at the rate of bf16, all others of fp32."""
         kind = "bf16" if operation.dtype.itemsize == 2 else "fp32"
         return operation.flops / (self.tflops[kind] * 1e12)
 
     def memory_seconds(self, operation: Operation) -> float:
-        """Seconds of an operator's bytes alone."""
+        """See `Device.memory_seconds`."""
         rows = operation.row_bytes / self.row_share
         return (operation.num_bytes + rows) / (self.memory_gb_per_s * 1e9)
 
     def wait_seconds(self, operation: Operation) -> float:
-        """Seconds until an operator starts: none on a GPU, which is told of it while it still does others."""
+        """None: a GPU is told of an operator while it still does others."""
         return 0.0
 
     def new_seconds(self, num_bytes: float) -> float:
-        """Seconds for memory that a step takes anew: none on a GPU, where torch keeps it from step to step."""
+        """None: torch keeps a GPU's memory from step to step."""
         return 0.0
 
     def wire_seconds(self, wire: Wire) -> float:
-        """Seconds of bytes on the wire; those of the host and of the network come at the same time."""
+        """See `Device.wire_seconds`; bytes of the host and of the network come at the same time."""
         return max(wire.inside / (self.link_gb_per_s * 1e9), wire.between / (self.network_gb_per_s * 1e9))
 
 
-def read_devices(*files: Path) -> dict[str, Device]:
+def read_devices(*files: Path) -> dict[str, Roofline]:
     """The devices of configs/devices.yaml, and of further files, of which the last to name one counts.
 
     Raises:
         ValueError: a file is not as that one; the message says what is wrong with it.
     """
-    devices = {}
+    devices: dict[str, Roofline] = {}
     for file in (config_folder() / "devices.yaml", *files):
         document = read_yaml(file)
         require(isinstance(document, dict), str(file), document, "a mapping of names to devices")
@@ -92,14 +117,14 @@ def read_devices(*files: Path) -> dict[str, Device]:
     return devices
 
 
-def _device(name: str, given: Any) -> Device:
-    keys = [field.name for field in fields(Device) if field.name != "name"]
+def _device(name: str, given: Any) -> Roofline:
+    keys = [field.name for field in fields(Roofline) if field.name != "name"]
     require(isinstance(given, dict), name, given, "a mapping of " + ", ".join(keys))
     for key in given:
         check_known(key, keys, f"figure of {name}")
     for key in keys:
         require(key in given, f"{name}.{key}", None, "there")
-    return Device(name, **given)
+    return Roofline(name, **given)
 
 
 def _is_positive(number: Any) -> bool:

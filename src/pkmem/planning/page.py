@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 
 from pkmem.layer.room import bytes_of
 from pkmem.planning.advice import advise
-from pkmem.planning.devices import read_devices
+from pkmem.planning.devices import Device, read_devices
 from pkmem.planning.machine import measure
 from pkmem.planning.plan import Plan, layout_of, make_plan, trace_of
 from pkmem.planning.wire import Wire
@@ -20,6 +21,7 @@ from pkmem.training.recipe import Recipe
 
 _MOST_PER_HOST = 8
 _THIS = "this"
+_WIDTH = 100
 
 
 def planned(
@@ -49,7 +51,7 @@ def planned(
     if device == _THIS:
         torch.set_num_threads(max(1, torch.get_num_threads() // per_host))
         memory_bytes = bytes_of(torch.device("cpu")) / per_host
-        on = measure([*trace.forward, *trace.backward], trace.tables, memory_bytes, processes > 1)
+        on: Device = measure([*trace.forward, *trace.backward], trace.tables, memory_bytes, processes > 1)
     else:
         on = known[device]
     plan = make_plan(recipe, layout, on, trace)
@@ -80,11 +82,12 @@ def as_text(plan: Plan, advice: str) -> str:
     """The plan for people."""
     layout, share = plan.layout, plan.seconds[plan.bottleneck] / plan.step_seconds
     fits = "fits" if plan.fits else "does not fit"
+    unit, scale = ("GB", 1e9) if plan.memory_bytes > 1e9 else ("MB", 1e6)
     lines = [
-        _sentence(plan),
+        *_sentences(plan),
         "",
-        *_table("bytes of a device, when they are most", "GB", plan.memory, 1e9, 2),
-        f"  {'of ' + plan.device.name + ', ' + fits:44}{plan.device.memory_bytes / 1e9:14,.2f}",
+        *_table("bytes of a device, when they are most", unit, plan.memory, scale, 2),
+        f"  {'of ' + plan.device.name + ', ' + fits:44}{plan.device.memory_bytes / scale:14,.2f}",
         "",
         *_line("per token: products, forward and backward, MFLOP", plan.flops_per_token / 1e6, 1),
         *_line("per token: memory read and written, KB", plan.bytes_per_token / 1e3, 1),
@@ -99,25 +102,26 @@ def as_text(plan: Plan, advice: str) -> str:
         *_table("an update, one after the other", "ms", plan.seconds, 1e-3, 2),
         *_line("tokens a second, all processes together", plan.tokens_per_s, 0),
         "",
-        f"Bottleneck: {plan.bottleneck}, {share:.0%} of the time.",
-        f"To change: {advice}",
-        _assumed(plan),
+        *textwrap.wrap(f"Bottleneck: {plan.bottleneck}, {share:.0%} of the time.", _WIDTH),
+        *textwrap.wrap(f"To change: {advice}", _WIDTH),
+        "",
+        *textwrap.wrap(_assumed(plan), _WIDTH),
     ]
     return "\n".join(lines)
 
 
-def _sentence(plan: Plan) -> str:
-    layout = plan.layout
-    processes = (
-        f"{layout.num_processes} processes on {layout.hosts} hosts"
-        if layout.hosts > 1
-        else (f"{layout.num_processes} processes" if layout.num_processes > 1 else "one process")
-    )
-    shared = f", {layout.columns} columns x {layout.replicas} replicas, {layout.parallel}" * (layout.num_processes > 1)
-    return (
-        f"{processes} on {plan.device.name}{shared}: {plan.table_params:,} parameters in tables, "
-        f"{plan.dense_params:,} outside; {plan.tokens:,} tokens of each process in an update"
-    )
+def _sentences(plan: Plan) -> list[str]:
+    layout, name = plan.layout, plan.device.name
+    where = "this machine" if name == _THIS else f"{name}"
+    one = layout.num_processes == 1
+    hosts = f" in {layout.hosts} hosts" if layout.hosts > 1 else ""
+    who = f"One process on {where}" if one else f"{layout.num_processes} processes on {where}{hosts}"
+    shared = "" if one else f": {layout.columns} columns x {layout.replicas} replicas, {layout.parallel}"
+    return [
+        f"{who}{shared}.",
+        f"{plan.table_params:,} parameters in tables, {plan.dense_params:,} outside.",
+        f"{plan.tokens:,} tokens of each process in an update, {plan.recipe.training.batch_tokens:,} in all.",
+    ]
 
 
 def _assumed(plan: Plan) -> str:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from pkmem.planning.devices import Device
 from pkmem.planning.trace import Operation, Trace, trace_step
-from pkmem.planning.wire import Layout, TableReads, Wire, default_columns, wire_bytes_per_token
+from pkmem.planning.wire import Layout, TableReads, Wire, wire_bytes_per_token
+from pkmem.training.parallel import shared_columns
 from pkmem.training.recipe import Recipe
 from pkmem.training.run import sequences_per_process
 
@@ -86,14 +87,7 @@ def layout_of(recipe: Recipe, num_processes: int, per_host: int) -> Layout:
     Raises:
         ValueError: they cannot share it; the message says what could be.
     """
-    columns = 1
-    if recipe.training.value_grad == "rows" and recipe.model.memory_layers:
-        memory = recipe.memory.bound_to(recipe.model.width)
-        widths = [memory.value_width] + [memory.bound_dim] * memory.experts
-        columns = recipe.training.columns or default_columns(widths, per_host)
-        for width in widths:
-            if width % columns:
-                raise ValueError(f"training.columns is {columns} but must divide {width}, the width of a table")
+    columns = shared_columns(recipe, num_processes, per_host)
     return Layout(num_processes, per_host, columns, recipe.training.parallel)
 
 
@@ -103,8 +97,7 @@ def trace_of(recipe: Recipe, num_processes: int) -> Trace:
     Raises:
         ValueError: the model cannot be built, or the processes cannot share the batch.
     """
-    shared = replace(recipe, training=replace(recipe.training, value_grad="dense"))
-    return trace_step(recipe, sequences_per_process(shared, num_processes))
+    return trace_step(recipe, sequences_per_process(recipe, num_processes))
 
 
 def make_plan(recipe: Recipe, layout: Layout, device: Device, trace: Trace) -> Plan:
@@ -161,7 +154,7 @@ def memory_needs(trace: Trace, layout: Layout, tokens: int, micro_batches: int, 
     if layout.num_processes > 1 and layout.parallel == "ddp":
         needs["buckets of DDP"] = trace.dense_bytes
     log = by_rows * tokens * sum(_log_bytes(table, columns) for table in trace.tables)
-    in_passes = {
+    in_passes: dict[str, float] = {
         "activations": activations,
         "dense gradients": dense_gradients,
         "gradients of the values": table_gradients,
@@ -169,7 +162,7 @@ def memory_needs(trace: Trace, layout: Layout, tokens: int, micro_batches: int, 
         "reading log": log * (micro_batches - 1) / micro_batches,
     }
     everywhere = layout.replicas if by_rows else 1  # what replicas have read is here while a table is updated
-    in_update = {
+    in_update: dict[str, float] = {
         "dense gradients": trace.dense_bytes * share,
         "gradients of the values": 0 if by_rows else tables,
         "reading log": log * everywhere,
@@ -177,7 +170,7 @@ def memory_needs(trace: Trace, layout: Layout, tokens: int, micro_batches: int, 
         * max((_sorted_bytes(t, columns) * everywhere for t in trace.tables), default=0)
         * tokens,
     }
-    needs |= max(in_passes, in_update, key=lambda phase: sum(phase.values()))
+    needs |= in_update if sum(in_update.values()) > sum(in_passes.values()) else in_passes
     return {name: round(num_bytes) for name, num_bytes in needs.items() if num_bytes}
 
 

@@ -96,14 +96,13 @@ class Trace:
             dense_share: of each gradient of a dense weight, what this process keeps, in (0, 1].
             table_share: of each dense gradient of a table, in (0, 1].
         """
-        shares = (1.0, dense_share, table_share)
-
-        def changed(held: tuple[float, ...], change: tuple[int, int]) -> tuple[float, ...]:
-            num_bytes, whose = change
-            return tuple(h + num_bytes * shares[whose] * (owner == whose) for owner, h in enumerate(held))
-
-        activations, dense, tables = max(itertools.accumulate(self.changes, changed, initial=(0.0, 0.0, 0.0)), key=sum)
-        return round(activations), round(dense), round(tables)
+        shares, held, peak = (1.0, dense_share, table_share), [0.0, 0.0, 0.0], [0.0, 0.0, 0.0]
+        for num_bytes, whose in self.changes:
+            held[whose] += num_bytes * shares[whose]
+            if sum(held) > sum(peak):
+                peak = list(held)
+        activations, dense, tables = map(round, peak)
+        return activations, dense, tables
 
 
 def trace_step(recipe: Recipe, sequences: int) -> Trace:
@@ -168,9 +167,14 @@ def _reads(model: nn.Module) -> list[TableReads]:
         for table in filter(None, (memory.values, memory.neurons)):
             readers.setdefault(table, []).append(memory.config.heads * memory.config.knn)
     return [
-        TableReads(*table.weight.shape, sum(reads), len(reads), table.weight.element_size())
+        TableReads(*_shape(table), sum(reads), len(reads), table.weight.element_size())
         for table, reads in readers.items()
     ]
+
+
+def _shape(table: Table) -> tuple[int, int]:
+    num_slots, width = table.weight.shape
+    return num_slots, width
 
 
 class _Tracer(TorchDispatchMode):

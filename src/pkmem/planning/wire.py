@@ -7,7 +7,6 @@ which crosses the network least.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -184,7 +183,3 @@ def _split(num_bytes: float, group: int, together: int) -> Wire:
     inside = num_bytes * (together - 1) / max(1, group - 1)
     return Wire(inside, num_bytes - inside)
 
-
-def default_columns(widths: Iterable[int], per_host: int) -> int:
-    """The processes that share columns where a recipe does not say: as many of a host's as divide every width."""
-    return math.gcd(per_host, *widths)

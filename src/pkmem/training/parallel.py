@@ -19,8 +19,37 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 
+def shared_columns(recipe: Recipe, num_processes: int, of_host: int) -> int:
+    """How many processes share the columns of each table; 1 where each has all of them.
+
+    Args:
+        recipe: the run.
+        num_processes: that train it together.
+        of_host: of them, those on one host.
+
+    Raises:
+        ValueError: the processes cannot share the columns so.
+    """
+    config, memory = recipe.training, recipe.memory.bound_to(recipe.model.width)
+    if num_processes == 1 or not recipe.model.memory_layers:
+        return 1
+    if config.value_grad == "dense":
+        require(config.columns in (None, 1), "training.columns", config.columns, "1 with training.value_grad=dense")
+        require(config.parallel == "ddp", "training.parallel", config.parallel, "ddp with training.value_grad=dense")
+        return 1
+    width = math.gcd(memory.value_width, memory.bound_dim if memory.experts else 0)  # of all tables
+    columns = math.gcd(width, of_host) if config.columns is None else config.columns
+    if width % columns or num_processes % columns:
+        shared = math.gcd(width, num_processes)
+        raise ValueError(
+            f"training.columns is {columns} but must divide the tables' width {width} and the {num_processes} processes: "
+            f"try {shared}"
+        )
+    return columns
+
+
 def table_mesh(recipe: Recipe, num_processes: int, device: torch.device) -> DeviceMesh | None:
-    """The processes by groups that share the columns of a table, as the recipe says; None where each has all of them.
+    """The processes by groups that share the columns of a table, as the recipe says; None where nothing is shared.
 
     Args:
         recipe: the run.
@@ -30,22 +59,9 @@ def table_mesh(recipe: Recipe, num_processes: int, device: torch.device) -> Devi
     Raises:
         ValueError: the processes cannot share the columns so.
     """
-    config, memory = recipe.training, recipe.memory.bound_to(recipe.model.width)
-    if num_processes == 1 or not recipe.model.memory_layers:
+    columns = shared_columns(recipe, num_processes, int(os.environ.get("LOCAL_WORLD_SIZE", num_processes)))
+    if num_processes == 1 or not recipe.model.memory_layers or recipe.training.value_grad == "dense":
         return None
-    if config.value_grad == "dense":
-        require(config.columns in (None, 1), "training.columns", config.columns, "1 with training.value_grad=dense")
-        require(config.parallel == "ddp", "training.parallel", config.parallel, "ddp with training.value_grad=dense")
-        return None
-    width = math.gcd(memory.value_width, memory.bound_dim if memory.experts else 0)  # of all tables
-    of_host = int(os.environ.get("LOCAL_WORLD_SIZE", num_processes))
-    columns = math.gcd(width, of_host) if config.columns is None else config.columns
-    if width % columns or num_processes % columns:
-        shared = math.gcd(width, num_processes)
-        raise ValueError(
-            f"training.columns is {columns} but must divide the tables' width {width} and the {num_processes} processes: "
-            f"try {shared}"
-        )
     from torch.distributed.device_mesh import init_device_mesh
 
     shape = (num_processes // columns, columns)
