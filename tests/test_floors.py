@@ -18,7 +18,7 @@ ORDER = {  # folders from the ground up, each with its files in order: a file im
     "layer": "config huge_pages drawing room padding recomputation crossing query keys values gate decoding memory usage "
     "replicas sharding optim combined",
     "lm": "config evaluation speed padding signature placement huggingface modeling_pkmem build recall inspection autoload",
-    "training": "recipe reading files checkpoint state saved journal trainer prepare run",
+    "training": "recipe reading files checkpoint state saved journal trainer processes prepare run",
     "experiments": "benchmarks environment plots page family results costs claims grid report demo",
     "doctor": "findings truth sizes checks selection tables rows step repeats waiting code speed examination surroundings report",
     "": "cli __main__",

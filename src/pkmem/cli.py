@@ -99,20 +99,20 @@ def _train(options: Namespace) -> None:
 
     Example: pkmem train --config configs/tiny.yaml --data python --out runs/x memory.knn=16
     """
+    from pkmem.training.processes import restarts_by_itself
     from pkmem.training.run import train
 
-    if options.resume:
+    if options.resume and ((Path(options.out) / "config.yaml").exists() or not restarts_by_itself()):
         names = [field.name for field in fields(Recipe)]
         given = {name: option for name, option in options.given.items() if name.split(".")[0] in names}
         recipe = recorded_recipe(Path(options.out), given)
     else:
         recipe = given_recipe(options)
     summary = train(recipe, resume=options.resume, overwrite=options.overwrite)
-    if os.environ.get("RANK", "0") != "0":  # torchrun: the first process speaks
-        return
-    for name, figure in summary.items():
-        print(f"{name:28} {figure:,.4f}" if isinstance(figure, float) else f"{name:28} {figure:,}")
-    print(f"model: {recipe.out / 'model'}   metrics: {recipe.out / 'metrics.jsonl'}")
+    if os.environ.get("RANK", "0") == "0":  # torchrun: the first process speaks
+        for name, figure in summary.items():
+            print(f"{name:28} {figure:,.4f}" if isinstance(figure, float) else f"{name:28} {figure:,}")
+        print(f"model: {recipe.out / 'model'}   metrics: {recipe.out / 'metrics.jsonl'}")
 
 
 def _eval_arguments(parser: ArgumentParser) -> None:
