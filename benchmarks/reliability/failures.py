@@ -123,7 +123,7 @@ def _ending(what: str, launches: list[Launch]) -> Outcome:
     """How launches end that were just disturbed: all, in time, with an error that says why, and nothing left over."""
     seconds = seconds_until(lambda: not any(launch.processes() for launch in launches), LONGEST_S)
     left = sum(len(launch.processes()) for launch in launches)
-    statuses = [launch.process.poll() for launch in launches]
+    statuses = [None if left else launch.wait() for launch in launches]
     mute = sum("lost another one" not in launch.said for launch in launches)
     ended = f"exit status {', '.join(map(str, statuses))} after {seconds:.0f} s"
     return Outcome(

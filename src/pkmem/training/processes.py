@@ -77,7 +77,7 @@ def ending_together() -> Iterator[None]:
         yield
         _say_goodbye(lines)
     except RuntimeError as error:  # so torch says that a connection broke
-        if not lost.wait(_GRACE_S):
+        if not lost.wait(2 * _GRACE_S):  # the first process may take its grace before the line to it breaks
             raise
         raise LostProcessError(_explained(" ".join(str(error).split())[:200])) from error
     finally:
