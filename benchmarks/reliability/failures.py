@@ -2,6 +2,141 @@
 
 from __future__ import annotations
 
-from benchmarks.reliability.outcome import Trial
+import os
+import signal
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
 
-TRIALS: dict[int, Trial] = {}
+from benchmarks.reliability.hosts import Host, cut, join, two_hosts, why_no_hosts
+from benchmarks.reliability.launching import (
+    Launch,
+    await_step,
+    differences,
+    free_port,
+    require_success,
+    seconds_until,
+    torchrun,
+    training,
+    write_recipe,
+)
+from benchmarks.reliability.outcome import Outcome, Trial
+
+LONGEST_S = 60.0  # until the last process of a run has ended
+SAME_BITS = "the run goes on; weights, moments, random states and losses are those of an undisturbed run, bit for bit"
+
+
+# --- 6: a process or a host fails -----------------------------------------------------------------------
+
+
+def processes_and_hosts_fail(short: bool) -> Iterator[Outcome]:
+    """A rank killed, with restarts and without, and a host cut off."""
+    with tempfile.TemporaryDirectory() as made:
+        folder = Path(made)
+        if short:
+            yield _killed_and_restarted(folder, write_recipe(folder, num_steps=8), [(6, 0)], ranks=1)
+            return
+        recipe = write_recipe(folder, num_steps=60)
+        yield _killed_and_restarted(folder, recipe, [(2, 1), (10, 0), (31, 1)], ranks=2)
+        yield _killed_under_torchrun(folder, recipe)
+        yield _killed_without_torchrun(folder, recipe)
+        if reason := why_no_hosts():
+            yield Outcome(6, "two hosts, the cable between them taken away", "both end", f"not tried: {reason}", None)
+            return
+        with two_hosts() as hosts:
+            yield from _cut_off(folder, recipe, hosts)
+
+
+def _killed_and_restarted(folder: Path, recipe: Path, kills: list[tuple[int, int]], ranks: int) -> Outcome:
+    """Kills a rank right after a step was recorded, in the middle of the next; torchrun starts all of them again."""
+    options = [f"--nproc-per-node={ranks}"]
+    with Launch(torchrun(*options, command=training(recipe, "undisturbed")), folder) as launch:
+        require_success([launch])
+    options.append(f"--max-restarts={len(kills)}")
+    with Launch(torchrun(*options, command=training(recipe, "killed", resume=True)), folder) as launch:
+        for step, rank in kills:
+            await_step(folder / "killed", step, launch)
+            os.kill(launch.rank(rank), signal.SIGKILL)
+        require_success([launch])
+    differing = differences(folder / "undisturbed", folder / "killed")
+    what = f"`kill -9` of {'the only process' if ranks == 1 else f'one of {ranks} processes'} in the middle of a step"
+    return Outcome(
+        6,
+        f"{what}, {len(kills)} times in a run under `torchrun --max-restarts`",
+        SAME_BITS,
+        _in_words(differing),
+        not differing,
+    )
+
+
+def _killed_under_torchrun(folder: Path, recipe: Path) -> Outcome:
+    with Launch(torchrun("--nproc-per-node=2", command=training(recipe, "ended")), folder) as launch:
+        await_step(folder / "ended", 10, launch)
+        os.kill(launch.rank(1), signal.SIGKILL)
+        return _ending("`kill -9` of one of 2 processes under `torchrun` without restarts", [launch])
+
+
+def _killed_without_torchrun(folder: Path, recipe: Path) -> Outcome:
+    """Each process is on its own, as under srun or mpirun: nobody ends it when another one dies."""
+    with ExitStack() as stack:
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "4"}
+        launches = []
+        for rank in range(4):
+            environ = address | {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "4"}
+            command = [sys.executable, *training(recipe, "alone")]
+            launches.append(stack.enter_context(Launch(command, folder, environ)))
+        await_step(folder / "alone", 10, launches[0])
+        launches[2].process.kill()
+        return _ending("`kill -9` of one of 4 processes that nobody else watches", launches[:2] + launches[3:])
+
+
+def _cut_off(folder: Path, recipe: Path, hosts: tuple[Host, Host]) -> Iterator[Outcome]:
+    with ExitStack() as stack:
+        require_success(_on_hosts(hosts, training(recipe, "two"), folder, stack))
+    with ExitStack() as stack:
+        launches = _on_hosts(hosts, training(recipe, "cut"), folder, stack)
+        await_step(folder / "cut", 30, launches[0])
+        cut(hosts[0])
+        yield _ending("two hosts with a `torchrun` each, the cable between them taken away", launches)
+    join(hosts[0])
+    with ExitStack() as stack:
+        require_success(_on_hosts(hosts, training(recipe, "cut", resume=True), folder, stack))
+    differing = differences(folder / "two", folder / "cut")
+    yield Outcome(
+        6, "the same two hosts, started again with `--resume`", SAME_BITS, _in_words(differing), not differing
+    )
+
+
+def _on_hosts(hosts: tuple[Host, Host], command: list[str], folder: Path, stack: ExitStack) -> list[Launch]:
+    """Starts a run on two hosts, one process on each."""
+    options = ["--nnodes=2", "--nproc-per-node=1", f"--master-addr={hosts[0].address}", "--master-port=29500"]
+    commands = [host.command(torchrun(*options, f"--node-rank={i}", command=command)) for i, host in enumerate(hosts)]
+    return [
+        stack.enter_context(Launch(command, folder, {"GLOO_SOCKET_IFNAME": host.interface}))
+        for host, command in zip(hosts, commands, strict=True)
+    ]
+
+
+def _ending(what: str, launches: list[Launch]) -> Outcome:
+    """How launches end that were just disturbed: all, in time, with an error that says why, and nothing left over."""
+    seconds = seconds_until(lambda: not any(launch.processes() for launch in launches), LONGEST_S)
+    left = sum(len(launch.processes()) for launch in launches)
+    statuses = [None if left else launch.wait() for launch in launches]
+    mute = sum("lost another one" not in launch.said for launch in launches)
+    ended = f"exit status {', '.join(map(str, statuses))} after {seconds:.0f} s"
+    return Outcome(
+        6,
+        what,
+        f"all end within {LONGEST_S:.0f} s, none with status 0, each with an error that says why; no process is left",
+        f"{ended}, {mute} without a word, {left} left" if mute or left else f"{ended}, each said why, none left",
+        not left and not mute and all(statuses),
+    )
+
+
+def _in_words(differing: list[str]) -> str:
+    return f"{len(differing)} differ, such as {differing[0]}" if differing else "the same bits"
+
+
+TRIALS: dict[int, Trial] = {6: processes_and_hosts_fail}

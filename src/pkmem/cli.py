@@ -96,15 +96,18 @@ def _train(options: Namespace) -> None:
 
     Example: pkmem train --config configs/tiny.yaml --data python --out runs/x memory.knn=16
     """
+    from pkmem.training.processes import restarts_by_itself
     from pkmem.training.run import train
 
-    recipe = recorded_recipe(Path(options.out), options.given) if options.resume else given_recipe(options)
+    if options.resume and ((Path(options.out) / "config.yaml").exists() or not restarts_by_itself()):
+        recipe = recorded_recipe(Path(options.out), options.given)
+    else:
+        recipe = given_recipe(options)
     summary = train(recipe, resume=options.resume, overwrite=options.overwrite)
-    if os.environ.get("RANK", "0") != "0":  # torchrun: the first process speaks
-        return
-    for name, figure in summary.items():
-        print(f"{name:28} {figure:,.4f}" if isinstance(figure, float) else f"{name:28} {figure:,}")
-    print(f"model: {recipe.out / 'model'}   metrics: {recipe.out / 'metrics.jsonl'}")
+    if os.environ.get("RANK", "0") == "0":  # torchrun: the first process speaks
+        for name, figure in summary.items():
+            print(f"{name:28} {figure:,.4f}" if isinstance(figure, float) else f"{name:28} {figure:,}")
+        print(f"model: {recipe.out / 'model'}   metrics: {recipe.out / 'metrics.jsonl'}")
 
 
 def _eval_arguments(parser: ArgumentParser) -> None:

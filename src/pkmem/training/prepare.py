@@ -13,6 +13,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from pkmem.text import TokenFile, read_documents, tokenize, train_tokenizer
 from pkmem.training.checkpoint import latest_checkpoint, newest_valid_checkpoint
 from pkmem.training.files import CheckpointError, empty, save_text
+from pkmem.training.processes import restarts_by_itself
 from pkmem.training.recipe import Recipe
 
 _TOKENIZER_CHARS = 50_000_000  # text a tokenizer is trained on; more changes little and takes minutes
@@ -22,6 +23,14 @@ def prepare_run(
     recipe: Recipe, resume: bool, overwrite: bool, progress: bool
 ) -> tuple[PreTrainedTokenizerBase, TokenFile, TokenFile, Path | None]:
     """What a run starts from: tokenizer, tokens of both splits, and the checkpoint to resume."""
+    if restarts_by_itself():
+        if overwrite:
+            raise ValueError(
+                "torchrun --max-restarts would run --overwrite again after a failure and replace what the run had "
+                "done: use --resume, which starts a run that has no checkpoint"
+            )
+        if latest_checkpoint(recipe.out) is None:
+            resume, overwrite = False, resume  # an earlier start, if there was one, did not get far
     _check_run_directory(recipe.out, resume, overwrite)
     checkpoint = newest_valid_checkpoint(recipe.out, lambda line: say(True, line)) if resume else None
     return *prepare_text(recipe, resume, progress), checkpoint

@@ -46,6 +46,7 @@ from pkmem.training.files import save_json
 from pkmem.training.journal import Journal
 from pkmem.training.parallel import split_dense_part, table_mesh
 from pkmem.training.prepare import make_run_directory, prepare_run, say
+from pkmem.training.processes import ending_together, group_after_restart
 from pkmem.training.recipe import Recipe
 from pkmem.training.trainer import MemoryTrainer
 
@@ -65,7 +66,8 @@ def train(recipe: Recipe, resume: bool = False, overwrite: bool = False, progres
     Args:
         recipe: the run; when resuming, the one it was started with.
         resume: continue from the newest checkpoint, to the same losses, bit for bit on as many threads, as if never
-            interrupted.
+            interrupted. Where there is none it is an error, but under a torchrun that restarts what failed the run
+            starts: its command is the same each time.
         overwrite: replace the run directory if there is one.
         progress: show progress bars and say what is done, on stderr.
 
@@ -76,8 +78,15 @@ def train(recipe: Recipe, resume: bool = False, overwrite: bool = False, progres
         ValueError: the data, the recipe or the run directory cannot be used; the message names the fix.
         NonFiniteLossError: the loss became NaN or infinite.
         KeyboardInterrupt: ended by Ctrl-C or SIGTERM, with a checkpoint.
+        LostProcessError: another process of the run ended before its time, or its host is out of reach.
     """
-    processes = PartialState(cpu=not torch.accelerator.is_available(), timeout=_LONGEST_WAIT)
+    group = group_after_restart(_LONGEST_WAIT)
+    processes = PartialState(cpu=not torch.accelerator.is_available(), timeout=_LONGEST_WAIT, **group)
+    with ending_together():
+        return _train(recipe, resume, overwrite, progress, processes)
+
+
+def _train(recipe: Recipe, resume: bool, overwrite: bool, progress: bool, processes: PartialState) -> dict[str, Any]:
     sequences = sequences_per_process(recipe, processes.num_processes)
     progress = progress and processes.is_main_process
     tokenizer, train_file, held_out_file, checkpoint = _by_first_process(
@@ -98,7 +107,7 @@ def train(recipe: Recipe, resume: bool = False, overwrite: bool = False, progres
         shard_values(model, mesh)
     if recipe.training.parallel == "fsdp" and processes.num_processes > 1:
         split_dense_part(model)
-    if processes.is_main_process and not resume:
+    if processes.is_main_process and checkpoint is None:
         make_run_directory(recipe, tokenizer)
     with watching(model) as usages:
         journal = Journal(
