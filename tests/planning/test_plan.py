@@ -112,5 +112,7 @@ def test_dense_gradients_travel_while_the_last_backward_pass_runs() -> None:
 
 
 def test_a_width_that_the_columns_do_not_divide_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"training.columns is 3 but must divide the tables' width 256 and the 3 processes: try 1"):
+    with pytest.raises(
+        ValueError, match=r"training.columns is 3 but must divide the tables' width 256 and the 3 processes: try 1"
+    ):
         layout_of(training(SMALL, columns=3), 3, 3)

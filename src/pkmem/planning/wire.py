@@ -182,4 +182,3 @@ def _split(num_bytes: float, group: int, together: int) -> Wire:
     """Bytes from all others of a group, of which so many are on one host."""
     inside = num_bytes * (together - 1) / max(1, group - 1)
     return Wire(inside, num_bytes - inside)
-

@@ -146,6 +146,8 @@ class MemoryTrainer(Trainer):
         return self.accelerator.clip_grad_norm_(parameters, self.args.max_grad_norm)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        if hasattr(self.model, "reshard"):
+            self.model.reshard()  # FSDP2 leaves the last weights of an evaluation whole, and under other names
         tensors, others = optimizer_state(self.model, self._plain_optimizer())
         states = {"optimizer": others, "schedule": self.lr_scheduler.state_dict(), "journal": self.journal.state()}
         states |= {f"random-{rank}": state for rank, state in enumerate(self.saver.together.each(rng_state))}
