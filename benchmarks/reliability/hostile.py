@@ -301,6 +301,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as top:
         good_model, good_run = _good(Path(top))
         for cases, good, use in ((MODELS, good_model, _load), (CHECKPOINTS, good_run, _resume)):
+            use(good)  # everything is imported
             for number, (name, spoil) in enumerate(cases.items()):
                 home = Path(top) / f"{good.name}-{number}"
                 (home / "outside").mkdir(parents=True)
@@ -309,7 +310,7 @@ def main() -> None:
                     shutil.copyfile(file, place.outside / file.name)
                 shutil.copyfile(good_model / "tokenizer.json", place.outside / "tokenizer.1.json")
                 named = spoil(place)
-                print(json.dumps({"case": name, **_watched(place, good, use, named)}), flush=True)
+                print(json.dumps({"case": name, **_watched(place, use, named)}), flush=True)
                 shutil.rmtree(home)
 
 
@@ -358,13 +359,13 @@ def _resume(folder: Path) -> None:
     _load(folder)
 
 
-def _watched(place: Place, good: Path, use: Callable[[Path], None], named: str) -> dict[str, Any]:
+def _watched(place: Place, use: Callable[[Path], None], named: str) -> dict[str, Any]:
     """Loads a directory in a forked process; returns how that went."""
     read_end, write_end = os.pipe()
     child = os.fork()
     if child == 0:
         try:
-            told = _judged(place, good, use, named)
+            told = _judged(place, use, named)
         except BaseException:
             told = {"bad": traceback.format_exc()[-400:], "seconds": 0.0, "megabytes": 0.0}
         os.write(write_end, json.dumps(told).encode())
@@ -376,9 +377,8 @@ def _watched(place: Place, good: Path, use: Callable[[Path], None], named: str) 
     return dict(told)
 
 
-def _judged(place: Place, good: Path, use: Callable[[Path], None], named: str) -> dict[str, Any]:
+def _judged(place: Place, use: Callable[[Path], None], named: str) -> dict[str, Any]:
     torch.set_num_threads(1)
-    use(good)  # everything is imported
     for file in place.outside.rglob("*"):
         os.utime(file, (1, time.time()), follow_symlinks=False)  # read, it is younger
     opened: list[str] = []

@@ -110,6 +110,7 @@ def _names_in(model: nn.Module, optimizer: Optimizer) -> list[str]:
 
 def _repeated_names(model: nn.Module) -> set[str]:
     """Further names of tied parameters and buffers: those that the model declares to be ties, else all but the first."""
+    model.state_dict()  # FSDP2 puts a process's shards in place of whole parameters for this
     declared = getattr(model, "all_tied_weights_keys", None) or {}
     names: dict[int, list[str]] = {}
     for tensors in (model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)):
