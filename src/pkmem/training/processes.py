@@ -44,8 +44,7 @@ def group_after_restart(timeout: timedelta) -> dict[str, Any]:
     own. Processes of several hosts cannot agree on one: torchrun counts restarts on each host by itself.
     """
     count, host, world = (
-        int(os.environ.get(name, "0"))
-        for name in ("TORCHELASTIC_RESTART_COUNT", "LOCAL_WORLD_SIZE", "WORLD_SIZE")
+        int(os.environ.get(name, "0")) for name in ("TORCHELASTIC_RESTART_COUNT", "LOCAL_WORLD_SIZE", "WORLD_SIZE")
     )
     if count == 0 or host != world or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return {}
