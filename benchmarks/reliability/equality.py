@@ -162,7 +162,7 @@ def _optimizer(model: nn.Module) -> CombinedOptimizer:
 
 
 def _distance(ours: Tensor, theirs: Tensor) -> float:
-    return float((ours.double() - theirs.double()).abs().max()) if ours.numel() else 0.0
+    return float((ours.double() - theirs.double()).detach().abs().max()) if ours.numel() else 0.0
 
 
 def _worst(found: list[dict[str, float]]) -> dict[str, float]:
