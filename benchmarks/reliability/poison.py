@@ -12,8 +12,10 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
+from pkmem.layer.memory import ProductKeyMemory
 from pkmem.layer.values import tables_in
 from pkmem.training.reading import read_recipe, read_yaml
+from pkmem.training.recipe import Recipe
 from pkmem.training.run import train
 from pkmem.training.together import Together
 from pkmem.training.trainer import MemoryTrainer, NonFiniteLossError
@@ -33,18 +35,18 @@ def poison_loss(model: nn.Module) -> None:
 
 def poison_weight(model: nn.Module) -> None:
     """One element of the gradient of one weight outside the memories is NaN; the loss is not."""
-    weight = next(p for name, p in model.named_parameters() if "mlp" in name and p.dim() > 1)
-    weight.register_hook(_with_a_nan)
+    module = next(module for name, module in model.named_modules() if "mlp" in name and hasattr(module, "weight"))
+
+    def poisoned(module: nn.Module, arguments: Any) -> None:
+        module.weight.register_hook(_with_a_nan)  # here it is whole, under FSDP2 too
+
+    module.register_forward_pre_hook(poisoned)
 
 
 def poison_memory(model: nn.Module) -> None:
     """One element of the gradient that reaches a memory is NaN, as its table will read in the reads of one token."""
-    memory = next(module for module in model.modules() if list(module.children()) and _is_memory(module))
+    memory = next(module for module in model.modules() if isinstance(module, ProductKeyMemory))
     memory.register_forward_hook(lambda module, arguments, output: _poisoned_on_the_way_back(output))
-
-
-def _is_memory(module: nn.Module) -> bool:
-    return type(module).__name__ == "ProductKeyMemory"
 
 
 def _poisoned_on_the_way_back(output: Tensor) -> Tensor:
@@ -75,31 +77,37 @@ def poisoned_runs(together: Together, recipe_file: str, folder: str, parallel: s
     os.environ |= {"RANK": str(together.rank), "LOCAL_RANK": str(together.rank), "MASTER_ADDR": "127.0.0.1"}
     os.environ |= {"OMP_NUM_THREADS": "1", "WORLD_SIZE": str(together.size), "LOCAL_WORLD_SIZE": str(together.size)}
     recipe = read_recipe(read_yaml(Path(recipe_file)), {"training.parallel": parallel})
-    seen = []
-    for number, (kind, poison) in enumerate(KINDS.items()):
-        before: dict[str, Tensor] = {}
-        trainers: list[MemoryTrainer] = []
-        step = MemoryTrainer.training_step
+    poisoned_here = together.rank == together.size - 1
+    return [
+        {"kind": kind}
+        | _poisoned_run(replace(recipe, out=Path(folder) / f"{parallel}-{number}"), poison, poisoned_here)
+        for number, (kind, poison) in enumerate(KINDS.items())
+    ]
 
-        def poisoned(self: MemoryTrainer, *arguments: Any) -> Tensor:
-            if self.state.global_step == STEP - 1:
-                trainers.append(self)
-                before.update({name: tensor.clone() for name, tensor in _tensors(self).items()})
-                if together.rank == together.size - 1:
-                    poison(self.model)
-            return step(self, *arguments)
 
-        raised = "nothing"
-        with mock.patch.object(MemoryTrainer, "training_step", poisoned):
-            try:
-                train(replace(recipe, out=Path(folder) / f"{parallel}-{number}"), progress=False)
-            except NonFiniteLossError as error:
-                raised = str(error)
-        after = _tensors(trainers[0])
-        assert tables_in(trainers[0].model)
-        changed = [name for name in before if not torch.equal(before[name], after[name])]
-        seen.append({"kind": kind, "raised": raised, "changed": changed, "tensors": len(before)})
-    return seen
+def _poisoned_run(recipe: Recipe, poison: Callable[[nn.Module], None], poisoned_here: bool) -> dict[str, Any]:
+    before: dict[str, Tensor] = {}
+    trainers: list[MemoryTrainer] = []
+    step = MemoryTrainer.training_step
+
+    def poisoned(self: MemoryTrainer, *arguments: Any) -> Tensor:
+        if self.state.global_step == STEP - 1:
+            trainers.append(self)
+            before.update({name: tensor.clone() for name, tensor in _tensors(self).items()})
+            if poisoned_here:
+                poison(self.model)
+        return step(self, *arguments)
+
+    raised = "nothing"
+    with mock.patch.object(MemoryTrainer, "training_step", poisoned):
+        try:
+            train(recipe, progress=False)
+        except NonFiniteLossError as error:
+            raised = str(error)
+    after = _tensors(trainers[0])
+    assert tables_in(trainers[0].model)
+    changed = [name for name in before if not torch.equal(before[name], after[name])]
+    return {"raised": raised, "changed": changed, "tensors": len(before)}
 
 
 def _tensors(trainer: MemoryTrainer) -> dict[str, Tensor]:
