@@ -23,6 +23,8 @@ from benchmarks.reliability.launching import (
     write_recipe,
 )
 from benchmarks.reliability.outcome import Outcome, Trial
+from benchmarks.reliability.poison import STEP, poisoned_runs
+from benchmarks.reliability.workers import results
 
 LONGEST_S = 60.0  # until the last process of a run has ended
 SAME_BITS = "the run goes on; weights, moments, random states and losses are those of an undisturbed run, bit for bit"
@@ -139,4 +141,26 @@ def _in_words(differing: list[str]) -> str:
     return f"{len(differing)} differ, such as {differing[0]}" if differing else "the same bits"
 
 
-TRIALS: dict[int, Trial] = {6: processes_and_hosts_fail}
+# --- 10: a number that is none --------------------------------------------------------------------------
+
+
+def numbers_that_are_none(short: bool) -> Iterator[Outcome]:
+    """NaN in the loss or in a gradient, in the last of several processes alone."""
+    world, columns = (2, 2) if short else (4, 2)
+    for parallel in ("ddp",) if short else ("ddp", "fsdp"):
+        with tempfile.TemporaryDirectory() as folder:
+            recipe = write_recipe(Path(folder), num_steps=8, columns=columns)
+            seen = results(world, poisoned_runs, str(recipe), folder, parallel)
+        for of_all in zip(*seen, strict=True):
+            stopped = sum(f"at step {STEP}; nothing was updated" in one["raised"] for one in of_all)
+            changed = {name for one in of_all for name in one["changed"]}
+            yield Outcome(
+                10,
+                f"NaN in {of_all[0]['kind']}, in one of {world} processes ({parallel})",
+                f"all {world} stop with an error; tables, weights and moments are the bits they were",
+                f"{stopped} stop, {len(changed)} of {of_all[0]['tensors']} tensors changed",
+                stopped == world and not changed,
+            )
+
+
+TRIALS: dict[int, Trial] = {6: processes_and_hosts_fail, 10: numbers_that_are_none}

@@ -138,7 +138,7 @@ def write_recipe(folder: Path, num_steps: int, **changed: Any) -> Path:
     lines = (" ".join(draw.choices(words, k=10)) + ".\n" for _ in range(2000))
     (folder / "text.txt").write_text("".join(lines), encoding="utf-8")
     fields = {"num_tokens": num_steps * 1024, "batch_tokens": 1024, "log_every_steps": 1, "eval_every_steps": 10**6}
-    fields |= {"checkpoint_every_steps": 4, "value_grad": "dense", "eval_tokens": 1024}
+    fields |= {"checkpoint_every_steps": 4, "eval_tokens": 1024}
     recipe = Recipe(
         data=str(folder / "text.txt"),
         model=ModelConfig(num_layers=2, width=32, num_heads=2, context_tokens=64, vocab_size=512, memory_layers=[0]),
