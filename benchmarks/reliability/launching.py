@@ -12,7 +12,7 @@ import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import yaml
@@ -180,6 +180,25 @@ def seconds_until(holds: Callable[[], bool], timeout_s: float) -> float:
             return float("inf")
         time.sleep(0.05)
     return time.monotonic() - begin
+
+
+class Held(NamedTuple):
+    """What a process holds: bytes of memory, open files, threads."""
+
+    resident_bytes: int
+    files: int
+    threads: int
+
+
+def held_by(pid: int) -> Held:
+    """What a process holds now; of its open files those that stay open, not the one it writes a line to."""
+    lines = Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines()
+    status = {name: value.split() for name, value in (line.split(":", 1) for line in lines)}
+    files = []
+    for _ in range(5):
+        files.append(len(list(Path(f"/proc/{pid}/fd").iterdir())))
+        time.sleep(0.003)
+    return Held(int(status["VmRSS"][0]) << 10, min(files), int(status["Threads"][0]))
 
 
 def differences(left: Path, right: Path) -> list[str]:
