@@ -273,6 +273,7 @@ class ShardedTable(Table):
 class ShardedValueTable(ShardedTable):
     """A `ValueTable` of which this process holds some columns."""
 
+    @torch.compiler.disable  # how many tokens the others have is known when it runs
     def forward(self, slots: Tensor, weights: Tensor) -> Tensor:
         """See `ValueTable.forward`; collective."""
         crossing = self._crossing(slots)
@@ -290,6 +291,7 @@ class ShardedValueTable(ShardedTable):
 class ShardedNeuronTable(ShardedTable):
     """A `NeuronTable` of which this process holds some columns."""
 
+    @torch.compiler.disable
     def forward(self, slots: Tensor, x: Tensor) -> Tensor:
         """See `NeuronTable.forward`; collective. Inner products are summed over the processes."""
         crossing = self._crossing(slots)
