@@ -24,109 +24,16 @@ from torch.distributed.tensor import Shard as Split
 from benchmarks.reliability.damage import damaged_checkpoints
 from benchmarks.reliability.hostile import hostile_directories
 from benchmarks.reliability.other_sizes import other_numbers_of_processes
+from benchmarks.reliability.kills import killed_while_saving
 from benchmarks.reliability.outcome import Outcome, Trial
-from benchmarks.reliability.workers import join, results, started
+from benchmarks.reliability.states import state_of, steps_in
+from benchmarks.reliability.workers import results
 from pkmem.training import checkpoint
 from pkmem.training.checkpoint import newest_valid_checkpoint, open_shards, save_checkpoint
 from pkmem.training.files import CheckpointError, load_json
 from pkmem.training.saver import CheckpointSaver
 from pkmem.training.shards import Shard, plan_shard
 from pkmem.training.together import Together
-
-ROWS, WIDTH = 4096, 64  # a table of 1 MB
-
-
-def state_of(step: int, world: int) -> dict[str, Tensor]:
-    """A table in columns, its moments and what all processes hold alike: every number is the step."""
-    tensors: dict[str, Tensor] = {"step": torch.tensor(float(step)), "bias": torch.full((WIDTH,), float(step))}
-    for name in ("table", "exp_avg", "exp_avg_sq"):
-        local = torch.full((ROWS, WIDTH // world), float(step))
-        tensors[name] = local
-        if world > 1:
-            mesh = DeviceMesh("cpu", torch.arange(world), mesh_dim_names=("columns",))
-            tensors[name] = DTensor.from_local(local, mesh, [Split(1)], run_check=False)
-    return tensors
-
-
-def steps_in(path: Path) -> set[float]:
-    """The numbers that stand in a checkpoint."""
-    shards = open_shards(path)
-    read = {name: torch.empty(shape) for name, shape in shards.shapes.items()}
-    shards.read_into(read)
-    return {number for tensor in read.values() for number in (tensor.min().item(), tensor.max().item())}
-
-
-# 5: killed while saving -------------------------------------------------------------------------------------
-
-
-def save_for_ever(together: Together, run: str, first: int, told: str) -> None:
-    """Saves step after step, and appends to a file which it has begun and which are there."""
-    for step in range(first, first + 10_000):
-        with Path(told).open("a") as file:
-            print(f"begun {step}", file=file)
-        save_checkpoint(
-            Path(run),
-            step,
-            lambda folder: (folder / "loss.json").write_text("1.5"),
-            plan_shard(state_of(step, together.size), together),
-            together=together,
-        )
-        with Path(told).open("a") as file:
-            print(f"there {step}", file=file)
-
-
-def killed_while_saving(short: bool) -> Iterator[Outcome]:
-    """Kills the processes of a run, or one of them, at a random moment after its first save has begun."""
-    draw, trials = random.Random(0), 2 if short else 30
-    for world in (1, 2):
-        states: Counter[str] = Counter()
-        bad: list[str] = []
-        with tempfile.TemporaryDirectory() as place:
-            run, told, first = Path(place) / "run", Path(place) / "told", 1
-            for trial in range(trials):
-                told.write_text("")
-                with started(world, save_for_ever, str(run), first, str(told)) as (processes, _):
-                    while not told.read_text():
-                        time.sleep(0.001)
-                    time.sleep(draw.uniform(0, 0.2))
-                    victims = processes if trial % 2 else [draw.choice(processes)]
-                    for process in victims:
-                        process.kill()
-                    join(processes, 60)  # the others notice
-                    bad += [f"trial {trial}: a process was left" for process in processes if process.is_alive()]
-                said = [line.split() for line in told.read_text().splitlines()]
-                there = max((int(step) for word, step in said if word == "there"), default=first - 1)
-                states[_left_in(run / "checkpoints")] += 1
-                newest = newest_valid_checkpoint(run, bad.append)
-                if newest is None and there > 0:
-                    bad.append(f"trial {trial}: no checkpoint")
-                if newest is not None:
-                    step = int(newest.name.split("-")[1].removesuffix(".old"))
-                    bad += [f"trial {trial}: mixed {steps_in(newest)}"] * (steps_in(newest) != {float(step)})
-                    bad += [f"trial {trial}: step {step} after {there}"] * (step < there)
-                    first = step + 1
-        found = ", ".join(f"{number} {state}" for state, number in sorted(states.items()))
-        yield Outcome(
-            5,
-            f"{trials} times kill -9 while {_processes(world)} saved",
-            "every newest checkpoint loads, is of one step, and loses at most the save that was going on",
-            f"{len(bad)} failures; the kill came {found}" + "".join(f"; {line}" for line in bad[:3]),
-            not bad,
-        )
-
-
-def _left_in(folder: Path) -> str:
-    """What a kill left behind."""
-    unfinished = list(folder.glob("*.tmp")) if folder.exists() else []
-    if not unfinished:
-        return "between two saves"
-    sealed = any((path / "manifest.json").exists() for path in unfinished)
-    return "after the manifest" if sealed else "while files were written"
-
-
-def _processes(world: int) -> str:
-    return "one process" if world == 1 else f"{world} processes"
-
 
 # 8: a full disk ---------------------------------------------------------------------------------------------
 

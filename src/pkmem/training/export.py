@@ -18,7 +18,7 @@ from pkmem.training.files import CheckpointError, save_text
 from pkmem.training.shards import Shards
 from pkmem.training.tensor_file import write_tensor_file
 
-_CHUNK_BYTES = 32 << 20
+_CHUNK_BYTES = 8 << 20
 _OF_THE_RUN = ("manifest.json", "optimizer.json", "schedule.json", "journal.json", "trainer_state.json")
 
 

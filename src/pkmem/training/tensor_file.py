@@ -43,7 +43,7 @@ _NAMES = {  # in the order of the library, which puts the last first in a file
 _DTYPES = {name: dtype for dtype, name in _NAMES.items()}
 _ORDER = list(_NAMES)
 _CHUNK_BYTES = 8 << 20
-_MOST_BEHIND = 32  # chunks that wait to be hashed
+_MOST_BEHIND = 8  # chunks that wait to be hashed
 _SYNCED_BYTES = _MOST_BEHIND * _CHUNK_BYTES  # at a time
 _LENGTH_BYTES = 8
 
