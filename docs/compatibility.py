@@ -26,6 +26,8 @@ KINDS = {
     "what the guides of transformers show.",
     "Padding and recomputation": "Padded tokens are not data, and a recomputed forward pass is not a second one. These "
     "cases compare with the run without padding, or without recomputation.",
+    "Several devices": "Several processes share a table by its columns. These cases compare with one process that has the "
+    "whole table and the batches of all.",
     "Environments": "These cases change what surrounds the library: compilers, caches, file systems, processes, threads.",
     "Gradual surprises": "These mistakes could go unnoticed for a while. The library names them at once.",
 }

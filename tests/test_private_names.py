@@ -43,6 +43,7 @@ NAMES = {
     "_set_gradient_checkpointing",  # of a model: hands its blocks the function that checkpoints them
     "_save_checkpoint",  # of Trainer: writes a checkpoint
     "_wrap_model",  # of Trainer: makes the model one of several processes'
+    "_exit",  # of os, not private: ends a process whose main thread hears nothing
     "_supports_default_dynamic_cache",  # of a model: whether generation makes it the usual cache
     "_supports_flash_attn",  # of a model: an attention it lets through to the decoder
     "_supports_flex_attn",  # as before

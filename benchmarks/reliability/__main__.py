@@ -17,13 +17,15 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.reliability import checkpoints, failures, sharding
+from benchmarks.reliability import checkpoints, failures, sharding, shares
 from benchmarks.reliability.outcome import Outcome, Trial
 from pkmem.experiments.environment import environment
 from pkmem.training.files import load_json, save_json
 
 RESULTS = Path(__file__).parents[1] / "results" / "reliability.json"
-TRIALS: dict[int, Trial] = dict(sorted({**sharding.TRIALS, **checkpoints.TRIALS, **failures.TRIALS}.items()))
+TRIALS: dict[int, Trial] = dict(
+    sorted({**sharding.TRIALS, **shares.TRIALS, **checkpoints.TRIALS, **failures.TRIALS}.items())
+)
 WORDS = {True: "holds", False: "DOES NOT HOLD", None: "not tried here"}
 
 

@@ -12,10 +12,12 @@ from pathlib import Path
 
 from benchmarks.reliability.hosts import Host, cut, join, two_hosts, why_no_hosts
 from benchmarks.reliability.launching import (
+    Held,
     Launch,
     await_step,
     differences,
     free_port,
+    held_by,
     require_success,
     seconds_until,
     torchrun,
@@ -23,7 +25,10 @@ from benchmarks.reliability.launching import (
     write_recipe,
 )
 from benchmarks.reliability.outcome import Outcome, Trial
+from benchmarks.reliability.poison import STEP, poisoned_runs
+from benchmarks.reliability.workers import results
 
+ROOT = Path(__file__).parents[2]
 LONGEST_S = 60.0  # until the last process of a run has ended
 SAME_BITS = "the run goes on; weights, moments, random states and losses are those of an undisturbed run, bit for bit"
 
@@ -81,12 +86,8 @@ def _killed_under_torchrun(folder: Path, recipe: Path) -> Outcome:
 def _killed_without_torchrun(folder: Path, recipe: Path) -> Outcome:
     """Each process is on its own, as under srun or mpirun: nobody ends it when another one dies."""
     with ExitStack() as stack:
-        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "4"}
-        launches = []
-        for rank in range(4):
-            environ = address | {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "4"}
-            command = [sys.executable, *training(recipe, "alone")]
-            launches.append(stack.enter_context(Launch(command, folder, environ)))
+        command = [sys.executable, *training(recipe, "alone")]
+        launches = [stack.enter_context(Launch(command, folder, environ)) for environ in _of_ranks(4)]
         await_step(folder / "alone", 10, launches[0])
         launches[2].process.kill()
         return _ending("`kill -9` of one of 4 processes that nobody else watches", launches[:2] + launches[3:])
@@ -119,6 +120,13 @@ def _on_hosts(hosts: tuple[Host, Host], command: list[str], folder: Path, stack:
     ]
 
 
+def _of_ranks(world: int) -> list[dict[str, str]]:
+    """The variables by which processes find each other that torchrun did not start."""
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    worlds = {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
+    return [address | worlds | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world)]
+
+
 def _ending(what: str, launches: list[Launch]) -> Outcome:
     """How launches end that were just disturbed: all, in time, with an error that says why, and nothing left over."""
     seconds = seconds_until(lambda: not any(launch.processes() for launch in launches), LONGEST_S)
@@ -139,4 +147,86 @@ def _in_words(differing: list[str]) -> str:
     return f"{len(differing)} differ, such as {differing[0]}" if differing else "the same bits"
 
 
-TRIALS: dict[int, Trial] = {6: processes_and_hosts_fail}
+# --- 10: a number that is none --------------------------------------------------------------------------
+
+
+def numbers_that_are_none(short: bool) -> Iterator[Outcome]:
+    """NaN in the loss or in a gradient, in the last of several processes alone."""
+    world, columns = (2, 2) if short else (4, 2)
+    for parallel in ("ddp",) if short else ("ddp", "fsdp"):
+        with tempfile.TemporaryDirectory() as folder:
+            recipe = write_recipe(Path(folder), num_steps=8, columns=columns)
+            seen = results(world, poisoned_runs, str(recipe), folder, parallel)
+        for of_all in zip(*seen, strict=True):
+            stopped = sum(f"at step {STEP}; nothing was updated" in one["raised"] for one in of_all)
+            changed = {name for one in of_all for name in one["changed"]}
+            yield Outcome(
+                10,
+                f"NaN in {of_all[0]['kind']}, in one of {world} processes ({parallel})",
+                f"all {world} stop with an error; tables, weights and moments are the bits they were",
+                f"{stopped} stop, {len(changed)} of {of_all[0]['tensors']} tensors changed",
+                stopped == world and not changed,
+            )
+
+
+# --- 11: a long run -------------------------------------------------------------------------------------
+
+
+def long_run(short: bool) -> Iterator[Outcome]:
+    """What a run's processes hold, from step to step, and how those of many runs end."""
+    if not short:
+        with tempfile.TemporaryDirectory() as folder:
+            yield from _held(Path(folder), num_steps=2000)
+    starts = 1 if short else 50
+    with tempfile.TemporaryDirectory() as folder:
+        bad = [said for _ in range(starts) if (said := _start_and_end(Path(folder)))]
+    yield Outcome(
+        11,
+        f"{'once' if starts == 1 else f'{starts} times'}, 2 processes start, train a sharded memory for three steps and end",
+        "each time exit status 0, and not a word, such as a warning that a process group is left",
+        "so it was" if not bad else f"not so {len(bad)} times: {' '.join(bad[0].split())[-200:]}",
+        not bad,
+    )
+
+
+def _held(folder: Path, num_steps: int) -> Iterator[Outcome]:
+    """Looks at both processes in the middle between two saves."""
+    saves = num_steps // 20
+    recipe = write_recipe(folder, num_steps, checkpoint_every_steps=saves, log_every_steps=10)
+    held: dict[int, list[Held]] = {0: [], 1: []}
+    with Launch(torchrun("--nproc-per-node=2", command=training(recipe, "long")), folder) as launch:
+        for step in range(saves // 2, num_steps, saves):
+            await_step(folder / "long", step, launch)
+            for rank, seen in held.items():
+                seen.append(held_by(launch.rank(rank)))
+        require_success([launch])
+    settled = {rank: seen[2:] for rank, seen in held.items()}  # from step 200 of 2,000 on
+    growth = max(seen[-1].resident_bytes / seen[0].resident_bytes - 1 for seen in settled.values())
+    yield Outcome(
+        11,
+        f"{num_steps:,} steps with 20 saves in 2 processes: resident memory from step {5 * saves // 2} on",
+        "grows by less than 1 %",
+        f"{growth:+.2%}, of {max(seen[0].resident_bytes for seen in settled.values()) >> 20} MiB",
+        growth < 0.01,
+    )
+    kept = [{(seen.files, seen.threads) for seen in of_rank} for of_rank in settled.values()]
+    yield Outcome(
+        11,
+        "the same: open files and threads of each process",
+        "do not change",
+        "; ".join(", then ".join(f"{files} and {threads}" for files, threads in sorted(of_rank)) for of_rank in kept),
+        all(len(of_rank) == 1 for of_rank in kept),
+    )
+
+
+def _start_and_end(folder: Path) -> str:
+    """What was said, or the exit status, where it was not 0; nothing where all is well."""
+    command = [sys.executable, "-m", "benchmarks.reliability.start_and_end"]
+    with ExitStack() as stack:
+        environments = [environ | {"PYTHONPATH": str(ROOT)} for environ in _of_ranks(2)]
+        launches = [stack.enter_context(Launch(command, folder, environ)) for environ in environments]
+        statuses = [launch.wait() for launch in launches]
+        return "".join(launch.said for launch in launches) or (f"exit statuses {statuses}" if any(statuses) else "")
+
+
+TRIALS: dict[int, Trial] = {6: processes_and_hosts_fail, 10: numbers_that_are_none, 11: long_run}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from benchmarks.reliability.equality import columns_give_the_same_bits, replicas_and_columns, whole_models
 from benchmarks.reliability.outcome import Trial
 
-TRIALS: dict[int, Trial] = {}
+TRIALS: dict[int, Trial] = {1: columns_give_the_same_bits, 2: replicas_and_columns, 3: whole_models}

@@ -21,7 +21,7 @@ from pkmem.training.together import Together
 def started(world: int, work: Callable[..., Any], *arguments: Any) -> Any:
     """Processes that run `work(together, *arguments)`; those that are left at the end are killed."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "pkmem.training.saver", "pkmem.layer.sharding"])  # seconds, once
+    context.set_forkserver_preload(["torch", "pkmem.training.run"])  # seconds, once
     with tempfile.TemporaryDirectory() as folder:
         given = [(rank, world, folder, work, arguments) for rank in range(world)]
         processes = [context.Process(target=_in_a_process, args=args, daemon=True) for args in given]

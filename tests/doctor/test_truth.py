@@ -86,7 +86,7 @@ def scrambled(bits: int) -> int:
 @pytest.mark.parametrize("high", [False, True])
 def test_rounding_goes_up_where_the_random_bits_reach_what_is_cut_off(high) -> None:
     numbers, rows, seed, step = torch.randn(4, 3).double(), torch.tensor([0, 7, 1 << 20, 3]), (9 << 32) + 5, 11
-    found = truth.rounded_by_key(numbers, rows, seed, step, high)
+    found = truth.rounded_by_key(numbers, rows, seed, step, 0, high)
     for place, row in enumerate(rows.tolist()):
         for column in range(3):
             key = scrambled(scrambled(scrambled(scrambled(scrambled(5) ^ 9) ^ step) ^ row) ^ column)
@@ -102,12 +102,12 @@ def test_rounding_goes_up_where_the_random_bits_reach_what_is_cut_off(high) -> N
 def test_rounding_keeps_the_mean(high) -> None:
     share = 0.3  # of the way from one bf16 number to the next
     numbers = torch.full((200, 300), 1 + 2**-7 * share, dtype=torch.float64)
-    up = (truth.rounded_by_key(numbers, torch.arange(200), 3, 1, high) > 1).double()
+    up = (truth.rounded_by_key(numbers, torch.arange(200), 3, 1, 0, high) > 1).double()
     deviation = (share * (1 - share) / up.numel()) ** 0.5
     assert abs(up.mean() - share) < 4 * deviation
     for others in (
-        truth.rounded_by_key(numbers, torch.arange(200) + 200, 3, 1, high),
-        truth.rounded_by_key(numbers, torch.arange(200), 3 + (1 << 40), 1, high),
-        truth.rounded_by_key(numbers, torch.arange(200), 3, 2, high),
+        truth.rounded_by_key(numbers, torch.arange(200) + 200, 3, 1, 0, high),
+        truth.rounded_by_key(numbers, torch.arange(200), 3 + (1 << 40), 1, 0, high),
+        truth.rounded_by_key(numbers, torch.arange(200), 3, 2, 0, high),
     ):
         assert 0.5 < ((others > 1) == up).double().mean() < 0.7

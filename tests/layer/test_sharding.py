@@ -20,6 +20,12 @@ def results(kind: str, dtype: torch.dtype, shape: tuple[int, int], idle: bool = 
     )
 
 
+@pytest.mark.case(
+    "Several devices",
+    "split a table by columns over processes: `pkmem.shard_values(model, mesh)`",
+    "works: outputs, table and moments have the bits of one process",
+    "",
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("num_columns", [2, 4])
 def test_columns_give_the_bits_of_one_process(num_columns, dtype) -> None:
@@ -36,6 +42,12 @@ def test_columns_give_the_bits_of_one_process(num_columns, dtype) -> None:
             torch.testing.assert_close(grad, num_columns * grads[rank], rtol=0, atol=num_columns * tolerance)
 
 
+@pytest.mark.case(
+    "Several devices",
+    "batches of other sizes on every process, one of them without a token",
+    "works: rows that nobody read stay as they are, bit for bit",
+    "",
+)
 @pytest.mark.parametrize("kind", ["values", "neurons"])
 @pytest.mark.parametrize("shape", [(2, 2), (4, 1), (1, 3)], ids=str)
 def test_replicas_and_a_process_without_tokens_give_the_numbers_of_one(shape, kind) -> None:
@@ -60,6 +72,12 @@ def test_the_clipping_norm_is_of_all_columns_and_replicas() -> None:
         torch.testing.assert_close(ours["exp_avg"], one["exp_avg"], rtol=0, atol=1e-14)
 
 
+@pytest.mark.case(
+    "Several devices",
+    "`DistributedDataParallel` around a model with sharded tables, padding, batch norm, gradient accumulation",
+    "works: equals one process with all tokens to 1e-12 in fp64",
+    "",
+)
 @pytest.mark.parametrize(
     ("experts", "real", "shape"), [(False, True, (1, 2)), (True, False, (2, 2)), (False, False, (1, 4))], ids=str
 )
@@ -77,6 +95,36 @@ def test_models_with_shared_tables_batch_norm_and_micro_batches_train_as_on_one_
             )
 
 
+@pytest.mark.case(
+    "Several devices",
+    "load a whole state dict, copy, assign or draw anew a model with sharded tables",
+    "works: each process takes its columns",
+    "",
+)
+@pytest.mark.case(
+    "Several devices",
+    "pickle a model with sharded tables, or `save_pretrained` it on one process",
+    "refused: the error names torch.distributed.checkpoint and `pkmem export`",
+    "",
+)
+@pytest.mark.case(
+    "Several devices",
+    "`DistributedDataParallel` around a wrapper of the model that `shard_values` was given",
+    "refused: RuntimeError says what to give it; it would have copied the first process's columns to all",
+    "",
+)
+@pytest.mark.case(
+    "Several devices",
+    "`fully_shard` without `ignored_params`, or another weight in place of a sharded one",
+    "refused: RuntimeError names `ignored_params`",
+    "",
+)
+@pytest.mark.case(
+    "Several devices",
+    "train replicas of a sharded table without a `RowAdam`",
+    "refused: RuntimeError; nothing would exchange their gradients",
+    "",
+)
 def test_everyday_use() -> None:
     for ours in together(4, sharded.everyday, (2, 2)):
         assert all(ours["held"].values()), ours["held"]
@@ -99,6 +147,12 @@ def test_what_cannot_be_sharded_is_refused() -> None:
         assert "('replicate', 'columns')" in mesh
 
 
+@pytest.mark.case(
+    "Several devices",
+    "`clip_grad_norm_` over the parameters of a model with sharded tables",
+    "works: the norm is of all columns, the same on every process",
+    "",
+)
 def test_the_norm_that_others_clip_by_is_of_the_whole_table() -> None:
     model = sharded.model_of(False)
     optimizer = RowAdam(model)
@@ -110,5 +164,11 @@ def test_the_norm_that_others_clip_by_is_of_the_whole_table() -> None:
         assert third == pytest.approx(1e-3, rel=1e-3)
 
 
+@pytest.mark.case(
+    "Several devices",
+    "a compiled model under `DistributedDataParallel`, without `shard_values`",
+    "refused: RuntimeError names `shard_values`",
+    "",
+)
 def test_whole_tables_of_several_processes_are_not_trained_apart_by_compiled_code() -> None:
     assert all("would drift apart: call pkmem.shard_values" in said for said in together(2, sharded.compiled_apart))

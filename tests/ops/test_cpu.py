@@ -132,15 +132,14 @@ def test_every_half_float_is_read_and_written_as_torch_does(dtype: torch.dtype) 
     torch.testing.assert_close(stored, numbers.to(dtype), rtol=0, atol=0, equal_nan=True)
 
 
-def updated(seed: int, step: int, rows: Tensor, num_rows: int = 40, width: int = 512) -> Tensor:
+def updated(seed: int, step_number: int, rows: Tensor, num_rows: int = 40, width: int = 512, first: int = 0) -> Tensor:
     """A bf16 table of ones after one step of 1e-4: far below the spacing of bf16 at 1, 2 ** -8."""
     values = torch.ones(num_rows, width, dtype=torch.bfloat16)
     grad_output = torch.ones(len(rows), width, dtype=torch.bfloat16)
     reads = cpu.sort_reads([rows[:, None]], [torch.ones(len(rows), 1)], [grad_output], num_rows)
     moments = torch.zeros(2, num_rows, width)
-    cpu.adam_rows(
-        values, *moments, reads, AdamStep(lr=1e-4, betas=(0.0, 0.0), eps=0.0, step=step, scale=1.0, seed=seed)
-    )
+    step = AdamStep(lr=1e-4, betas=(0.0, 0.0), eps=0.0, step=step_number, scale=1.0, seed=seed, first_column=first)
+    cpu.adam_rows(values, *moments, reads, step)
     return values
 
 
@@ -157,6 +156,7 @@ def test_random_rounding_depends_on_seed_step_row_and_column_alone() -> None:
     few = updated(0, 1, torch.tensor([7, 3]), width=100)
     assert torch.equal(few[[3, 7]], values[[3, 7], :100])
     assert (few[[0, 39]] == 1).all()
+    assert torch.equal(updated(0, 1, torch.arange(40), width=70, first=300), values[:, 300:370])
     for other in (
         updated(1, 1, torch.arange(40)),
         updated(1 << 32, 1, torch.arange(40)),

@@ -16,7 +16,7 @@ from pkmem.planning.plan import Plan, layout_of, make_plan, trace_of, update_ope
 from pkmem.planning.wire import Layout
 from pkmem.training.recipe import Recipe, TrainingConfig
 
-ALONE = Path(__file__).parents[1] / "trained_alone.py"
+APART = Path(__file__).parents[1] / "trained_apart.py"
 SMALL = Recipe(
     model=ModelConfig("llama", 2, 256, 4, context_tokens=128, vocab_size=4096, memory_layers=[1]),
     memory=MemoryConfig(num_sub_keys=256, heads=2, knn=16, query_dim=64),
@@ -34,16 +34,28 @@ def training(recipe: Recipe, **changes: object) -> Recipe:
 
 
 @pytest.mark.linux
-@pytest.mark.parametrize("changes", [{}, {"batch_tokens": 4096, "micro_batches": 2, "value_grad": "dense"}], ids=str)
-def test_the_bytes_are_those_that_a_process_takes(tmp_path: Path, changes: dict) -> None:
-    recipe = training(SMALL, **changes)
+@pytest.mark.parametrize(
+    ("processes", "changes"),
+    [
+        (1, {"micro_batches": 2, "value_grad": "dense"}),
+        (2, {"parallel": "fsdp"}),
+        pytest.param(1, {}, marks=pytest.mark.slow),
+        pytest.param(2, {}, marks=pytest.mark.slow),
+        pytest.param(4, {"columns": 2, "micro_batches": 2}, marks=pytest.mark.slow),
+        pytest.param(4, {}, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_the_bytes_are_those_that_a_process_takes(tmp_path: Path, processes: int, changes: dict) -> None:
+    recipe = training(SMALL, batch_tokens=4096, **changes)
     file = tmp_path / "recipe.yaml"
     file.write_text(yaml.safe_dump(recipe.to_dict()))
-    command = [sys.executable, str(ALONE), str(file)]
+    command = [sys.executable, str(APART), str(file), str(processes)]
     # So that malloc keeps nothing of what is freed: its own holes are not in a plan.
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    assert planned(recipe).memory_bytes == pytest.approx(int(done.stdout), rel=0.1)
+    planned_bytes = planned(recipe, processes, processes).memory_bytes
+    assert [int(taken) for taken in done.stdout.split()] == pytest.approx([planned_bytes] * processes, rel=0.1)
 
 
 def test_columns_and_fsdp_divide_what_they_divide() -> None:

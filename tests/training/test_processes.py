@@ -119,7 +119,7 @@ def test_a_stopped_process_is_not_lost(tmp_path: Path) -> None:
     """Slow is not gone: the kernel answers for it."""
     patch = "import pkmem.training.processes as p; p._IDLE_S = 1\n"
     with two_processes(tmp_path, patch + WORK.format("dist.all_reduce(torch.ones(1)); dist.barrier()")) as processes:
-        first, second = processes
+        first, _ = processes
         assert first.stdout.readline() == "inside\n"
         os.kill(first.pid, signal.SIGSTOP)
         time.sleep(7)

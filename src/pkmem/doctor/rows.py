@@ -54,17 +54,19 @@ def rounding(case: Case) -> None:
     adam: dict[str, Any] = {"lr": 0.01, "betas": (0.0, 0.0), "eps": 1e-30}
     gradient = (weights * back.float()).double()
     expected = values.double() - adam["lr"] * gradient.sign(), gradient, gradient.float().square().double()
-    for seed, step in ((5, 1), ((7 << 32) + 5, 1), (5, 1001)):
+    for seed, step, first in ((5, 1, 0), ((7 << 32) + 5, 1, 64), (5, 1001, 1)):
         tables = [torch.zeros(num_rows, width, dtype=torch.bfloat16, device=case.device) for _ in range(3)]
         there = case.there(rows)
         tables[0][there] = case.there(values)
         reads = sorted_reads(case, [(rows[:, None], weights, back)], num_rows)
-        update = AdamStep(**adam, step=step, scale=1.0, seed=seed)
+        update = AdamStep(**adam, step=step, scale=1.0, seed=seed, first_column=first)
         case.module.adam_rows(tables[0], tables[1], tables[2], reads, update)
         for name, table, numbers in zip(("values", "first moments", "second moments"), tables, expected, strict=True):
-            known = truth.rounded_by_key(numbers, rows, seed, step, high=name != "values")
+            known = truth.rounded_by_key(numbers, rows, seed, step, first, high=name != "values")
             share = (table[there].cpu() == known).double().mean().item()
-            assert share >= 0.999, f"{name}: {share:.1%} are rounded as by the key, seed {seed}, step {step}"
+            assert share >= 0.999, (
+                f"{name}: {share:.1%} are rounded as by the key, seed {seed}, step {step}, column {first}"
+            )
             assert_within(name, table[there], known.double(), 2**-6 * known.double().abs())
 
 

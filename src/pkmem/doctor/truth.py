@@ -142,17 +142,18 @@ class Adam(NamedTuple):
         ]
 
 
-def rounded_by_key(numbers: Tensor, rows: Tensor, seed: int, step: int, high: bool) -> Tensor:
+def rounded_by_key(numbers: Tensor, rows: Tensor, seed: int, step: int, first_column: int, high: bool) -> Tensor:
     """bf16 of finite numbers (c, v), up or down by 16 random bits that seed, step, row and column alone decide.
 
     Args:
         numbers: of some rows of a table. rows: (c,) which ones. seed, step: of the update.
+        first_column: of these numbers, in a table of which they may be a part.
         high: whether the high half of the random bits decides, as for moments, or the low one, as for values.
     """
     key = 0
     for word in (seed, seed >> 32, step):
         key = int(_scrambled(torch.tensor(key ^ (word & _WORD))))
-    columns = torch.arange(numbers.shape[1])
+    columns = torch.arange(first_column, first_column + numbers.shape[1])
     random = _scrambled(_scrambled(key ^ (rows & _WORD))[:, None] ^ columns)
     random = random >> 16 if high else random & 0xFFFF
     bits = numbers.float().view(torch.int32).long() + random

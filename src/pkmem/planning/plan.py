@@ -153,6 +153,8 @@ def memory_needs(trace: Trace, layout: Layout, tokens: int, micro_batches: int, 
     activations, dense_gradients, table_gradients = trace.peak(share, 1 / columns)
     if layout.num_processes > 1 and layout.parallel == "ddp":
         needs["buckets of DDP"] = trace.dense_bytes
+    if layout.num_processes > 1 and layout.parallel == "fsdp":
+        needs["weights gathered by FSDP"] = trace.outside_bytes + trace.block_bytes
     log = by_rows * tokens * sum(_log_bytes(table, columns) for table in trace.tables)
     in_passes: dict[str, float] = {
         "activations": activations,

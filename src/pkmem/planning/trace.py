@@ -26,6 +26,7 @@ from pkmem.layer.values import Table, tables_in
 from pkmem.lm.build import build_model
 from pkmem.ops.reading_log import RowGradient
 from pkmem.planning.wire import TableReads
+from pkmem.training.parallel import blocks_of
 from pkmem.training.recipe import Recipe
 
 _aten, _pkmem = torch.ops.aten, torch.ops.pkmem
@@ -78,6 +79,8 @@ class Trace:
             activations, 1 for gradients of the dense weights, 2 for those of tables.
         tables: as the model reads them.
         dense_params, dense_bytes: numbers and bytes of all weights that are not tables.
+        block_bytes: of the largest block's part of them.
+        outside_bytes: of them outside all blocks, as of embeddings.
         buffer_bytes: of the model's statistics and constants.
     """
 
@@ -87,6 +90,8 @@ class Trace:
     tables: list[TableReads]
     dense_params: int
     dense_bytes: int
+    block_bytes: int
+    outside_bytes: int
     buffer_bytes: int
 
     def peak(self, dense_share: float = 1.0, table_share: float = 1.0) -> tuple[int, int, int]:
@@ -138,15 +143,23 @@ def trace_step(recipe: Recipe, sequences: int) -> Trace:
         del optimizer
     weights = {table.weight for table in tables}
     owners = {p.grad.untyped_storage(): 2 if p in weights else 1 for p in model.parameters() if _is_plain(p.grad)}
+    dense_bytes = _dense_bytes(model)
+    blocks = [_dense_bytes(block) for block in blocks_of(model)]
     return Trace(
         tracer.operations[:num_forward],
         tracer.operations[num_forward:],
         tracer.changes_of(owners),
         _reads(model),
-        sum(p.numel() for p in dense_parameters(model)),
-        sum(p.nbytes for p in dense_parameters(model)),
-        sum(buffer.nbytes for buffer in model.buffers()),
+        dense_params=sum(weight.numel() for weight in dense_parameters(model)),
+        dense_bytes=dense_bytes,
+        block_bytes=max(blocks, default=0),
+        outside_bytes=dense_bytes - sum(blocks),
+        buffer_bytes=sum(buffer.nbytes for buffer in model.buffers()),
     )
+
+
+def _dense_bytes(module: nn.Module) -> int:
+    return sum(weight.nbytes for weight in dense_parameters(module))
 
 
 def _put_on_cpu(model: nn.Module) -> None:

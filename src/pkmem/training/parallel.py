@@ -73,12 +73,13 @@ def split_dense_part(model: PreTrainedModel) -> None:
     from torch.distributed.fsdp import fully_shard
 
     tables = {table.weight for table in tables_in(model)}
-    for block in _blocks(model):
+    for block in blocks_of(model):
         fully_shard(block, ignored_params=tables)
     fully_shard(model, ignored_params=tables)
 
 
-def _blocks(model: PreTrainedModel) -> Iterable[nn.Module]:
+def blocks_of(model: PreTrainedModel) -> Iterable[nn.Module]:
+    """The blocks of a decoder, in order; none where they are in no list."""
     num_layers = model.config.get_text_config(decoder=True).num_hidden_layers
     lists = (part for part in model.modules() if isinstance(part, nn.ModuleList) and len(part) == num_layers)
     return next(lists, nn.ModuleList())

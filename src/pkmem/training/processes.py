@@ -96,22 +96,24 @@ def _watch(lines: dict[socket.socket, int], lost: threading.Event, over: threadi
             selector.register(line, selectors.EVENT_READ)
         while selector.get_map():
             for key, _ in selector.select():
-                line = key.fileobj
-                assert isinstance(line, socket.socket)
+                spoken = key.fileobj
+                assert isinstance(spoken, socket.socket)
                 why = "it ended"
                 try:
-                    goodbye = line.recv(1)
+                    goodbye = spoken.recv(1)
                 except OSError as error:
                     goodbye, why = b"", error.strerror or str(error)
                 if goodbye:
-                    selector.unregister(line)
+                    selector.unregister(spoken)
                 elif over.is_set():
                     return
                 else:
                     lost.set()
                     if not over.wait(_GRACE_S):
                         print(
-                            f"pkmem: error: {_explained(f'process {lines[line]}: {why}')}", file=sys.stderr, flush=True
+                            f"pkmem: error: {_explained(f'process {lines[spoken]}: {why}')}",
+                            file=sys.stderr,
+                            flush=True,
                         )
                         os._exit(1)  # the main thread waits inside torch, where no exception reaches it
                     return
@@ -163,7 +165,7 @@ def _tested(line: socket.socket) -> socket.socket:
     """The same line, tested by the kernel from now on."""
     line.settimeout(None)
     line.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    idle = socket.TCP_KEEPIDLE if hasattr(socket, "TCP_KEEPIDLE") else socket.TCP_KEEPALIVE  # macOS
+    idle = getattr(socket, "TCP_KEEPIDLE" if hasattr(socket, "TCP_KEEPIDLE") else "TCP_KEEPALIVE")  # the latter: macOS
     for option, setting in ((idle, _IDLE_S), (socket.TCP_KEEPINTVL, _IDLE_S), (socket.TCP_KEEPCNT, _TESTS)):
         line.setsockopt(socket.IPPROTO_TCP, option, setting)
     return line

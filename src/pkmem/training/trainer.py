@@ -11,6 +11,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import reduce
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments, get_scheduler
 from transformers.trainer import TRAINER_STATE_NAME
@@ -29,7 +30,14 @@ from pkmem.training.state import load_state, rng_state, save_state, set_rng_stat
 
 
 class NonFiniteLossError(ValueError):
-    """The loss became NaN or infinite; nothing was updated with it."""
+    """The loss or its gradient became NaN or infinite; nothing was updated with it."""
+
+
+def _not_finite(what: str, value: float, step: int) -> NonFiniteLossError:
+    return NonFiniteLossError(
+        f"{what} is {value} at step {step}; nothing was updated with it: "
+        "start a new --out with a lower training.lr or training.value_lr"
+    )
 
 
 def build_optimizer(model: nn.Module, config: TrainingConfig) -> CombinedOptimizer:
@@ -124,10 +132,7 @@ class MemoryTrainer(Trainer):
         """
         loss: Tensor = reduce(super().training_step(model, inputs, num_items_in_batch), "mean")
         if not torch.isfinite(loss):
-            raise NonFiniteLossError(
-                f"the loss is {loss.item()} at step {self.state.global_step + 1}; nothing was updated with it: "
-                "start a new --out with a lower training.lr or training.value_lr"
-            )
+            raise _not_finite("the loss", loss.item(), self.state.global_step + 1)
         self.journal.add_loss(loss.item())
         return loss
 
@@ -140,10 +145,18 @@ class MemoryTrainer(Trainer):
         return super()._wrap_model(model, *args, **kwargs)
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
-        """Clips all but the values by rows: see `TrainingConfig.max_norm`."""
+        """Clips all but the values by rows: see `TrainingConfig.max_norm`.
+
+        Raises:
+            NonFiniteLossError: in all processes, before anything is updated.
+        """
         rows = self.recipe.training.value_grad == "rows"
         parameters = dense_parameters(model) if rows else list(model.parameters())
-        return self.accelerator.clip_grad_norm_(parameters, self.args.max_grad_norm)
+        norm = self.accelerator.clip_grad_norm_(parameters, self.args.max_grad_norm)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        if not torch.isfinite(norm):  # in all processes alike: it is that of the mean over all of them
+            raise _not_finite("the norm of the gradient", norm.item(), self.state.global_step + 1)
+        return norm
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         if hasattr(self.model, "reshard"):

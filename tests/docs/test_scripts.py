@@ -1,0 +1,67 @@
+"""The scripts of docs/distributed.md train the same model on two processes as on one."""
+
+import multiprocessing
+import os
+import re
+import runpy
+import socket
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPTS = Path(__file__).parents[2] / "docs" / "scripts"
+
+
+def run_script(name: str, out: str, rank: int, world: int, port: int) -> None:
+    """As torchrun starts it; torch and transformers are there already."""
+    os.environ |= {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world),
+        "MASTER_ADDR": "localhost", "MASTER_PORT": str(port),
+    }  # fmt: skip
+    import torch
+
+    torch.set_num_threads(1)
+    with Path(f"{out}-{rank}").open("w", encoding="utf-8") as sys.stdout:
+        runpy.run_path(str(SCRIPTS / f"{name}.py"), run_name="__main__")
+
+
+def loss_of(printed: str) -> float:
+    found = re.search(r"^loss (\d\.\d+)$", printed, re.MULTILINE)
+    assert found, printed
+    return float(found[1])
+
+
+def loss(name: str, world: int, folder: Path) -> float:
+    with socket.create_server(("", 0)) as free:
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("forkserver")
+    out = str(folder / f"{name}-{world}")
+    processes = [context.Process(target=run_script, args=(name, out, rank, world, port)) for rank in range(world)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0] * world
+    return loss_of(Path(f"{out}-0").read_text())
+
+
+@pytest.mark.linux
+@pytest.mark.case(
+    "Several devices",
+    "a plain torch loop with `DistributedDataParallel`, by torchrun",
+    "works with three lines more",
+    "",
+)
+@pytest.mark.case(
+    "Several devices", "a plain torch loop with `fully_shard`, by torchrun", "works with three lines more", ""
+)
+@pytest.mark.parametrize("name", ["ddp", "fsdp"])
+def test_a_loop_of_plain_torch_trains_the_same_on_two_processes(name, tmp_path) -> None:
+    assert loss(name, 2, tmp_path) == pytest.approx(loss(name, 1, tmp_path), abs=1e-4)
+
+
+@pytest.mark.linux
+@pytest.mark.case("Several devices", "Hugging Face's Trainer, by torchrun", "works with three lines more", "")
+def test_the_trainer_trains_on_two_processes(tmp_path) -> None:
+    assert loss("trainer", 2, tmp_path) < 5.9  # random tokens of 512 are 6.2; of the 16 that are in the text, 2.8
