@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import random
 import statistics
 import subprocess
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,20 +14,19 @@ from typing import Any
 from unittest import mock
 
 import torch
-from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor import Shard as Split
 
 from benchmarks.reliability.damage import damaged_checkpoints
 from benchmarks.reliability.hostile import hostile_directories
-from benchmarks.reliability.other_sizes import other_numbers_of_processes
 from benchmarks.reliability.kills import killed_while_saving
+from benchmarks.reliability.other_sizes import other_numbers_of_processes
 from benchmarks.reliability.outcome import Outcome, Trial
 from benchmarks.reliability.states import state_of, steps_in
 from benchmarks.reliability.workers import results
 from pkmem.training import checkpoint
-from pkmem.training.checkpoint import newest_valid_checkpoint, open_shards, save_checkpoint
+from pkmem.training.checkpoint import save_checkpoint
 from pkmem.training.files import CheckpointError, load_json
 from pkmem.training.saver import CheckpointSaver
 from pkmem.training.shards import Shard, plan_shard
