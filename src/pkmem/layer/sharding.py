@@ -26,7 +26,7 @@ from pkmem.layer.query import MaskedBatchNorm
 from pkmem.layer.replicas import with_replicas
 from pkmem.layer.room import require_room
 from pkmem.layer.values import NeuronTable, Table, tables_in
-from pkmem.ops.reading_log import Reads
+from pkmem.ops.reads import Reads
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
