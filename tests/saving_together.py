@@ -224,6 +224,8 @@ def save_sharded(rank: int, folder: str) -> None:
         made.append((model, torch.optim.AdamW(model.parameters(), lr=1e-2)))
     (model, optimizer), (resumed, its_optimizer) = made
     trained(model, optimizer, range(SHARDED_STEPS), share)
+    with torch.no_grad():
+        model(torch.ones(1, 3, dtype=torch.float64))  # an evaluation, which leaves parameters whole
     tensors, others = optimizer_state(model, optimizer)
     named = {f"model.{name}": tensor for name, tensor in model_tensors(model).items()}
     named |= {f"optimizer.{name}": tensor for name, tensor in tensors.items()}

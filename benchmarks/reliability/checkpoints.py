@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import random
+import hashlib
 import statistics
 import subprocess
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,116 +14,23 @@ from typing import Any
 from unittest import mock
 
 import torch
-from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import Shard as Split
 
 from benchmarks.reliability.damage import damaged_checkpoints
 from benchmarks.reliability.hostile import hostile_directories
+from benchmarks.reliability.kills import killed_while_saving
 from benchmarks.reliability.other_sizes import other_numbers_of_processes
 from benchmarks.reliability.outcome import Outcome, Trial
-from benchmarks.reliability.workers import join, results, started
-from pkmem.training import checkpoint, tensor_file
-from pkmem.training.checkpoint import newest_valid_checkpoint, open_shards, save_checkpoint
-from pkmem.training.files import CheckpointError
+from benchmarks.reliability.states import state_of, steps_in
+from benchmarks.reliability.workers import results
+from pkmem.training import checkpoint
+from pkmem.training.checkpoint import save_checkpoint
+from pkmem.training.files import CheckpointError, load_json
 from pkmem.training.saver import CheckpointSaver
-from pkmem.training.shards import plan_shard
+from pkmem.training.shards import Shard, plan_shard
 from pkmem.training.together import Together
-
-ROWS, WIDTH = 4096, 64  # a table of 1 MB
-
-
-def state_of(step: int, world: int) -> dict[str, Tensor]:
-    """A table in columns, its moments and what all processes hold alike: every number is the step."""
-    tensors: dict[str, Tensor] = {"step": torch.tensor(float(step)), "bias": torch.full((WIDTH,), float(step))}
-    for name in ("table", "exp_avg", "exp_avg_sq"):
-        local = torch.full((ROWS, WIDTH // world), float(step))
-        tensors[name] = local
-        if world > 1:
-            mesh = DeviceMesh("cpu", torch.arange(world), mesh_dim_names=("columns",))
-            tensors[name] = DTensor.from_local(local, mesh, [Shard(1)], run_check=False)
-    return tensors
-
-
-def steps_in(path: Path) -> set[float]:
-    """The numbers that stand in a checkpoint."""
-    shards = open_shards(path)
-    read = {name: torch.empty(shape) for name, shape in shards.shapes.items()}
-    shards.read_into(read)
-    return {number for tensor in read.values() for number in (tensor.min().item(), tensor.max().item())}
-
-
-# 5: killed while saving -------------------------------------------------------------------------------------
-
-
-def save_for_ever(together: Together, run: str, first: int, told: str) -> None:
-    """Saves step after step, and appends to a file which it has begun and which are there."""
-    for step in range(first, first + 10_000):
-        with Path(told).open("a") as file:
-            print(f"begun {step}", file=file)
-        save_checkpoint(
-            Path(run),
-            step,
-            lambda folder: (folder / "loss.json").write_text("1.5"),
-            plan_shard(state_of(step, together.size), together),
-            together=together,
-        )
-        with Path(told).open("a") as file:
-            print(f"there {step}", file=file)
-
-
-def killed_while_saving(short: bool) -> Iterator[Outcome]:
-    """Kills the processes of a run, or one of them, at a random moment after its first save has begun."""
-    draw, trials = random.Random(0), 2 if short else 30
-    for world in (1, 2):
-        states: Counter[str] = Counter()
-        bad: list[str] = []
-        with tempfile.TemporaryDirectory() as place:
-            run, told, first = Path(place) / "run", Path(place) / "told", 1
-            for trial in range(trials):
-                told.write_text("")
-                with started(world, save_for_ever, str(run), first, str(told)) as (processes, _):
-                    while not told.read_text():
-                        time.sleep(0.001)
-                    time.sleep(draw.uniform(0, 0.2))
-                    victims = processes if trial % 2 else [draw.choice(processes)]
-                    for process in victims:
-                        process.kill()
-                    join(processes, 60)  # the others notice
-                    bad += [f"trial {trial}: a process was left" for process in processes if process.is_alive()]
-                said = [line.split() for line in told.read_text().splitlines()]
-                there = max((int(step) for word, step in said if word == "there"), default=first - 1)
-                states[_left_in(run / "checkpoints")] += 1
-                newest = newest_valid_checkpoint(run, bad.append)
-                if newest is None and there > 0:
-                    bad.append(f"trial {trial}: no checkpoint")
-                if newest is not None:
-                    step = int(newest.name.split("-")[1].removesuffix(".old"))
-                    bad += [f"trial {trial}: mixed {steps_in(newest)}"] * (steps_in(newest) != {float(step)})
-                    bad += [f"trial {trial}: step {step} after {there}"] * (step < there)
-                    first = step + 1
-        found = ", ".join(f"{number} {state}" for state, number in sorted(states.items()))
-        yield Outcome(
-            5,
-            f"{trials} times kill -9 while {_processes(world)} saved",
-            "every newest checkpoint loads, is of one step, and loses at most the save that was going on",
-            f"{len(bad)} failures; the kill came {found}" + "".join(f"; {line}" for line in bad[:3]),
-            not bad,
-        )
-
-
-def _left_in(folder: Path) -> str:
-    """What a kill left behind."""
-    unfinished = list(folder.glob("*.tmp")) if folder.exists() else []
-    if not unfinished:
-        return "between two saves"
-    sealed = any((path / "manifest.json").exists() for path in unfinished)
-    return "after the manifest" if sealed else "while files were written"
-
-
-def _processes(world: int) -> str:
-    return "one process" if world == 1 else f"{world} processes"
-
 
 # 8: a full disk ---------------------------------------------------------------------------------------------
 
@@ -162,7 +68,7 @@ def save_on_a_full_disk(together: Together, place: str, in_background: bool) -> 
             mesh = DeviceMesh("cpu", torch.arange(together.size))
             # One row more than there are processes before the last: it is the first process's or the last one's alone.
             rows = torch.ones(1 if together.rank == 0 else 0, 4 << 20)
-            table = DTensor.from_local(rows, mesh, [Shard(0)], run_check=False, shape=(1, 4 << 20), stride=(4 << 20, 1))
+            table = DTensor.from_local(rows, mesh, [Split(0)], run_check=False, shape=(1, 4 << 20), stride=(4 << 20, 1))
             tensors = state_of(2, together.size) | {"large": table if large else torch.ones(4 << 20)}
             saver.save(2, tensors, lambda folder: None)
     except CheckpointError as error:
@@ -197,11 +103,55 @@ def full_disk(short: bool) -> Iterator[Outcome]:
 
 
 def cost_of_hashing(short: bool) -> Iterator[Outcome]:
-    """The same save with and without hashes and manifest, in turns."""
-    num_rows = (1 << 20) if short else (4 << 20)
+    """What a save reads and hashes; and the same save with and without hashes and manifest, in turns."""
+    num_rows = (1 << 16) if short else (2 << 20)
     table = torch.randn(num_rows, 64)
     shard = plan_shard({"table": table, "exp_avg": table + 1}, Together())
+    megabytes = 2 * table.nbytes / 1e6
+    with tempfile.TemporaryDirectory() as place:
+        yield _bytes_read_and_hashed(Path(place), shard, megabytes)
+        if not short:
+            yield _time_with_and_without(Path(place), shard, megabytes)
 
+
+def _bytes_read_and_hashed(run: Path, shard: Shard, megabytes: float) -> Outcome:
+    hashed, sha256 = 0, hashlib.sha256
+
+    class Counting:
+        def __init__(self, data: bytes = b"") -> None:
+            self.of = sha256()
+            self.update(data)
+
+        def update(self, data: Any) -> None:
+            nonlocal hashed
+            hashed += memoryview(data).nbytes
+            self.of.update(data)
+
+        def hexdigest(self) -> str:
+            return self.of.hexdigest()
+
+    with mock.patch.object(hashlib, "sha256", Counting):
+        before = _bytes_read()
+        path = save_checkpoint(run, 0, lambda folder: None, shard)
+        read = _bytes_read() - before
+    file = path / shard.file
+    said = load_json(path / "manifest.json")["files"][file.name]["sha256"]
+    right, rest = said == sha256(file.read_bytes()).hexdigest(), hashed - file.stat().st_size
+    return Outcome(
+        13,
+        f"what saving {megabytes:,.0f} MB reads from files and hashes",
+        "every byte is hashed once on its way to the disk, none is read again (10 kB are left to the manifest)",
+        f"the hash is {'right' if right else 'WRONG'}, {rest:,} bytes more than the file has were hashed, {read:,} read",
+        right and 0 <= rest < 10_000 and read < 10_000,
+    )
+
+
+def _bytes_read() -> int:
+    """Bytes that this process has read from files so far (Linux)."""
+    return int(Path("/proc/self/io").read_text().split()[1])
+
+
+def _time_with_and_without(run: Path, shard: Shard, megabytes: float) -> Outcome:
     class NoHash:
         def update(self, data: Any) -> None:
             pass
@@ -209,33 +159,28 @@ def cost_of_hashing(short: bool) -> Iterator[Outcome]:
         def hexdigest(self) -> str:
             return ""
 
-    def seconds(hashed: bool, run: Path, step: int) -> float:
+    def seconds(hashed: bool, step: int) -> float:
         start = time.perf_counter()
         if hashed:
             save_checkpoint(run, step, lambda folder: None, shard, keep=1)
         else:
             with (
-                mock.patch.object(tensor_file.hashlib, "sha256", NoHash),
+                mock.patch.object(hashlib, "sha256", NoHash),
                 mock.patch.object(checkpoint, "_seal", lambda *arguments: (arguments[0] / "manifest.json").touch()),
             ):
                 save_checkpoint(run, step, lambda folder: None, shard, keep=1)
         return time.perf_counter() - start
 
-    with tempfile.TemporaryDirectory() as place:
-        seconds(True, Path(place), 0)
-        pairs = [
-            (seconds(True, Path(place), 2 * i + 1), seconds(False, Path(place), 2 * i + 2))
-            for i in range(3 if short else 9)
-        ]
+    seconds(True, 1)
+    pairs = [(seconds(True, 2 * i), seconds(False, 2 * i + 1)) for i in range(1, 16)]
     shares = sorted(1 - without / with_all for with_all, without in pairs)
     share, spread = statistics.median(shares), f"{shares[len(shares) // 4]:.0%} to {shares[-1 - len(shares) // 4]:.0%}"
-    size = 2 * table.nbytes / 1e6
-    yield Outcome(
+    return Outcome(
         13,
-        f"the share of hashes and manifest in saving {size:,.0f} MB, with and without in turns",
-        "it is measured" if short else "at most 15 % of the time",
-        f"{share:.0%} (middle half {spread}) of {statistics.median(pair[0] for pair in pairs):.1f} s",
-        short or share <= 0.15,
+        f"the share of hashes and manifest in saving {megabytes:,.0f} MB, {len(pairs)} times with and without in turns",
+        "at most 15 % of the time",
+        f"{share:.0%} (middle half {spread}) of {statistics.median(pair[0] for pair in pairs):.2f} s",
+        share <= 0.15,
     )
 
 

@@ -50,11 +50,11 @@ def loss(name: str, world: int, folder: Path) -> float:
 @pytest.mark.case(
     "Several devices",
     "a plain torch loop with `DistributedDataParallel`, by torchrun",
-    "works with three lines more",
+    "works: with three lines more",
     "",
 )
 @pytest.mark.case(
-    "Several devices", "a plain torch loop with `fully_shard`, by torchrun", "works with three lines more", ""
+    "Several devices", "a plain torch loop with `fully_shard`, by torchrun", "works: with three lines more", ""
 )
 @pytest.mark.parametrize("name", ["ddp", "fsdp"])
 def test_a_loop_of_plain_torch_trains_the_same_on_two_processes(name, tmp_path) -> None:
@@ -62,6 +62,6 @@ def test_a_loop_of_plain_torch_trains_the_same_on_two_processes(name, tmp_path) 
 
 
 @pytest.mark.linux
-@pytest.mark.case("Several devices", "Hugging Face's Trainer, by torchrun", "works with three lines more", "")
+@pytest.mark.case("Several devices", "Hugging Face's Trainer, by torchrun", "works: with three lines more", "")
 def test_the_trainer_trains_on_two_processes(tmp_path) -> None:
     assert loss("trainer", 2, tmp_path) < 5.9  # random tokens of 512 are 6.2; of the 16 that are in the text, 2.8

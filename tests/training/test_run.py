@@ -493,18 +493,14 @@ def test_a_file_that_is_no_text_is_skipped_and_counted(
     ]
 
 
-def test_several_processes_need_dense_value_gradients() -> None:
-    recipe = tiny(Path("text"), Path("run"))
-    with pytest.raises(ValueError, match=r"there are 2 processes.*set training\.value_grad=dense"):
-        sequences_per_process(recipe, 2)
-    assert sequences_per_process(recipe, 1) == 2
-    assert sequences_per_process(tiny(Path("text"), Path("run"), model={"memory_layers": []}), 2) == 1  # no values
+def test_processes_share_the_sequences_of_a_backward_pass() -> None:
+    assert [sequences_per_process(tiny(Path("text"), Path("run")), processes) for processes in (1, 2)] == [2, 1]
 
 
 @pytest.mark.parametrize(("batch_tokens", "num_processes"), [(128, 3), (128, 4), (6 * 64, 4), (10 * 64, 3)])
 def test_a_batch_that_processes_cannot_share_comes_with_one_they_can(batch_tokens: int, num_processes: int) -> None:
     def recipe(batch_tokens: int) -> Recipe:
-        return tiny(Path("text"), Path("run"), training={"value_grad": "dense", "batch_tokens": batch_tokens})
+        return tiny(Path("text"), Path("run"), training={"batch_tokens": batch_tokens})
 
     with pytest.raises(
         ValueError, match=rf"is {batch_tokens} but .* {num_processes} processes = \d+: try \d+"

@@ -15,10 +15,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from pkmem.text.durable import move, sync
 from pkmem.training.checkpoint import newest_valid_checkpoint, open_shards, verify_checkpoint
 from pkmem.training.files import CheckpointError, save_text
+from pkmem.training.screening import screen_config
 from pkmem.training.shards import Shards
 from pkmem.training.tensor_file import write_tensor_file
 
-_CHUNK_BYTES = 32 << 20
+_CHUNK_BYTES = 8 << 20
 _OF_THE_RUN = ("manifest.json", "optimizer.json", "schedule.json", "journal.json", "trainer_state.json")
 
 
@@ -108,5 +109,8 @@ def _write_weights(shards: Shards, folder: Path, max_file_bytes: int) -> None:
             folder / file, part, lambda name: shards.rows(f"model.{name}", _CHUNK_BYTES), {"format": "pt"}
         )
     if split.is_sharded:
-        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        num_bytes = sum(tensor.nbytes for tensor in weightless.values())
+        _, model = screen_config(folder / "config.json", len(names), num_bytes)  # which of them are parameters
+        counted = sum(parameter.numel() for parameter in model.parameters())
+        index = {"metadata": {"total_parameters": counted, **split.metadata}, "weight_map": split.tensor_to_filename}
         save_text(folder / "model.safetensors.index.json", json.dumps(index, indent=2, sort_keys=True) + "\n")

@@ -189,7 +189,7 @@ def _finish(
         try:
             summary |= measure_recall(model, tokenizer, Facts.named(recipe.data), progress)
         except ValueError as error:  # such as a context too short for a fact: the model is trained all the same
-            say(progress, f"what it recalls was not measured: {error}")
+            say(PartialState().is_main_process, f"what it recalls was not measured: {error}")
     _by_first_process(lambda: save_json(recipe.out / "summary.json", summary))
     return summary
 

@@ -163,7 +163,7 @@ class Shards:
             planner.commit_tensor(item, target)
 
     def rows(self, name: str, chunk_bytes: int) -> Iterator[Tensor]:
-        """A whole tensor, some rows at a time, about `chunk_bytes` of them; valid until the next is asked for."""
+        """A whole tensor, some rows at a time, about `chunk_bytes` of them."""
         shape = self.shapes[name]
         if not shape:
             ((_, file),) = self._parts[name].items()

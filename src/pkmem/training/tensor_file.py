@@ -9,8 +9,9 @@ import hashlib
 import json
 import math
 import mmap
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,6 +43,8 @@ _NAMES = {  # in the order of the library, which puts the last first in a file
 _DTYPES = {name: dtype for dtype, name in _NAMES.items()}
 _ORDER = list(_NAMES)
 _CHUNK_BYTES = 8 << 20
+_MOST_BEHIND = 8  # chunks that wait to be hashed
+_SYNCED_BYTES = _MOST_BEHIND * _CHUNK_BYTES  # at a time
 _LENGTH_BYTES = 8
 
 
@@ -104,11 +107,13 @@ def write_tensor_file(
     Args:
         path: the file, in a folder that exists.
         layout: name -> dtype and shape of each tensor.
-        pieces: the numbers of the tensor of a name, row by row, in pieces of any size on any device.
+        pieces: the numbers of the tensor of a name, row by row, in pieces of any size on any device, which nobody
+            changes until this returns.
         notes: text by name for the header.
 
     Returns:
-        size and hash of what was written, hashed on the way by another thread.
+        size and hash of what was written. Another thread hashes while this one waits for the disk, so the disk gets its
+        work as it comes and not all at the end; nothing is read again.
 
     Raises:
         CheckpointError: safetensors has no name for a dtype.
@@ -124,21 +129,29 @@ def write_tensor_file(
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     digest, size = hashlib.sha256(), 0
-    with path.open("wb") as file, ThreadPoolExecutor(1) as other_thread:
+    behind: deque[Future[None]] = deque()
+    with ThreadPoolExecutor(1) as other_thread:
+        with path.open("wb") as file:
 
-        def write(data: Any) -> None:
-            nonlocal size
-            hashed = other_thread.submit(digest.update, data)
-            size += file.write(data)
+            def write(data: Any) -> None:
+                nonlocal size
+                behind.append(other_thread.submit(digest.update, data))
+                size, before = size + file.write(data), size
+                if size // _SYNCED_BYTES > before // _SYNCED_BYTES:
+                    file.flush()
+                    sync(path)
+                if len(behind) > _MOST_BEHIND:
+                    behind.popleft().result()
+
+            write(len(text).to_bytes(_LENGTH_BYTES, "little") + text)
+            for name in names:
+                for piece in pieces(name):
+                    for chunk in _chunks(piece):
+                        write(chunk.view(torch.uint8).numpy())
+        sync(path)
+        for hashed in behind:
             hashed.result()
-
-        write(len(text).to_bytes(_LENGTH_BYTES, "little") + text)
-        for name in names:
-            for piece in pieces(name):
-                for chunk in _chunks(piece):
-                    write(chunk.view(torch.uint8).numpy())
     assert size == _LENGTH_BYTES + len(text) + stop
-    sync(path)
     return Digest(size, digest.hexdigest())
 
 
