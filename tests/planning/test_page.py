@@ -11,7 +11,14 @@ from pkmem.planning.page import planned
 from pkmem.training.reading import read_recipe
 
 LARGE = {  # a table of 128 billion parameters
-    "model": {"width": 1024, "num_heads": 16, "context_tokens": 512, "memory_layers": [2], "vocab_size": 60000},
+    "model": {
+        "num_layers": 3,
+        "width": 1024,
+        "num_heads": 16,
+        "context_tokens": 512,
+        "memory_layers": [2],
+        "vocab_size": 60000,
+    },
     "memory": {"num_sub_keys": 11_180, "query_dim": 512},
     "training": {"batch_tokens": 131_072, "precision": "bf16"},
 }
