@@ -3,8 +3,9 @@
     python benchmarks/plan_time.py
 
 In each turn the machine is measured as `pkmem plan --device this` does, and updates are timed by the clock on the wall, in
-the same process: so whatever else slows the machine slows both. The updates are those of a plain loop, and once of
-`pkmem train`. All of it runs with malloc as it comes, since that is what a user has. Needs 4 GB.
+the same process; the median of a turn's updates counts. The updates are those of a plain loop, and once of `pkmem train`.
+All of it runs with malloc as it comes, since that is what a user has. Run it with nothing else on the machine: threads that
+wait for each other's cores make both times meaningless. Five minutes, 4 GB.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -82,7 +83,7 @@ def planned(recipe: Recipe, processes: int) -> Callable[[], float]:
 
 
 def looped(recipe: Recipe, processes: int, seconds: float) -> Callable[[], float]:
-    """Takes updates in a plain loop for so long and says the seconds of one."""
+    """Takes updates in a plain loop for so long and says the median of their seconds."""
     step = PlainLoop(recipe, processes)
     step()
     begin = time.perf_counter()
@@ -94,17 +95,17 @@ def looped(recipe: Recipe, processes: int, seconds: float) -> Callable[[], float
     def updates() -> float:
         if processes > 1:
             dist.barrier()
-        return harness.wall_seconds(step, int(count))
+        return statistics.median(harness.wall_seconds(step, 1) for _ in range(int(count)))
 
     return updates
 
 
 def trained(recipe: Recipe, folder: Path) -> Callable[[], float]:
-    """Runs `pkmem train` on Python's standard library and says the seconds of an update, but for the first quarter."""
+    """Runs `pkmem train` on Python's standard library and says the median seconds of an update, but for the first quarter."""
     training = replace(
         recipe.training,
         num_tokens=TRAINED_STEPS * recipe.training.batch_tokens,
-        log_every_steps=TRAINED_STEPS // 4,
+        log_every_steps=1,
         eval_tokens=recipe.model.context_tokens,
     )
     numbers = itertools.count()
@@ -113,7 +114,7 @@ def trained(recipe: Recipe, folder: Path) -> Callable[[], float]:
         out = folder / str(next(numbers))
         train(replace(recipe, out=out, training=training), progress=False)
         records = [record for record in read_metrics(out) if record["kind"] == "train"]
-        per_update = [training.batch_tokens / record["tokens_per_s"] for record in records[1:]]
-        return sum(per_update) / len(per_update)
+        per_update = [training.batch_tokens / record["tokens_per_s"] for record in records[TRAINED_STEPS // 4 :]]
+        return statistics.median(per_update)
 
     return updates
