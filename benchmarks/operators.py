@@ -24,7 +24,8 @@ from pkmem.layer.values import ValueTable
 from pkmem.ops import cpu
 from pkmem.ops.cpu.selection import select as select_kernel
 from pkmem.ops.cpu.threads import run_over
-from pkmem.ops.reading_log import Reads, RowGradient
+from pkmem.ops.reading_log import RowGradient
+from pkmem.ops.reads import Reads
 from steps import moments_of
 
 TORCH = "torch"

@@ -44,7 +44,16 @@ def main() -> None:
     with rc_context(STYLE):
         for draw in (layer, product_keys, reading_log, growth, slots, value_rates):
             draw().savefig(BUILD / "figures" / f"{draw.__name__}.svg", metadata={"Date": None})
-    for write in (forward, training_step, peak_memory, gpu_reference, gpu_code, reliability, reliability_runs):
+    for write in (
+        forward,
+        training_step,
+        peak_memory,
+        gpu_reference,
+        gpu_code,
+        reliability,
+        reliability_runs,
+        plan_time,
+    ):
         (BUILD / "tables" / f"{write.__name__}.md").write_text(write(), encoding="utf-8")
     (BUILD / "tables" / "plan.txt").write_text(plan(), encoding="utf-8")
 
@@ -316,6 +325,14 @@ def reliability_runs() -> str:
         for key, ran in runs.items()
     ]
     return _table(["trials", "commit", "machine", "torch", "Python", "minutes"], rows, "---")
+
+
+def plan_time() -> str:
+    """The time of an update as it was planned, over what it took."""
+    if not (ROOT / "benchmarks" / "results" / "plan_time.json").exists():
+        return "No figures have been recorded yet.\n"
+    rows = [[what.split(": ")[0], _ratio(line)] for what, line in _lines("plan_time").items()]
+    return _table(["update", "planned / measured"], rows)
 
 
 def plan() -> str:

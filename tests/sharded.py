@@ -277,3 +277,18 @@ def compiled_apart() -> str:
     finally:
         del optimizer
     return ""
+
+
+def compiled(mode: str) -> list[Tensor]:
+    """Outputs of three updates, with the compiler or without."""
+    model = model_of(False)
+    shard_values(model, mesh_of((1, 2)))
+    optimizer = RowAdam(model, lr=0.1, eps=1e-3)
+    run = torch.compile(model, backend="aot_eager") if mode == "compiled" else model
+    outs = []
+    for step in range(3):
+        outs.append(run(batch(step, dist.get_rank(), True)[0]))
+        outs[-1].square().sum().backward()
+        optimizer.step()
+        model.zero_grad()
+    return [out.detach() for out in outs]

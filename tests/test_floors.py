@@ -14,7 +14,7 @@ ORDER = {  # folders from the ground up, each with its files in order: a file im
     "ops": "user_cache verdict arguments precision rounding reference",
     "ops.cpu": "threads cache kernels halves vectors bag rows selection selection_backward decoding compiling",
     "ops.triton": "installed device code arithmetic launch bag rows selection selection_backward kernels",
-    "ops ": "backends reading_log registered flops transformed",
+    "ops ": "backends reads reading_log registered flops transformed",
     "layer": "config huge_pages drawing room padding recomputation crossing query keys values gate decoding memory usage "
     "replicas sharding optim combined",
     "lm": "config evaluation speed padding signature placement huggingface modeling_pkmem build recall inspection autoload",

@@ -13,6 +13,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import pkmem
 from benchmarks.reliability.outcome import Outcome
+from benchmarks.reliability.peak import peaks_are_planned
 from benchmarks.reliability.workers import results
 from pkmem import CombinedOptimizer, MemoryConfig, RowAdam
 from pkmem.layer.values import ValueTable
@@ -57,7 +58,7 @@ def replicas_and_columns(short: bool) -> Iterator[Outcome]:
 
 
 def whole_models(short: bool) -> Iterator[Outcome]:
-    """Trial 3: a language model with batch norm, its dense part by DDP and by FSDP2."""
+    """Trial 3: a language model with batch norm, its dense part by DDP and by FSDP2, and the memory that one takes."""
     cases = [(2, "fsdp")] if short else [(2, "ddp"), (2, "fsdp"), (4, "ddp"), (4, "fsdp")]
     for world, parallel in cases:
         found = _worst(results(world, compare_models, parallel, 4 if short else 20))
@@ -68,6 +69,7 @@ def whole_models(short: bool) -> Iterator[Outcome]:
             f"{found['weights']:.1e} apart; each table moved by {found['moved']:.1e}",
             found["weights"] <= 1e-12 and found["moved"] > 1e-4,
         )
+    yield from peaks_are_planned(short)
 
 
 def compare_tables(together: Together, shape: list[int], dtype_name: str, idle: bool) -> dict[str, float]:

@@ -27,6 +27,9 @@ from benchmarks.reliability.launching import (
 from benchmarks.reliability.outcome import Outcome, Trial
 from benchmarks.reliability.poison import STEP, poisoned_runs
 from benchmarks.reliability.workers import results
+from pkmem.training.reading import read_recipe, read_yaml
+from pkmem.training.run import train
+from pkmem.training.together import Together
 
 ROOT = Path(__file__).parents[2]
 LONGEST_S = 60.0  # until the last process of a run has ended
@@ -56,10 +59,12 @@ def processes_and_hosts_fail(short: bool) -> Iterator[Outcome]:
 
 def _killed_and_restarted(folder: Path, recipe: Path, kills: list[tuple[int, int]], ranks: int) -> Outcome:
     """Kills a rank right after a step was recorded, in the middle of the next; torchrun starts all of them again."""
-    options = [f"--nproc-per-node={ranks}"]
-    with Launch(torchrun(*options, command=training(recipe, "undisturbed")), folder) as launch:
-        require_success([launch])
-    options.append(f"--max-restarts={len(kills)}")
+    options = [f"--nproc-per-node={ranks}", f"--max-restarts={len(kills)}"]
+    if ranks == 1:
+        results(1, train_undisturbed, str(recipe), str(folder / "undisturbed"))
+    else:
+        with Launch(torchrun(*options, command=training(recipe, "undisturbed", resume=True)), folder) as launch:
+            require_success([launch])
     with Launch(torchrun(*options, command=training(recipe, "killed", resume=True)), folder) as launch:
         for step, rank in kills:
             await_step(folder / "killed", step, launch)
@@ -69,11 +74,16 @@ def _killed_and_restarted(folder: Path, recipe: Path, kills: list[tuple[int, int
     what = f"`kill -9` of {'the only process' if ranks == 1 else f'one of {ranks} processes'} in the middle of a step"
     return Outcome(
         6,
-        f"{what}, {len(kills)} times in a run under `torchrun --max-restarts`",
+        f"{what}, {'once' if len(kills) == 1 else f'{len(kills)} times'} in a run under `torchrun --max-restarts`",
         SAME_BITS,
         _in_words(differing),
         not differing,
     )
+
+
+def train_undisturbed(together: Together, recipe: str, out: str) -> None:
+    """The same run by itself, in a process that has imported everything already."""
+    train(read_recipe(read_yaml(Path(recipe)), {"out": out}), progress=False)
 
 
 def _killed_under_torchrun(folder: Path, recipe: Path) -> Outcome:

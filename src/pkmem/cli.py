@@ -99,10 +99,8 @@ def _train(options: Namespace) -> None:
     from pkmem.training.processes import restarts_by_itself
     from pkmem.training.run import train
 
-    if options.resume and ((Path(options.out) / "config.yaml").exists() or not restarts_by_itself()):
-        recipe = recorded_recipe(Path(options.out), options.given)
-    else:
-        recipe = given_recipe(options)
+    resumes = options.resume and ((Path(options.out) / "config.yaml").exists() or not restarts_by_itself())
+    recipe = recorded_recipe(Path(options.out), options.given) if resumes else given_recipe(options)
     summary = train(recipe, resume=options.resume, overwrite=options.overwrite)
     if os.environ.get("RANK", "0") == "0":  # torchrun: the first process speaks
         for name, figure in summary.items():

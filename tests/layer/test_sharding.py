@@ -172,3 +172,16 @@ def test_the_norm_that_others_clip_by_is_of_the_whole_table() -> None:
 )
 def test_whole_tables_of_several_processes_are_not_trained_apart_by_compiled_code() -> None:
     assert all("would drift apart: call pkmem.shard_values" in said for said in together(2, sharded.compiled_apart))
+
+
+@pytest.mark.slow
+@pytest.mark.case(
+    "Several devices",
+    "`torch.compile` of a model with sharded tables",
+    "works: compiles the parts around each table; `fullgraph=True` is refused by torch",
+    "",
+)
+def test_what_is_around_a_sharded_table_is_compiled() -> None:
+    for ours, theirs in zip(together(2, sharded.compiled, "compiled"), together(2, sharded.compiled, ""), strict=True):
+        for out, expected in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)

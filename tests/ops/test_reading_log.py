@@ -14,7 +14,8 @@ from torch import Tensor
 import oracle
 from pkmem.ops import backend_module, reference, weighted_sum
 from pkmem.ops.arguments import AdamStep, SortedReads
-from pkmem.ops.reading_log import ReadLog, Reads, RowGradient
+from pkmem.ops.reading_log import ReadLog, RowGradient
+from pkmem.ops.reads import Reads
 from pkmem.ops.reference import sort_reads
 
 Pass = tuple[Tensor, Tensor, Tensor]  # slots (n, b), weights (n, b), grad_output (n, v)

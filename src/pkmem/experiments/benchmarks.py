@@ -9,7 +9,9 @@ from pathlib import Path
 
 from pkmem.training.reading import check_known
 
-BENCHMARKS = ("operators", "layer_forward", "training_step", "growth", "peak_memory", "billion", "demo_backends")
+BENCHMARKS = (
+    "operators", "layer_forward", "training_step", "growth", "peak_memory", "billion", "demo_backends", "plan_time",
+)  # fmt: skip
 
 
 def run_benchmarks(names: Sequence[str], smoke: bool) -> None:

@@ -154,13 +154,16 @@ class AllProcesses(Connections):
 
     Args:
         groups: the last dimension's first.
+
+    Attributes:
+        gathered: a tensor of the same shape on all processes -> all of them (g, ...), with a gradient; collective.
     """
 
     def __init__(self, groups: Sequence[Any]) -> None:
         self._groups = groups
+        self.gathered: Callable[[Tensor], Tensor] = torch.compiler.disable(self._gathered)
 
-    def gathered(self, tensor: Tensor) -> Tensor:
-        """A tensor of the same shape on all processes -> all of them (g, ...), with a gradient; collective."""
+    def _gathered(self, tensor: Tensor) -> Tensor:
         out = tensor.unsqueeze(0)
         for group in self._groups:
             made: Tensor = _Gathered.apply(out, group)

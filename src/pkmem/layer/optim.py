@@ -17,7 +17,8 @@ from pkmem.layer.huge_pages import prefer_huge_pages
 from pkmem.layer.values import Table, tables_in
 from pkmem.ops.arguments import AdamStep
 from pkmem.ops.backends import backend_module, choose_backend
-from pkmem.ops.reading_log import ReadLog, Reads, RowGradient, reads_of
+from pkmem.ops.reading_log import ReadLog, RowGradient, reads_of
+from pkmem.ops.reads import Reads
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 

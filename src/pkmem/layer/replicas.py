@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pkmem.layer.crossing import all_to_all, gathered
 from pkmem.ops.backends import backend_module
-from pkmem.ops.reading_log import Reads
+from pkmem.ops.reads import Reads
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _SLOT_BYTES = 4

@@ -26,7 +26,7 @@ from pkmem.layer.query import MaskedBatchNorm
 from pkmem.layer.replicas import with_replicas
 from pkmem.layer.room import require_room
 from pkmem.layer.values import NeuronTable, Table, tables_in
-from pkmem.ops.reading_log import Reads
+from pkmem.ops.reads import Reads
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -273,6 +273,7 @@ class ShardedTable(Table):
 class ShardedValueTable(ShardedTable):
     """A `ValueTable` of which this process holds some columns."""
 
+    @torch.compiler.disable  # how many tokens the others have is known when it runs
     def forward(self, slots: Tensor, weights: Tensor) -> Tensor:
         """See `ValueTable.forward`; collective."""
         crossing = self._crossing(slots)
@@ -290,6 +291,7 @@ class ShardedValueTable(ShardedTable):
 class ShardedNeuronTable(ShardedTable):
     """A `NeuronTable` of which this process holds some columns."""
 
+    @torch.compiler.disable
     def forward(self, slots: Tensor, x: Tensor) -> Tensor:
         """See `NeuronTable.forward`; collective. Inner products are summed over the processes."""
         crossing = self._crossing(slots)

@@ -11,7 +11,8 @@ from pkmem import ops
 from pkmem.layer.drawing import draw_normal, new_seed, tables_stay_undrawn
 from pkmem.layer.huge_pages import prefer_huge_pages
 from pkmem.layer.room import require_room
-from pkmem.ops.reading_log import OtherProcesses, ReadLog
+from pkmem.ops.reading_log import ReadLog
+from pkmem.ops.reads import OtherProcesses
 
 
 class Table(nn.Module):

@@ -24,7 +24,6 @@ from transformers import (
 
 from pkmem.layer.config import MemoryConfig, plain_number
 from pkmem.layer.memory import memories_in
-from pkmem.layer.sharding import ShardedTable
 from pkmem.layer.values import tables_in
 from pkmem.lm.padding import keep_mask_with, keeping_mask, real_tokens, under_mask
 from pkmem.lm.placement import MemoryMLP, Placement, insert_memories
@@ -182,7 +181,7 @@ class PkmemForCausalLM(PreTrainedModel, GenerationMixin):
             ValueError: memories that share a table by the config hold several, or tables are sharded.
         """
         self._require_one_shared_table()
-        if any(isinstance(table, ShardedTable) for table in tables_in(self)):
+        if any(table.others is not None for table in tables_in(self)):
             raise ValueError(
                 "this process holds some columns of the tables: save model.state_dict() on all processes with "
                 "torch.distributed.checkpoint, or train with `pkmem train`, after which `pkmem export` writes the model"
