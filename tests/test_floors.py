@@ -21,7 +21,7 @@ ORDER = {  # folders from the ground up, each with its files in order: a file im
     "training": "recipe reading files tensor_file together state shards checkpoint named_state saver "
     "screening export saved journal trainer processes prepare parallel run",
     "experiments": "benchmarks environment plots page family results costs claims grid report demo",
-    "planning": "wire trace devices machine plan advice page verb",
+    "planning": "wire trace devices link machine plan advice page verb",
     "doctor": "findings truth sizes checks selection tables rows step repeats waiting code speed examination surroundings report",
     "": "cli __main__",
 }

@@ -34,8 +34,8 @@ def test_a_file_adds_devices_and_replaces_some(tmp_path: Path) -> None:
 def test_an_operator_takes_what_its_products_and_its_bytes_take(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text(MINE)
     h100 = read_devices(tmp_path / "mine.yaml")["H100"]
-    whole = Operation("x", flops=2 * 10**12, num_bytes=4 * 10**12, row_bytes=4 * 10**12, made_bytes=0)
-    half = Operation("x", 2 * 10**12, 0, 0, 0, torch.bfloat16)
+    whole = Operation("x", flops=2 * 10**12, num_bytes=4 * 10**12, row_bytes=4 * 10**12)
+    half = Operation("x", 2 * 10**12, 0, 0, torch.bfloat16)
     assert h100.compute_seconds(whole) == 2 * h100.compute_seconds(half) == 2
     assert h100.memory_seconds(whole) == 1 + 2  # rows at half of the bandwidth
     assert h100.wire_seconds(Wire(3e9, 8e9)) == 2

@@ -31,8 +31,8 @@ def test_all_operators_of_a_run_are_measured(changes: dict) -> None:
 
 def test_what_is_too_large_to_measure_has_the_rate_of_a_smaller_one() -> None:
     call = (torch.ops.aten.mm.default, (), {})
-    huge = Operation("aten.mm.default", 10**15, 10**12, 0, 10**12, torch.float32, call)
-    stream = Operation("aten.exp.default", 0, 10**12, 0, 10**12, torch.float32, call)
+    huge = Operation("aten.mm.default", 10**15, 10**12, 0, torch.float32, call)
+    stream = Operation("aten.exp.default", 0, 10**12, 0, torch.float32, call)
     machine = measure([huge, stream], [], memory_bytes=1e9)
     assert not machine.operators
     assert machine.compute_seconds(huge) == 10**15 / machine.flops_per_s[4] > 1

@@ -34,7 +34,7 @@ def advise(plan: Plan, trace: Trace) -> str:
 def _others(plan: Plan, trace: Trace) -> Iterator[tuple[str, Plan]]:
     """The same run with one setting changed; those that need no other trace first."""
     layout, training = plan.layout, plan.recipe.training
-    for columns in _columns(plan):
+    for columns in _columns(plan, trace):
         yield _changed(plan, trace, "columns", layout.columns, columns)
     if layout.num_processes > 1:
         other = "fsdp" if layout.parallel == "ddp" else "ddp"
@@ -58,7 +58,7 @@ def _changed(plan: Plan, trace: Trace | None, name: str, before: Any, after: Any
     return f"training.{name}={after} instead of {before}", made
 
 
-def _columns(plan: Plan) -> list[int]:
+def _columns(plan: Plan, trace: Trace) -> list[int]:
     """Other numbers of processes that could share the columns."""
     if plan.recipe.training.value_grad == "dense" or not plan.table_params:
         return []
@@ -66,7 +66,7 @@ def _columns(plan: Plan) -> list[int]:
     return [
         count
         for count in range(1, processes + 1)
-        if processes % count == 0 and count != plan.layout.columns and not any(width % count for width in plan.widths)
+        if processes % count == 0 and count != plan.layout.columns and not any(t.width % count for t in trace.tables)
     ]
 
 

@@ -10,28 +10,24 @@ from __future__ import annotations
 
 import contextlib
 import math
-import tempfile
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from torch.multiprocessing import start_processes
 from torch.utils._pytree import tree_map_only
 
 from pkmem import ops
 from pkmem.layer.optim import RowAdam
 from pkmem.layer.values import ValueTable
+from pkmem.planning.link import link_bytes_per_s
 from pkmem.planning.trace import Blank, Operation
 from pkmem.planning.wire import TableReads, Wire
 
 _MOST_FLOPS = 4e9
 _MOST_BYTES = 1 << 28
-_EXCHANGED_BYTES = 8 << 20
 _MOST_READS = 1 << 18
 _PATIENCE_SECONDS = 0.02  # of an operator
 
@@ -128,7 +124,7 @@ def measure(
         update_bytes_per_s=min(update for _, update in rates),
         call_seconds=_call_seconds(),
         new_bytes_per_s=streamed.nbytes / max(1e-9, anew),
-        link_bytes_per_s=_link_bytes_per_s() if has_others else math.inf,
+        link_bytes_per_s=link_bytes_per_s() if has_others else math.inf,
     )
 
 
@@ -190,36 +186,10 @@ def _call_seconds(length: int = 200) -> float:
     return _seconds(chain) / (2 * length)
 
 
-def _link_bytes_per_s() -> float:
-    """Bytes a second that one of two processes receives from the other while it sends as many."""
-    with tempfile.TemporaryDirectory() as folder:
-        start_processes(_exchange, (folder,), nprocs=2, start_method="spawn")
-        return _EXCHANGED_BYTES / float(Path(folder, "seconds").read_text(encoding="utf-8"))
-
-
-def _exchange(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
-    sent = torch.ones(2 * _EXCHANGED_BYTES // 4)
-    received = torch.empty_like(sent)
-    seconds = _seconds(lambda: dist.all_to_all_single(received, sent), runs=10)
-    if rank == 0:
-        Path(folder, "seconds").write_text(str(seconds), encoding="utf-8")
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-def _seconds(run: Callable[[], Any], runs: int | None = None) -> float:
-    """The shortest of several runs: others on the machine can only make one longer.
-
-    Args:
-        run: what is measured.
-        runs: how many; None is a few, and more of what is short.
-    """
+def _seconds(run: Callable[[], Any]) -> float:
+    """The shortest of at least four runs, and more of what is short: others on the machine can only make one longer."""
     taken = [_seconds_once(run)]
-    while (
-        len(taken) < 4 or (sum(taken) < _PATIENCE_SECONDS and len(taken) < 50) if runs is None else len(taken) <= runs
-    ):
+    while len(taken) < 4 or (sum(taken) < _PATIENCE_SECONDS and len(taken) < 50):
         taken.append(_seconds_once(run))
     return min(taken)
 

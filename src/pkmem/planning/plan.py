@@ -34,7 +34,6 @@ class Plan:
         bytes_per_token: read from and written to memory, the update included.
         wire_per_token: bytes received, by what they are for: see `wire_bytes_per_token`.
         seconds: of an update by what bounds them, one after the other.
-        widths: of the tables.
     """
 
     recipe: Recipe
@@ -48,7 +47,6 @@ class Plan:
     bytes_per_token: float
     wire_per_token: dict[str, Wire]
     seconds: dict[str, float]
-    widths: list[int]
 
     @property
     def memory_bytes(self) -> int:
@@ -127,7 +125,6 @@ def make_plan(recipe: Recipe, layout: Layout, device: Device, trace: Trace) -> P
         bytes_per_token=sum(operation.num_bytes + operation.row_bytes for operation in operations) / tokens,
         wire_per_token=wire,
         seconds=_seconds(trace, update, wire, tokens, training.micro_batches, device),
-        widths=[table.width for table in trace.tables],
     )
 
 
@@ -208,7 +205,7 @@ def update_operations(trace: Trace, layout: Layout, tokens: int, by_rows: bool) 
             work.append(("update of the values", reads * _SORT_TRAFFIC_BYTES, rows))
         else:
             work.append(("update of the values", table.num_slots * row_bytes * _ADAM_ACCESSES, 0.0))
-    return [Operation(name, 0, round(in_order), round(rows), 0) for name, in_order, rows in work]
+    return [Operation(name, 0, round(in_order), round(rows)) for name, in_order, rows in work]
 
 
 def crossing_operations(trace: Trace, layout: Layout, tokens: int) -> list[Operation]:
@@ -217,7 +214,7 @@ def crossing_operations(trace: Trace, layout: Layout, tokens: int) -> list[Opera
     The rows that are read are as many bytes as without others: fewer columns of more tokens' reads.
     """
     reads = sum(table.reads_per_token for table in trace.tables) * tokens * (layout.columns - 1)
-    return [Operation("reads of other processes", 0, reads * _CROSSED_BYTES, 0, 0)] if reads else []
+    return [Operation("reads of other processes", 0, reads * _CROSSED_BYTES, 0)] if reads else []
 
 
 def _seconds(

@@ -47,7 +47,6 @@ class Operation:
         flops: of its products, a multiplication and an addition counted as two; of causal attention the half.
         num_bytes: that it reads and writes; 0 where it only looks at a tensor otherwise.
         row_bytes: that it reads beside them as rows of a table, anywhere.
-        made_bytes: of the new memory that it writes.
         dtype: of its products.
         call: the operator and its arguments, with `Blank`s for tensors; None where it could not be run on any numbers.
     """
@@ -56,7 +55,6 @@ class Operation:
     flops: int
     num_bytes: int
     row_bytes: int
-    made_bytes: int
     dtype: torch.dtype = torch.float32
     call: Any = None
 
@@ -220,11 +218,11 @@ class _Tracer(TorchDispatchMode):
         made = {tensor.untyped_storage() for tensor in results} - there
         for storage in made:
             self._take(storage)
-        made_bytes = sum(storage.nbytes() for storage in made)
         if made or func._schema.is_mutable:
+            made_bytes = sum(storage.nbytes() for storage in made)
             self.operations.append(_operation(func, args, kwargs, out, given, results, made_bytes))
         else:
-            self.operations.append(Operation(str(func), 0, 0, 0, 0))
+            self.operations.append(Operation(str(func), 0, 0, 0))
         return out
 
     def _take(self, storage: torch.UntypedStorage) -> None:
@@ -251,7 +249,7 @@ def _operation(
     dtype = next((tensor.dtype for tensor in given if tensor.is_floating_point()), torch.float32)
     is_alone = not row_bytes and packet is not _pkmem.log_reads
     call = (func, *tree_map_only(Tensor, _blank, (args, kwargs))) if is_alone else None
-    return Operation(str(func), _flops(packet, args, kwargs, out), num_bytes, row_bytes, made_bytes, dtype, call)
+    return Operation(str(func), _flops(packet, args, kwargs, out), num_bytes, row_bytes, dtype, call)
 
 
 def _blank(tensor: Tensor) -> Blank:
