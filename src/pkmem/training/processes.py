@@ -39,7 +39,7 @@ def restarts_by_itself() -> bool:
 def group_after_restart(timeout: timedelta) -> dict[str, Any]:
     """What `init_process_group` needs where torchrun has started the processes of one host again, else nothing.
 
-    torchrun keeps the store in which processes find each other's addresses (seen in torch 2.9 and 2.13). Those of the
+    torchrun keeps the store in which processes find each other's addresses (seen in torch 2.13). Those of the
     processes that failed are still in it, and gloo would try them; under a name of its own each start finds only its
     own. Processes of several hosts cannot agree on one: torchrun counts restarts on each host by itself.
     """
