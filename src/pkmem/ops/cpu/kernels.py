@@ -18,6 +18,8 @@ if config.DISABLE_JIT:
 
 _HALF_VIEWS = {torch.bfloat16: torch.uint16, torch.float16: torch.int16}  # numba knows neither half float
 
+_MAY_BE_ONE_OF_SEVERAL = dist.is_available()  # asked once: a decoded token looks at a dozen arrays
+
 # Sums may be reordered into vectors, the same way in every run; NaN and infinities keep their meaning.
 _OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": {"contract", "reassoc"}}
 part_of_kernel = njit(**_OPTIONS)
@@ -36,7 +38,7 @@ def array(tensor: Tensor) -> np.ndarray:
     tensor = tensor.detach().contiguous()
     if tensor.dtype in _HALF_VIEWS:
         tensor = tensor.view(_HALF_VIEWS[tensor.dtype])
-    if dist.is_available() and dist.is_initialized() and tensor.numel():
+    if _MAY_BE_ONE_OF_SEVERAL and dist.is_initialized() and tensor.numel():
         return np.asarray(_Memory(tensor))
     return tensor.numpy()
 
