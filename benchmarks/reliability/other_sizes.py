@@ -49,7 +49,8 @@ def model_and_optimizer(world: int, parallel: str) -> tuple[nn.Module, nn.Module
         wrapped = fully_shard(model, ignored_params={table.weight for table in tables_in(model)})
     optimizer = CombinedOptimizer(torch.optim.AdamW(dense_parameters(model), 1e-2), RowAdam(model, 1e-2))
     if world > 1 and parallel == "ddp":
-        wrapped = nn.parallel.DistributedDataParallel(model)
+        # As `pkmem train` does: or gradients are ordered anew after the first update, and summed in another order.
+        wrapped = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
     return model, wrapped, optimizer
 
 

@@ -19,6 +19,7 @@ _CALM = {  # read when the libraries are imported: pkmem says itself what a user
     "TOKENIZERS_PARALLELISM": "true",
     "TRANSFORMERS_VERBOSITY": "error",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TORCH_CPP_LOG_LEVEL": "ERROR",  # or DDP says in each process that no parameter is unused
 }
 
 

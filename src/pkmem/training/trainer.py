@@ -100,7 +100,7 @@ class MemoryTrainer(Trainer):
             bf16=config.precision == "bf16",
             use_cpu=not torch.accelerator.is_available(),  # or bf16 is refused
             seed=config.seed + processes.process_index,  # of dropout; the weights are drawn
-            ddp_find_unused_parameters=False,
+            ddp_find_unused_parameters=True,  # or DDP orders gradients anew after the first update of a run, and sums anew
             train_sampling_strategy="sequential",  # TokenBlocks shuffles, the same way after a resume
             logging_strategy="no",
             save_strategy="steps",
