@@ -329,8 +329,6 @@ def reliability_runs() -> str:
 
 def plan_time() -> str:
     """The time of an update as it was planned, over what it took."""
-    if not (ROOT / "benchmarks" / "results" / "plan_time.json").exists():
-        return "No figures have been recorded yet.\n"
     rows = [[what.split(": ")[0], _ratio(line)] for what, line in _lines("plan_time").items()]
     return _table(["update", "planned / measured"], rows)
 
