@@ -190,6 +190,9 @@ def everyday(shape: tuple[int, int]) -> dict[str, object]:
         weight.data += 1
     model.load_state_dict(whole.state_dict())
     held["loads a whole state dict"] = model.state_dict()["3.values.weight"].full_tensor().equal(whole[3].values.weight)
+    twice = nn.ModuleList([shared := ValueTable(4, WIDTH), shared])
+    shard_values(twice, mesh)
+    held["a table that one module has twice"] = twice[0] is twice[1] and twice[0] is not shared
     twin = copy.deepcopy(model)
     held["a copy reads alike"] = twin.eval()(x := torch.randn(3, 12, dtype=torch.float64)).equal(model.eval()(x))
     with torch.no_grad():

@@ -69,7 +69,7 @@ def shard_values(model: nn.Module, mesh: DeviceMesh) -> None:
     processes = AllProcesses([mesh.get_group(name) for name in reversed(_names(mesh))])
     sharded = {table: _sharded(table, Shards(mesh, table.weight.shape[1])) for table in tables}
     for module in list(model.modules()):
-        for name, part in list(module.named_children()):
+        for name, part in list(module._modules.items()):  # one may be there twice
             if isinstance(part, Table) and part in sharded:
                 setattr(module, name, sharded[part])
         if isinstance(module, MaskedBatchNorm):
