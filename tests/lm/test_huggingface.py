@@ -657,3 +657,24 @@ def test_a_model_that_sees_pictures_is_saved_whole(tmp_path) -> None:
     torch.testing.assert_close(loaded(**inputs).logits, model(**inputs).logits, rtol=1e-5, atol=1e-6)
     other = {**inputs, "pixel_values": -inputs["pixel_values"]}
     assert not torch.equal(loaded(**other).logits, loaded(**inputs).logits)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_a_memory_of_zeros_leaves_logits_and_text_as_they_are(family, tmp_path):
+    model, tokens = decoder(family), ids()
+    logits = model(tokens).logits
+    text = model.generate(tokens, max_new_tokens=3, do_sample=False, pad_token_id=0)
+    model = add_memory(model, [0, 2], MEMORY, placement="parallel", values="zero")
+    for held in (model, reloaded(model, tmp_path)):
+        assert torch.equal(held(tokens).logits, logits)
+        assert torch.equal(held.generate(tokens, max_new_tokens=3, do_sample=False, pad_token_id=0), text)
+    first = next(iter(memories_in(model).values()))
+    first.reset_parameters()
+    assert not first.values.weight.any()
+    assert first.keys.sub_keys.any()
+
+
+def test_values_start_normal_or_at_zero():
+    with pytest.raises(ValueError, match="values is 'zeros' but must be 'normal' or 'zero'"):
+        add_memory(decoder(), [0], MEMORY, values="zeros")

@@ -48,11 +48,14 @@ def draw_normal(weight: Tensor, std: float, seed: Tensor, first_column: int, wid
 
     Args:
         weight: all rows of some columns.
-        std: standard deviation.
+        std: standard deviation, >= 0.
         seed: 0-d int64.
         first_column: of `weight`, in the whole table.
         width: columns of the whole table.
     """
+    if std == 0:
+        weight.zero_()
+        return
     columns = torch.arange(first_column, first_column + weight.shape[1], device=weight.device)
     size = max(1, _CHUNK // weight.shape[1])
     for first in range(0, len(weight), size):

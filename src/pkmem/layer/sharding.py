@@ -192,7 +192,7 @@ class ShardedTable(Table):
 
     def __init__(self, whole: Table, shards: Shards) -> None:
         nn.Module.__init__(self)
-        self.shards, self.backend, self.log = shards, whole.backend, None
+        self.shards, self.backend, self.log, self.std = shards, whole.backend, None, whole.std
         given = whole.weight.detach()
         shape = (len(given), shards.num_columns)
         device = shards.device if given.is_meta else given.device
@@ -227,7 +227,7 @@ class ShardedTable(Table):
 
     def draw(self) -> None:
         """The columns held here, by the seed."""
-        draw_normal(self.weight, self.shards.width**-0.5, self.seed, self.shards.first_column, self.shards.width)
+        draw_normal(self.weight, self.std, self.seed, self.shards.first_column, self.shards.width)
 
     def extra_repr(self) -> str:
         last = self.shards.first_column + self.shards.num_columns

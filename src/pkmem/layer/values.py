@@ -24,6 +24,8 @@ class Table(nn.Module):
             table (a copy or a reloaded table has none), and `weight.grad` holds the reads.
         backend: None for the fastest on the device, or one of `pkmem.ops.BACKENDS`.
         seed: of the rows, 0-d int64.
+        std: standard deviation of the rows as they are drawn, 1 / sqrt(v) as in the paper's public code; 0 where they
+            start at zero.
     """
 
     def __init__(self, num_slots: int, width: int) -> None:
@@ -33,18 +35,23 @@ class Table(nn.Module):
         self.weight = nn.Parameter(prefer_huge_pages(torch.empty(num_slots, width, device=device)))
         self.log: ReadLog | None = None
         self.backend: str | None = None
+        self.std = width**-0.5
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Normal with standard deviation 1 / sqrt(v), as in the paper's public code."""
+        """Normal with standard deviation `std`."""
         self.seed = new_seed()
         self.draw()
 
     def draw(self) -> None:
         """The rows by the seed; a table on the meta device keeps it for later."""
         if not self.weight.is_meta:
-            width = self.weight.shape[1]
-            draw_normal(self.weight, width**-0.5, self.seed, 0, width)
+            draw_normal(self.weight, self.std, self.seed, 0, self.weight.shape[1])
+
+    def start_at_zero(self) -> None:
+        """All rows zero, now and whenever they are drawn."""
+        self.std = 0.0
+        self.draw()
 
     @property
     def others(self) -> OtherProcesses | None:

@@ -9,7 +9,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -241,6 +241,7 @@ def add_memory(
     config: MemoryConfig | None = None,
     placement: Placement = "replace",
     *,
+    values: Literal["normal", "zero"] = "normal",
     share_values: bool = False,
     mlp_name: str = "mlp",
 ) -> PkmemForCausalLM:
@@ -254,6 +255,8 @@ def add_memory(
         layers: blocks that get a memory, counted from 0 (the paper counts from 1).
         config: the memories' shape and options; the width is the model's.
         placement: "replace" the MLP as in the paper, or "parallel" beside it.
+        values: "normal" as in the paper, or "zero": beside the MLPs of a pretrained model, such memories leave its
+            logits as they are, to the last bit, until they are trained.
         share_values: let all memories read one value table, as in Memory+.
         mlp_name: the name of the MLP in a block, for families that do not call it "mlp".
 
@@ -264,6 +267,8 @@ def add_memory(
     if isinstance(model, PkmemForCausalLM):
         raise ValueError("the model has memories already: name all layers in one add_memory call")
     text_config = model.config.get_text_config(decoder=True)
+    if values not in ("normal", "zero"):
+        raise ValueError(f"values is {values!r} but must be 'normal' or 'zero'")
     config = (config or MemoryConfig()).bound_to(text_config.hidden_size)
     wrapped = PkmemConfig(
         text_config=model.config,
@@ -277,6 +282,9 @@ def add_memory(
         experts_implementation={"text_config": getattr(text_config, "_experts_implementation", None)},
     )
     made = PkmemForCausalLM(wrapped, base=model)
+    if values == "zero":
+        for memory in memories_in(made).values():
+            memory.values.start_at_zero()
     if getattr(model, "generation_config", None) is not None:
         made.generation_config = model.generation_config
     return made.train(model.training)
