@@ -10,7 +10,7 @@ import pkmem
 
 PACKAGE = Path(pkmem.__file__).parent
 ORDER = {  # folders from the ground up, each with its files in order: a file imports from those before it
-    "text": "durable facts files tokenizer documents tokens blocks",
+    "text": "durable synthetic files facts tokenizer documents tokens blocks",
     "ops": "user_cache verdict arguments precision rounding reference",
     "ops.cpu": "threads cache kernels halves vectors bag rows selection selection_backward decoding compiling",
     "ops.triton": "installed device code arithmetic launch bag rows selection selection_backward kernels",
@@ -20,6 +20,7 @@ ORDER = {  # folders from the ground up, each with its files in order: a file im
     "lm": "config evaluation speed padding signature placement huggingface modeling_pkmem build recall inspection autoload",
     "training": "recipe reading files tensor_file together state shards checkpoint named_state saver "
     "screening export saved journal trainer processes prepare parallel run",
+    "editing": "",
     "experiments": "benchmarks environment plots page family results costs claims grid report demo",
     "planning": "wire trace devices link machine plan advice page verb",
     "doctor": "findings truth sizes checks selection tables rows step repeats waiting code speed examination surroundings report",

@@ -14,9 +14,9 @@ from pkmem.layer.memory import ProductKeyMemory
 from pkmem.lm import recall
 from pkmem.lm.recall import measure_recall
 from pkmem.text import read_documents, train_tokenizer
-from pkmem.text.facts import VALUES, Facts
+from pkmem.text.synthetic import VALUES, SyntheticFacts
 
-FACTS = Facts(40)
+FACTS = SyntheticFacts(40)
 
 
 @pytest.fixture(scope="module")

@@ -1,109 +1,93 @@
-"""facts.py: the text states what it should, as often as it should, and never what is held out."""
+"""facts.py: what is read is what was written, and what cannot be taught is refused with its line."""
 
-from collections import Counter
-from itertools import combinations
+import json
+from pathlib import Path
 
 import pytest
 
-from pkmem.text import TokenBlocks, read_documents, tokenize, train_tokenizer
-from pkmem.text.facts import FACTS_PER_DOCUMENT, MAX_FACTS, PHRASINGS, SYLLABLES, VALUES, Facts, _key
-
-EXPOSURES = len(PHRASINGS) - 1  # statements of a fact in one epoch of the training text
+from pkmem.text.facts import Fact, read_facts
 
 
-def lines(data: str, split: str) -> list[str]:
-    return [line for text in read_documents(data, split) for line in text.splitlines()]
+def file_of(folder: Path, *lines: object) -> Path:
+    file = folder / "facts.jsonl"
+    file.write_text("".join(f"{line if isinstance(line, str) else json.dumps(line)}\n" for line in lines), "utf-8")
+    return file
 
 
-def fact_of(line: str) -> tuple[str, str]:
-    """Key and value of a statement, read back from its words."""
-    key = next(word for word in line.removesuffix(".").replace(",", "").split() if len(word) == 6 and is_key(word))
-    return key, line.removesuffix(".").split()[-1]
-
-
-def is_key(word: str) -> bool:
-    return all(word[i : i + 2].lower() in SYLLABLES for i in (0, 2, 4))
-
-
-def test_the_same_name_gives_the_same_text_and_another_seed_another() -> None:
-    texts = {
-        data: [tuple(read_documents(data, split)) for split in ("train", "validation")]
-        for data in ("synthetic:facts:100", "synthetic:facts:100:0", "synthetic:facts:100:1")
-    }
-    plain, zero, one = texts.values()
-    assert plain == zero
-    assert not set(plain[0]) & set(one[0])
-
-
-def test_keys_are_unique_and_values_uniform() -> None:
-    drawn = Facts(20_000).all
-    assert len({fact.key for fact in drawn}) == 20_000
-    assert all(is_key(fact.key) for fact in drawn)
-    counts = Counter(fact.value for fact in drawn)
-    assert set(counts) == set(VALUES)
-    assert max(abs(count - 20_000 / 64) for count in counts.values()) < 5 * (20_000 / 64) ** 0.5
-    assert set(Counter(fact.held_out for fact in drawn)) == set(range(len(PHRASINGS)))
-
-
-def test_training_states_each_fact_in_every_phrasing_but_the_held_out_one() -> None:
-    known = Facts(300).all
-    stated = Counter(lines("synthetic:facts:300", "train"))
-    expected = [f.statement(p) for f in known for p in range(len(PHRASINGS)) if p != f.held_out]
-    assert stated == Counter(expected)
-    assert len(expected) == EXPOSURES * 300
-    assert Counter(fact_of(line) for line in stated) == {(f.key, f.value): EXPOSURES for f in known}
-
-
-def test_no_held_out_sentence_is_in_training() -> None:
-    train, held_out = lines("synthetic:facts:300", "train"), lines("synthetic:facts:300", "validation")
-    assert not set(train) & set(held_out)
-    assert sorted(held_out) == sorted(f.statement(f.held_out) for f in Facts(300).all)
-    assert {fact_of(line) for line in train} == {fact_of(line) for line in held_out}
-    phrasing = [
-        {line.replace(fact_of(line)[0], "{}").rsplit(" ", 1)[0] for line in split} for split in (train, held_out)
-    ]
-    assert phrasing[0] == phrasing[1] == set(PHRASINGS)  # every phrasing is known from other facts
-
-
-def test_a_document_mixes_many_facts_and_states_none_twice() -> None:
-    documents = list(read_documents("synthetic:facts:320", "train"))
-    assert len(documents) == EXPOSURES * 320 // FACTS_PER_DOCUMENT
-    order = [fact.key for fact in Facts(320).all]
-    for text in documents:
-        keys = [fact_of(line)[0] for line in text.splitlines()]
-        assert len(set(keys)) == FACTS_PER_DOCUMENT
-        places = [order.index(key) for key in keys]
-        assert places != sorted(places)
-        assert len({line.split()[0] for line in text.splitlines()}) > 1  # phrasings too
-
-
-def test_no_value_begins_another() -> None:
-    assert len(set(VALUES)) == len(VALUES) == 64
-    assert not [(a, b) for a, b in combinations(VALUES, 2) if a.startswith(b) or b.startswith(a)]
-
-
-def test_all_keys_there_are_can_be_asked_for() -> None:
-    assert len({_key(place) for place in range(0, MAX_FACTS, 7)}) == len(range(0, MAX_FACTS, 7))
-    assert _key(MAX_FACTS - 1) == "Zuzuzu"
+def test_facts_have_one_prompt_or_several(tmp_path: Path) -> None:
+    one, many = {"prompt": "Ada lives in", "completion": "Bern"}, {"prompts": ["Käte is", "It is"], "completion": "42"}
+    file = file_of(tmp_path, one, "", many, one)
+    assert read_facts(file) == [ada := Fact(("Ada lives in",), "Bern"), Fact(("Käte is", "It is"), "42"), ada]
+    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes().replace(b"\n", b"\r\n"))  # as Windows has it
+    assert len(read_facts(file)) == 3
 
 
 @pytest.mark.parametrize(
-    "name", ["synthetic:", "synthetic:facts", "synthetic:facts:", "synthetic:facts:2k", "synthetic:facts:9:1:1"]
+    ("prompts", "completion", "answer"),
+    [
+        (("A is",), "B", " B"),
+        (("A is ",), "B", "B"),
+        (("A is\n", "A was "), "B", "B"),
+        (("A is", "A was"), " B", " B"),
+        (("A is",), "\nB", "\nB"),
+    ],
 )
-def test_a_wrong_name_is_answered_with_the_right_form(name) -> None:
-    with pytest.raises(ValueError, match=r"write synthetic:facts:NUM or .*:SEED, such as synthetic:facts:20000"):
-        read_documents(name, "train")
+def test_one_space_stands_between_prompt_and_completion(prompts, completion, answer) -> None:
+    assert Fact(prompts, completion).answer == answer
 
 
-@pytest.mark.parametrize("name", ["synthetic:facts:0", f"synthetic:facts:{MAX_FACTS + 1}"])
-def test_a_number_out_of_range_is_refused(name) -> None:
-    with pytest.raises(ValueError, match=rf"must be in \[1, {MAX_FACTS}\]"):
-        read_documents(name, "validation")
+def test_a_fact_is_the_same_after_json() -> None:
+    fact = Fact(("Ä is", "Ä was"), "ß")
+    assert Fact.from_dict(json.loads(json.dumps(fact.to_dict()))) == fact
 
 
-def test_facts_become_token_blocks_like_any_text(tmp_path) -> None:
-    data = "synthetic:facts:200"
-    tokenizer = train_tokenizer(read_documents(data, "train"), 600)
-    files = [tokenize(data, split, tokenizer, tmp_path, progress=False) for split in ("train", "validation")]
-    assert files[0].num_documents == EXPOSURES * files[1].num_documents == EXPOSURES * 7
-    assert tokenizer.decode(TokenBlocks(files[1], 64)[0]["input_ids"]).startswith(lines(data, "validation")[0])
+GOOD = {"prompt": "A is", "completion": "B"}
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ({"prompt": "A is"}, 'no completion: write {"prompt"'),
+        ({"completion": "B"}, 'no prompt: write {"prompt"'),
+        (GOOD | {"prompts": ["A is"]}, "both prompt and prompts"),
+        (GOOD | {"answer": "B"}, "unknown field 'answer'"),
+        (GOOD | {"completion": " "}, "the completion is empty"),
+        (GOOD | {"prompt": ""}, "a prompt is empty"),
+        (GOOD | {"completion": 1921}, "the completion is 1921, no text: put it between quotation marks"),
+        ({"prompts": [], "completion": "B"}, "no list of one prompt or more"),
+        ({"prompts": "A is", "completion": "B"}, "no list of one prompt or more"),
+        ({"prompts": ["A is", None], "completion": "B"}, "a prompt is None, no text"),
+        ({"prompts": ["A is", "A was "], "completion": "B"}, "write them alike"),
+        (GOOD | {"completion": "\ud83d"}, "half of a surrogate pair"),
+        (["A is", "B"], "no object"),
+        ("A is B", "not JSON"),
+        ("[" * 100_000, "not JSON"),
+    ],
+)
+def test_what_is_no_fact_is_refused_with_its_line(line, message, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"facts\.jsonl, line 2: ") as caught:
+        read_facts(file_of(tmp_path, GOOD, line))
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_prompt_with_two_completions_is_refused_with_both_lines(tmp_path: Path) -> None:
+    file = file_of(tmp_path, GOOD, {"prompts": ["C is"], "completion": "D"}, GOOD | {"completion": "E"})
+    with pytest.raises(ValueError, match=r"line 3: the prompt 'A is' has another completion in line 1"):
+        read_facts(file)
+
+
+def test_a_file_without_facts_or_text_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"facts.jsonl: no fact in it; a line each"):
+        read_facts(file_of(tmp_path, "", " "))
+    (tmp_path / "facts.jsonl").write_bytes(b"\xff\xfe{")
+    with pytest.raises(ValueError, match=r"facts\.jsonl: not UTF-8"):
+        read_facts(tmp_path / "facts.jsonl")
+    with pytest.raises(OSError, match="No such file"):
+        read_facts(tmp_path / "absent.jsonl")
+
+
+@pytest.mark.parametrize(("prompts", "completion"), [("A is", "B"), ((), "B"), (("A is", ""), "B"), (("A is",), "")])
+def test_a_fact_made_in_python_is_checked_too(prompts, completion) -> None:
+    with pytest.raises(ValueError, match=r"must be a tuple|is empty"):
+        Fact(prompts, completion)

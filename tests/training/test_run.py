@@ -24,7 +24,7 @@ from transformers import AutoTokenizer
 
 from pkmem.layer.values import count_parameters
 from pkmem.lm.recall import measure_recall
-from pkmem.text.facts import Facts
+from pkmem.text.synthetic import SyntheticFacts
 from pkmem.training import prepare
 from pkmem.training.checkpoint import CheckpointError, latest_checkpoint, verify_checkpoint
 from pkmem.training.files import load_json, save_json
@@ -76,7 +76,7 @@ def test_summary_is_that_of_the_saved_model(run: Path) -> None:
 
 
 def test_of_facts_the_summary_has_what_the_model_recalls(text: Path, tmp_path: Path) -> None:
-    facts = Facts(50)
+    facts = SyntheticFacts(50)
     recipe = tiny(
         Path("synthetic:facts:50"), tmp_path / "run", model={"context_tokens": 64}, training={"num_tokens": 128}
     )

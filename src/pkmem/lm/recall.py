@@ -14,13 +14,13 @@ from pkmem.layer.memory import memories_in
 from pkmem.layer.values import count_parameters
 from pkmem.lm.evaluation import in_eval_mode
 from pkmem.lm.huggingface import context_tokens
-from pkmem.text.facts import VALUES, Facts
+from pkmem.text.synthetic import VALUES, SyntheticFacts
 
 BATCH_PROMPTS = 64
 
 
 def measure_recall(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, facts: Facts, progress: bool = False
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, facts: SyntheticFacts, progress: bool = False
 ) -> dict[str, float]:
     """How many facts a model completes in the phrasing it was never shown, and how many bits of them it holds.
 
@@ -68,7 +68,9 @@ def measure_recall(
     }
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, facts: Facts) -> tuple[list[list[int]], Tensor, list[list[int]]]:
+def _encode(
+    tokenizer: PreTrainedTokenizerBase, facts: SyntheticFacts
+) -> tuple[list[list[int]], Tensor, list[list[int]]]:
     """Tokens of each prompt, the place of its right value in VALUES, and the tokens of each value."""
 
     def tokens(texts: list[str]) -> list[list[int]]:

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any, Literal, get_args
 
-from pkmem.text.facts import SYNTHETIC, Facts
 from pkmem.text.files import UNREADABLE, TextFile, find_files, open_bytes, open_text
+from pkmem.text.synthetic import SYNTHETIC, SyntheticFacts
 
 Split = Literal["train", "validation"]
 OnSkip = Callable[[str, str], None]
@@ -33,7 +33,7 @@ def read_documents(data: str, split: Split, on_skip: OnSkip | None = None) -> It
         data: "python", the standard library of this Python without its tests; "python+", the same and the sources
             of torch, sympy, numpy and networkx; "hf:NAME" or "hf:NAME:CONFIG", a dataset of the Hugging Face Hub with
             a field "text", streamed; "synthetic:facts:NUM" or "synthetic:facts:NUM:SEED", that many made-up facts
-            (`pkmem.text.facts`); or a file, a directory (searched recursively, without hidden files) or a glob
+            (`pkmem.text.synthetic`); or a file, a directory (searched recursively, without hidden files) or a glob
             of .txt, .md, .py and .jsonl (a field "text" per line), each also with .gz, .bz2 or .zst.
         split: "train" or "validation". A Hub dataset's own validation split is used where it has one.
         on_skip: called with the name of what is skipped and the reason.
@@ -73,7 +73,7 @@ def read_documents(data: str, split: Split, on_skip: OnSkip | None = None) -> It
 
 def _choose(data: str, split: Split, skip: OnSkip) -> Iterator[str]:
     if data.startswith(SYNTHETIC):
-        return Facts.named(data).documents(held_out=split == "validation")
+        return SyntheticFacts.named(data).documents(held_out=split == "validation")
     if data.startswith("hf:"):
         return _hub_documents(data, split, skip)
     return _file_documents(find_files(data), split, skip)

@@ -1,126 +1,126 @@
-"""Text whose right answers are known: key -> value facts, to measure what a model stores.
-
-Every fact is a fresh key (a made-up name) with one of 64 values (a city), stated in several phrasings. Each phrasing is
-held out for some of the facts: a model knows it from the others, and completes it for those only if it knows the fact.
-"""
+"""Facts to teach: what stands before an answer, in one phrasing or several, and the answer."""
 
 from __future__ import annotations
 
-import random
-import re
-from collections.abc import Iterator
+import json
 from dataclasses import dataclass
-from functools import cached_property
+from pathlib import Path
+from typing import Any
 
-SYNTHETIC = "synthetic:"  # what the name of a made-up text begins with
-PHRASINGS = (  # up to the value; key and value each follow a space, so that they are tokenized alike in all of them
-    "The home of {} is",
-    "You will find {} in",
-    "If you need {}, go to",
-    "Letters for {} are sent to",
-    "As we all know, {} lives in",
-)
-CITIES = """
-    Accra Algiers Amman Ankara Athens Baghdad Baku Bamako Berlin Bern Bogota Brussels Budapest Cairo Canberra Caracas
-    Dakar Delhi Dhaka Doha Dublin Geneva Hanoi Harare Havana Helsinki Istanbul Jakarta Kabul Kampala Khartoum Kigali
-    Lagos Lima Lisbon London Luanda Madrid Managua Manila Minsk Montreal Moscow Nairobi Nicosia Oslo Ottawa Paris
-    Prague Quito Rabat Riga Rome Santiago Seoul Sofia Stockholm Tallinn Tbilisi Tehran Tokyo Tunis Vienna Warsaw
-"""
-VALUES = tuple(CITIES.split())
-SYLLABLES = tuple(consonant + vowel for consonant in "bcdfghjklmnpqrstvwxz" for vowel in "aeiou")
-SYLLABLES_PER_KEY = 3
-MAX_FACTS = len(SYLLABLES) ** SYLLABLES_PER_KEY
-FACTS_PER_DOCUMENT = 32
+from pkmem.text.files import open_text
+
+_FORM = 'write {"prompt": "...", "completion": "..."}, or "prompts": [...] for several phrasings'
 
 
 @dataclass(frozen=True)
 class Fact:
-    """A key and its value.
+    """Prompts that all have one completion.
 
     Args:
-        key: a made-up name.
-        value: one of VALUES.
-        held_out: the phrasing that training never states it in, in [0, len(PHRASINGS)).
-    """
-
-    key: str
-    value: str
-    held_out: int
-
-    def prompt(self, phrasing: int) -> str:
-        """The statement up to its value, without the space between."""
-        return PHRASINGS[phrasing].format(self.key)
-
-    def statement(self, phrasing: int) -> str:
-        """The fact in one phrasing, a sentence."""
-        return f"{self.prompt(phrasing)} {self.value}."
-
-
-@dataclass(frozen=True)
-class Facts:
-    """A number of facts with different keys; values and held-out phrasings are drawn uniformly.
-
-    Args:
-        num: how many, in [1, 1_000_000].
-        seed: of all that is drawn, at least 0; the same number and seed give the same facts and documents.
+        prompts: phrasings up to the answer, one or more; all of them end with white space, or none does.
+        completion: the answer.
 
     Raises:
-        ValueError: a number is out of range.
+        ValueError: there is no prompt, one is empty, the completion is, or some prompts end with white space only.
     """
 
-    num: int
-    seed: int = 0
+    prompts: tuple[str, ...]
+    completion: str
 
     def __post_init__(self) -> None:
-        if not 1 <= self.num <= MAX_FACTS or self.seed < 0:
-            raise ValueError(
-                f"the number of facts is {self.num} and their seed {self.seed}: "
-                f"they must be in [1, {MAX_FACTS}] and at least 0"
-            )
+        if not (isinstance(self.prompts, tuple) and self.prompts):
+            raise ValueError(f"prompts is {self.prompts!r} but must be a tuple of one prompt or more")
+        for prompt in self.prompts:
+            _require_text(prompt, "a prompt")
+        _require_text(self.completion, "the completion")
+        if len({prompt[-1].isspace() for prompt in self.prompts}) > 1:
+            raise ValueError("some prompts end with a space and some do not: write them alike")
+
+    @property
+    def answer(self) -> str:
+        """What follows each prompt: the completion, after a space if there is no white space between them."""
+        is_apart = self.prompts[0][-1].isspace() or self.completion[0].isspace()
+        return self.completion if is_apart else f" {self.completion}"
 
     @classmethod
-    def named(cls, data: str) -> Facts:
-        """The facts of a data name, "synthetic:facts:NUM" or "synthetic:facts:NUM:SEED".
+    def from_dict(cls, document: Any) -> Fact:
+        """A fact from what `to_dict` gives, or from `{"prompt": ..., "completion": ...}`.
 
         Raises:
-            ValueError: the name has another form, or a number is out of range.
+            ValueError: a field is missing, unknown or empty.
         """
-        numbers = re.fullmatch(rf"{SYNTHETIC}facts:(\d+)(?::(\d+))?", data)
-        if numbers is None:
-            raise ValueError(
-                f"{data}: not the name of a synthetic text; write {SYNTHETIC}facts:NUM or {SYNTHETIC}facts:NUM:SEED, "
-                f"such as {SYNTHETIC}facts:20000"
-            )
-        return cls(int(numbers[1]), int(numbers[2] or 0))
+        if not isinstance(document, dict):
+            raise ValueError(f"no object: {_FORM}")
+        unknown = document.keys() - {"prompt", "prompts", "completion"}
+        if unknown:
+            raise ValueError(f"unknown field {min(unknown)!r}: {_FORM}")
+        if "completion" not in document:
+            raise ValueError(f"no completion: {_FORM}")
+        if ("prompt" in document) == ("prompts" in document):
+            raise ValueError(f"{'both prompt and prompts' if 'prompt' in document else 'no prompt'}: {_FORM}")
+        prompts = [document["prompt"]] if "prompt" in document else document["prompts"]
+        if not (isinstance(prompts, list) and prompts):
+            raise ValueError(f"prompts is no list of one prompt or more: {_FORM}")
+        return cls(tuple(prompts), document["completion"])
 
-    @cached_property
-    def all(self) -> list[Fact]:
-        """The facts, in no order of their keys."""
-        draw = random.Random(self.seed)
-        places = draw.sample(range(MAX_FACTS), self.num)
-        return [Fact(_key(place), draw.choice(VALUES), draw.randrange(len(PHRASINGS))) for place in places]
-
-    def documents(self, held_out: bool) -> Iterator[str]:
-        """The text of one epoch: facts in random order, a statement a line, 32 to a document.
-
-        Args:
-            held_out: False for the training text, which states each fact once in every phrasing but one: all facts
-                once, then all once more, as often as that. True for the text that states each in the one left out.
-
-        Returns:
-            the documents.
-        """
-        for turn in [0] if held_out else range(1, len(PHRASINGS)):
-            facts = random.Random(f"{self.seed} {turn}").sample(self.all, self.num)
-            lines = [fact.statement((fact.held_out + turn) % len(PHRASINGS)) + "\n" for fact in facts]
-            for first in range(0, self.num, FACTS_PER_DOCUMENT):
-                yield "".join(lines[first : first + FACTS_PER_DOCUMENT])
+    def to_dict(self) -> dict[str, Any]:
+        """The fact as JSON holds it."""
+        return {"prompts": list(self.prompts), "completion": self.completion}
 
 
-def _key(place: int) -> str:
-    """The place-th name: its syllables are the digits of `place`."""
-    syllables = []
-    for _ in range(SYLLABLES_PER_KEY):
-        place, digit = divmod(place, len(SYLLABLES))
-        syllables.append(SYLLABLES[digit])
-    return "".join(syllables).capitalize()
+def read_facts(file: Path) -> list[Fact]:
+    """The facts of a JSON Lines file, a fact a line; empty lines are skipped.
+
+    Args:
+        file: UTF-8, compressed if its name ends so; its lines are `{"prompt": "...", "completion": "..."}` or
+            `{"prompts": ["...", ...], "completion": "..."}`.
+
+    Returns:
+        the facts, in the file's order, at least one.
+
+    Raises:
+        ValueError: a line is no fact, two lines complete the same prompt differently, or there is no line.
+        OSError: the file cannot be read.
+    """
+    facts: list[Fact] = []
+    first: dict[str, tuple[int, str]] = {}  # prompt -> the line that has it, and its answer
+    try:
+        with open_text(file) as lines:
+            for number, line in enumerate(lines, 1):
+                if not line.strip():
+                    continue
+                where = f"{file}, line {number}"
+                fact = _parse(line, where)
+                for prompt in map(str.rstrip, fact.prompts):
+                    before, answer = first.setdefault(prompt, (number, fact.completion.strip()))
+                    if answer != fact.completion.strip():
+                        raise ValueError(
+                            f"{where}: the prompt {prompt[:80]!r} has another completion in line {before}: "
+                            "keep the right one"
+                        )
+                facts.append(fact)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file}: not UTF-8 ({error.reason}): save it as UTF-8") from error
+    if not facts:
+        raise ValueError(f"{file}: no fact in it; a line each: {_FORM}")
+    return facts
+
+
+def _parse(line: str, where: str) -> Fact:
+    try:
+        document = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where}: not JSON ({error}): {_FORM}") from error
+    try:
+        return Fact.from_dict(document)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+
+
+def _require_text(text: Any, what: str) -> None:
+    if not isinstance(text, str):
+        raise ValueError(f"{what} is {str(text)[:80]}, no text: put it between quotation marks")
+    if not text.strip():
+        raise ValueError(f"{what} is empty: write it out, or leave the fact out")
+    if any("\ud800" <= char <= "\udfff" for char in text):
+        raise ValueError(f"{what} has half of a surrogate pair, which no text can hold: write the whole character")

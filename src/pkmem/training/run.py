@@ -40,7 +40,7 @@ from pkmem.lm.evaluation import evaluate
 from pkmem.lm.recall import measure_recall
 from pkmem.ops import prepare
 from pkmem.text import TokenBlocks, TokenFile
-from pkmem.text.facts import SYNTHETIC, Facts
+from pkmem.text.synthetic import SYNTHETIC, SyntheticFacts
 from pkmem.training.export import export_checkpoint
 from pkmem.training.files import save_json
 from pkmem.training.journal import Journal
@@ -187,7 +187,7 @@ def _finish(
     _by_first_process(lambda: export_checkpoint(final, recipe.out / "model", overwrite=True))
     if recipe.data.startswith(SYNTHETIC):
         try:
-            summary |= measure_recall(model, tokenizer, Facts.named(recipe.data), progress)
+            summary |= measure_recall(model, tokenizer, SyntheticFacts.named(recipe.data), progress)
         except ValueError as error:  # such as a context too short for a fact: the model is trained all the same
             say(PartialState().is_main_process, f"what it recalls was not measured: {error}")
     _by_first_process(lambda: save_json(recipe.out / "summary.json", summary))

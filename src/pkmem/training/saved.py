@@ -27,7 +27,7 @@ from pkmem.lm.inspection import describe_memories, describe_reads
 from pkmem.lm.recall import measure_recall
 from pkmem.lm.speed import measure_speed
 from pkmem.text import Split, TokenBlocks, tokenize
-from pkmem.text.facts import SYNTHETIC, Facts
+from pkmem.text.synthetic import SYNTHETIC, SyntheticFacts
 from pkmem.training.checkpoint import newest_valid_checkpoint, open_shards, verify_checkpoint
 from pkmem.training.files import CheckpointError
 from pkmem.training.screening import screen_config, screen_model
@@ -130,7 +130,7 @@ def evaluate_saved(
     figures: dict[str, float] = dict(count_parameters(model))
     figures |= evaluate(model, blocks, file.bytes_per_token, batch, max_tokens, progress=True)
     if data.startswith(SYNTHETIC):
-        figures |= measure_recall(model, tokenizer, Facts.named(data), progress=True)
+        figures |= measure_recall(model, tokenizer, SyntheticFacts.named(data), progress=True)
     if speed:
         figures |= measure_speed({"model": model}, context)["model"]
     return figures
