@@ -10,14 +10,14 @@ import pkmem
 
 PACKAGE = Path(pkmem.__file__).parent
 ORDER = {  # folders from the ground up, each with its files in order: a file imports from those before it
-    "text": "durable synthetic files facts tokenizer documents tokens blocks",
+    "text": "durable cache synthetic files facts tokenizer documents tokens blocks",
     "ops": "user_cache verdict arguments precision rounding reference",
     "ops.cpu": "threads cache kernels halves vectors bag rows selection selection_backward decoding compiling",
     "ops.triton": "installed device code arithmetic launch bag rows selection selection_backward kernels",
     "ops ": "backends reads reading_log registered flops transformed",
     "layer": "config huge_pages drawing room padding recomputation crossing query keys values gate decoding memory usage "
     "replicas sharding optim combined",
-    "lm": "config evaluation speed padding signature placement huggingface modeling_pkmem build recall inspection autoload",
+    "lm": "config evaluation speed padding signature placement huggingface modeling_pkmem build smollm2 recall inspection autoload",
     "training": "recipe reading files tensor_file together state shards checkpoint named_state saver "
     "screening export saved journal trainer processes prepare parallel run",
     "editing": "",

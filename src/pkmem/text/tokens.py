@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from tokenizers import Tokenizer
 
+from pkmem.text.cache import cache_folder, make_cache_folder
 from pkmem.text.documents import Split, read_documents
 from pkmem.text.durable import replacing
 
@@ -82,31 +81,12 @@ def tokenize(
         raise ValueError("the tokenizer has no eos token to end documents with; set tokenizer.eos_token")
     encoder = _Encoder(tokenizer)
     key, total_bytes = _fingerprint(data, split, encoder)
-    path = (cache_dir or _default_cache_dir()) / f"{key}.{encoder.dtype}"
+    path = (cache_dir or cache_folder("tokens")) / f"{key}.{encoder.dtype}"
     if cached := _read_cached(path):
         return cached
-    _make(path.parent)
+    make_cache_folder(path.parent, "tokens")
     bar = tqdm(desc=f"tokenize {split}", total=total_bytes, unit="B", unit_scale=True, disable=not progress)
     return _write_tokens(path, data, split, encoder, bar)
-
-
-def _default_cache_dir() -> Path:
-    if named := os.environ.get("PKMEM_CACHE"):
-        return Path(named)
-    try:
-        return Path.home() / ".cache" / "pkmem" / "tokens"
-    except RuntimeError as error:
-        raise ValueError("there is no home folder to keep tokens in: set PKMEM_CACHE to a folder") from error
-
-
-def _make(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if not os.access(folder, os.W_OK):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-    except OSError as error:
-        reason = f"tokens cannot be written to {folder} ({error.strerror})"
-        raise ValueError(f"{reason}: set PKMEM_CACHE to a folder where they can") from error
 
 
 class _Encoder:
