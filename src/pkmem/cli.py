@@ -11,6 +11,7 @@ from typing import NamedTuple, NoReturn
 
 from jsonargparse import ActionYesNo, ArgumentParser, Namespace
 
+from pkmem.experiments.verb import experiment, experiment_arguments
 from pkmem.planning.verb import plan, plan_arguments
 from pkmem.training.reading import Parser, given_recipe, recorded_recipe
 
@@ -193,38 +194,6 @@ def _demo(options: Namespace) -> None:
     demo(Path(options.out), options.overwrite, options.data, options.seed)
 
 
-def _experiment_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument(
-        "name",
-        type=str,
-        help="table1, speed, size, position, keys or heads of the paper; layers, scaling, facts beyond it",
-    )
-    parser.add_argument("--scale", type=str, default="laptop", help="laptop, gpu or paper")
-    parser.add_argument("--seeds", type=int, default=1, help="seeds 0 .. SEEDS - 1 of each model")
-    parser.add_argument("--out", type=str, default="runs/experiments", help="where all results go, a file per run")
-    parser.add_argument("--cells", nargs="+", type=str, help="some models alone, such as 8_layers; without their speed")
-    parser.add_argument("--data", type=str | None, default=None, help="text to learn instead of the family's")
-    _flag(parser, "resume", "continue half-trained runs; they start over otherwise")
-    _flag(parser, "dry_run", "say what the runs cost, and their commands; train nothing")
-
-
-def _experiment(options: Namespace) -> None:
-    """Run one of the paper's tables or figures, model by model; finished runs are kept and skipped.
-
-    Example: pkmem experiment table1 --scale laptop --seeds 3, after a look with --dry_run
-    """
-    from pkmem.experiments.family import load_family
-    from pkmem.experiments.grid import describe, experiment, require_complete
-
-    family = load_family(options.name, options.scale)
-    family = family.only(options.cells) if options.cells else family
-    if options.dry_run:
-        print(describe(family, options.seeds, options.data))
-        return
-    require_complete(experiment(family, Path(options.out), options.seeds, options.data, options.resume))
-    print(f"all results are in {Path(options.out) / family.name / family.scale}; next: pkmem report {options.out}")
-
-
 def _report_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("folders", nargs="+", type=str, help="directories with results, such as an experiment's --out")
     parser.add_argument("--out", type=str, default="runs/report", help="the page's directory")
@@ -288,7 +257,7 @@ VERBS = {
     "inspect": Verb(_inspect_arguments, _inspect),
     "export": Verb(_export_arguments, _export),
     "demo": Verb(_demo_arguments, _demo),
-    "experiment": Verb(_experiment_arguments, _experiment),
+    "experiment": Verb(experiment_arguments, experiment),
     "report": Verb(_report_arguments, _report),
     "warmup": Verb(lambda parser: None, _warmup),
     "doctor": Verb(_doctor_arguments, _doctor),
