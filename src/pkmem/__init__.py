@@ -23,6 +23,9 @@ from pkmem.layer.config import MemoryConfig
 from pkmem.lm import autoload
 
 if TYPE_CHECKING:
+    from pkmem.editing.edit import Edit as Edit
+    from pkmem.editing.learning import learn as learn
+    from pkmem.editing.retrofit import retrofit as retrofit
     from pkmem.layer.combined import CombinedOptimizer as CombinedOptimizer
     from pkmem.layer.drawing import undrawn_tables as undrawn_tables
     from pkmem.layer.memory import ProductKeyMemory as ProductKeyMemory
@@ -35,6 +38,7 @@ if TYPE_CHECKING:
     from pkmem.ops import product_key_topk as product_key_topk
     from pkmem.ops import row_products as row_products
     from pkmem.ops import weighted_sum as weighted_sum
+    from pkmem.text.facts import Fact as Fact
 
 __version__ = "0.1.0"
 
@@ -52,6 +56,10 @@ _contents = {
     "row_products": "pkmem.ops",
     "weighted_sum": "pkmem.ops",
     "add_memory": "pkmem.lm.huggingface",
+    "retrofit": "pkmem.editing.retrofit",
+    "learn": "pkmem.editing.learning",
+    "Edit": "pkmem.editing.edit",
+    "Fact": "pkmem.text.facts",
 }
 __all__ = ["MemoryConfig", "__version__", *_contents]
 

@@ -11,6 +11,7 @@ from typing import NamedTuple, NoReturn
 
 from jsonargparse import ActionYesNo, ArgumentParser, Namespace
 
+from pkmem.editing import verbs as editing
 from pkmem.experiments.verb import experiment, experiment_arguments
 from pkmem.planning.verb import plan, plan_arguments
 from pkmem.training.reading import Parser, given_recipe, recorded_recipe
@@ -53,7 +54,7 @@ def main(arguments: list[str] | None = None) -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # what a console has no letter for is a question mark there
-    if arguments[:1] in (["train"], ["plan"]):
+    if arguments[:1] in (["train"], ["plan"], ["retrofit"]):
         arguments = [f"--{text}" if _ASSIGNMENT.match(text) else text for text in arguments]
     try:
         parser = build_parser()
@@ -260,6 +261,11 @@ VERBS = {
     "experiment": Verb(experiment_arguments, experiment),
     "report": Verb(_report_arguments, _report),
     "warmup": Verb(lambda parser: None, _warmup),
+    "retrofit": Verb(editing.retrofit_arguments, editing.retrofit),
+    "learn": Verb(editing.learn_arguments, editing.learn),
+    "apply": Verb(editing.apply_arguments, editing.apply),
+    "forget": Verb(editing.forget_arguments, editing.forget),
+    "edits": Verb(editing.edits_arguments, editing.edits),
     "doctor": Verb(_doctor_arguments, _doctor),
     "bench": Verb(_bench_arguments, _bench),
 }

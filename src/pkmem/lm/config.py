@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from pkmem.layer.config import is_integer, is_share, require, take_plain_numbers
+from pkmem.layer.config import MemoryConfig, is_integer, is_share, require, take_plain_numbers
+
+# Memories beside the MLPs of a pretrained model. Few neighbours: what is learned moves little else.
+BESIDE_MLPS = MemoryConfig(num_sub_keys=128, heads=4, knn=4, query_dim=128, query_norm="layer")
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,139 @@
+"""What shall stay as it is while a model is taught: other text, and prompts that almost ask for the facts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from pkmem.editing.near_misses import near_misses
+from pkmem.editing.questions import forward_options
+from pkmem.editing.reads import Reads, reading, weight_of_rows
+from pkmem.layer.memory import memories_in
+from pkmem.lm.huggingface import context_tokens
+from pkmem.lm.placement import MemoryMLP
+from pkmem.text.facts import Fact
+
+_NEAR_MISSES = 200
+_MOST_TOKENS = 16_384  # of a background that is given
+_BLOCK_TOKENS = 256
+_OWN_TEXTS, _OWN_TOKENS = 64, 128  # that the model writes itself where no background is given
+_BATCH_TOKENS = 1024
+
+
+class Elsewhere:
+    """What each memory of a model reads for all that shall stay as it is; read off once.
+
+    Args:
+        model: with memories, in eval mode.
+        tokenizer: its tokenizer.
+        facts: what will be taught; near misses are made of them.
+        background: texts; None lets the model write some.
+        seed: of near misses and of what the model writes.
+
+    Attributes:
+        background, near: of each memory, its reads; `near` is None where no near misses can be made.
+        energy: of each memory, the mean square norm of what it and its MLP give on the background.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        facts: Sequence[Fact],
+        background: Iterable[str] | None,
+        seed: int,
+    ) -> None:
+        tokens = _own_text(model, tokenizer, seed) if background is None else _blocks(model, tokenizer, background)
+        squares: list[list[Tensor]] = [[] for _ in memories_in(model)]
+        hooks = [
+            part.register_forward_hook(
+                lambda _, __, out, kept=kept: kept.append(
+                    (out[0] if isinstance(out, tuple) else out).float().square().sum(-1).mean()
+                )
+            )
+            for part, kept in zip(_mlps(model), squares, strict=True)
+        ]
+        try:
+            self.background = _reads(model, tokens)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        self.energy = [torch.stack(kept).mean().clamp_min(1e-12) for kept in squares]
+        prompts = near_misses([fact.prompts for fact in facts], _NEAR_MISSES, seed)
+        self.near = _reads(model, tokenizer(prompts)["input_ids"]) if prompts else None
+
+    def weight_of_rows(self, place: int, num_rows: int) -> Tensor:
+        """The weight with which a token reads each row through the memory at a place, (m,) fp64."""
+        weight = weight_of_rows(self.background[place], num_rows) / len(self.background[place].slots)
+        if self.near is not None:
+            weight += weight_of_rows(self.near[place], num_rows) / len(self.near[place].slots)
+        return weight
+
+
+def _mlps(model: PreTrainedModel) -> list[MemoryMLP]:
+    return [part for part in model.modules() if isinstance(part, MemoryMLP)]
+
+
+def _blocks(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> list[list[int]]:
+    """The first tokens of texts, in blocks.
+
+    Raises:
+        ValueError: there are none.
+    """
+    length = min(_BLOCK_TOKENS, context_tokens(model))
+    blocks: list[list[int]] = []
+    for text in texts:
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        blocks += [ids[first : first + length] for first in range(0, len(ids), length)]
+        if sum(map(len, blocks)) >= _MOST_TOKENS:
+            break
+    if not blocks:
+        raise ValueError("the background has no text: give some, or leave it out and the model writes its own")
+    return blocks[: -(-_MOST_TOKENS // length)]
+
+
+@torch.no_grad()
+def _own_text(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, seed: int) -> list[list[int]]:
+    """What the model writes by itself, drawn from all its tokens, each text after a word drawn at random."""
+    device = next(model.parameters()).device
+    draw = torch.Generator().manual_seed(seed)
+    words = [token for token in range(len(tokenizer)) if tokenizer.decode([token])[1:].isalpha()]
+    first = torch.tensor(words)[torch.randint(len(words), (_OWN_TEXTS,), generator=draw)]
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        written = model.generate(
+            input_ids=first[:, None].to(device),
+            attention_mask=torch.ones(_OWN_TEXTS, 1, dtype=torch.int64, device=device),
+            max_new_tokens=min(_OWN_TOKENS, context_tokens(model)) - 1,
+            do_sample=True,
+            top_k=0,
+            temperature=1.0,
+            pad_token_id=tokenizer.eos_token_id,
+        )
+    ends = tokenizer.eos_token_id
+    return [text[: text.index(ends) if ends in text else None] for text in written.tolist()]
+
+
+def _reads(model: PreTrainedModel, texts: Sequence[list[int]]) -> list[Reads]:
+    """What each memory reads for the tokens of texts."""
+    found: list[list[Reads]] = [[] for _ in memories_in(model)]
+    with torch.no_grad(), reading(model, lambda place, reads: found[place].append(reads)):
+        for tokens, mask in _padded(texts):
+            given = {"input_ids": tokens.to(model.device), "attention_mask": mask.to(model.device)}
+            model(**given, use_cache=False, **forward_options(model, 1))
+    return [Reads(*(torch.cat(parts) for parts in zip(*reads, strict=True))) for reads in found]
+
+
+def _padded(texts: Sequence[list[int]]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Tokens and attention masks, some texts of a like length at a time."""
+    waiting = sorted((text for text in texts if text), key=len)
+    while waiting:
+        num = max(1, _BATCH_TOKENS // len(waiting[-1]))
+        some, waiting = waiting[-num:], waiting[:-num]
+        lengths = torch.tensor([len(text) for text in some])
+        tokens = pad_sequence([torch.tensor(text) for text in some], batch_first=True)
+        yield tokens, (torch.arange(tokens.shape[1]) < lengths[:, None]).long()

@@ -1,0 +1,275 @@
+"""Teaching a model facts: a few rows of its value tables change, nothing else.
+
+The rows are those that matter for the answers and that other text reads least. While they learn, what they add to other
+text and to prompts that almost ask for the facts is held down. What those read is read off once: queries and keys stay
+as they are, and what is held down changes little of what later memories read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from pkmem.editing.edit import Edit
+from pkmem.editing.elsewhere import Elsewhere
+from pkmem.editing.fingerprint import fingerprint
+from pkmem.editing.questions import Question, answer_losses, batches, questions_of, recall_of
+from pkmem.editing.reads import (
+    Reads,
+    RowsInTraining,
+    in_place_of_tables,
+    reading,
+    rows_to_teach,
+    tables_of,
+    weight_of_rows,
+)
+from pkmem.layer.config import require
+from pkmem.layer.memory import memories_in
+from pkmem.text.facts import Fact
+
+_SURE = 0.03  # nats per token of an answer, below which it is learned
+_REVISITED = 0.15  # share of the learned questions that an epoch asks again
+_HELD_DOWN = 1024  # tokens of the background, and of near misses, that an update looks at
+
+
+def learn(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    facts: Sequence[Fact],
+    *,
+    background: Iterable[str] | None = None,
+    slots: int = 4000,
+    lr: float = 3e-2,
+    keep_background: float = 30.0,
+    keep_near: float = 1.0,
+    recall: float = 1.0,
+    most_epochs: int = 15,
+    batch_size: int = 25,
+    others: Iterable[Edit] = (),
+    seed: int = 0,
+    progress: bool = False,
+    after_epoch: Callable[[PreTrainedModel], None] | None = None,
+) -> Edit:
+    """Teaches a model facts in a few rows of its value tables; the model is left as it was, bit for bit.
+
+    Args:
+        model: a decoder with memories beside its MLPs, as `pkmem retrofit` makes it.
+        tokenizer: its tokenizer.
+        facts: what to teach, each in as many phrasings as it has; with more of them, more others are understood.
+        background: texts on which the model shall stay as it is; None lets the model write some.
+        slots: rows to change in all, >= 1; each takes the width of the model times the bytes of its dtype.
+        lr: learning rate of the rows, > 0.
+        keep_background: how strongly what the rows add to the background is held down, >= 0.
+        keep_near: the same for prompts that almost ask for the facts, >= 0. More keeps what the model says about
+            unknown subjects; less lets it understand more phrasings that were not taught.
+        recall: the share of questions at which to stop, in (0, 1].
+        most_epochs: passes over the facts, >= 1.
+        batch_size: questions of an update, >= 1.
+        others: edits that the model holds, or will: their rows are left alone.
+        seed: of the order, of near misses, and of what the model writes, >= 0.
+        progress: show a progress bar.
+        after_epoch: is called with the model as it is taught so far.
+
+    Returns:
+        the edit; `edit.apply(model)` puts it in, and `edit.figures` says what was reached in what time.
+
+    Raises:
+        ValueError: a number is out of range, the model has no memories or holds them on several processes, a fact is
+            longer than its context, or every row that the facts read belongs to another edit.
+    """
+    for name, count in (("slots", slots), ("most_epochs", most_epochs), ("batch_size", batch_size)):
+        require(count >= 1, name, count, ">= 1")
+    for name, weight in (("keep_background", keep_background), ("keep_near", keep_near), ("seed", seed)):
+        require(weight >= 0, name, weight, ">= 0")
+    require(lr > 0, "lr", lr, "> 0")
+    require(0 < recall <= 1, "recall", recall, "in (0, 1]")
+    tables = tables_of(model)
+    questions = questions_of(facts, tokenizer, model)
+    clock = _Clock()
+    with _frozen(model), tqdm(total=most_epochs, desc="reading", unit="epoch", disable=not progress) as bar:
+        elsewhere = Elsewhere(model, tokenizer, facts, background, seed)
+        bar.set_description("choosing rows")
+        rows = _choose_rows(model, questions, elsewhere, others, slots)
+        parts = {name: RowsInTraining(tables[name], chosen) for name, chosen in rows.items()}
+        preparing = clock.lap()
+        with in_place_of_tables(model, parts):
+            course = _Course(model, questions, elsewhere, lr, keep_background, keep_near, batch_size, seed)
+            training, share, reached = 0.0, 0.0, 0.0
+            while course.num_epochs < most_epochs and share < recall:
+                share = course.epoch()
+                training += clock.lap()
+                bar.set_description(f"learned {share:.0%} of {len(questions)} answers")
+                bar.update()
+                if after_epoch is not None:
+                    after_epoch(model)
+                    clock.lap()
+            reached = recall_of(model, questions)
+    old = {name: tables[name].weight.detach()[part.rows].cpu() for name, part in parts.items()}
+    return Edit(
+        rows={name: part.rows.cpu() for name, part in parts.items()},
+        old=old,
+        new={name: (old[name] + part.change.detach().cpu()).to(old[name].dtype) for name, part in parts.items()},
+        facts=list(facts),
+        figures={
+            "recall": reached,
+            "questions": len(questions),
+            "epochs": course.num_epochs,
+            "updates": course.num_updates,
+            "seconds_preparing": preparing,
+            "seconds_training": training,
+        },
+        fingerprint=fingerprint(model),
+    )
+
+
+class _Clock:
+    def __init__(self) -> None:
+        self._last = time.perf_counter()
+
+    def lap(self) -> float:
+        """Seconds since the last lap."""
+        before, self._last = self._last, time.perf_counter()
+        return self._last - before
+
+
+@contextlib.contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """Within the block nothing of the model trains and dropouts are off; then it is as it was."""
+    was_training = [(part, part.training) for part in model.modules()]
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    model.eval()
+    try:
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
+        for part, mode in was_training:
+            part.training = mode
+
+
+def _choose_rows(
+    model: PreTrainedModel, questions: Sequence[Question], elsewhere: Elsewhere, others: Iterable[Edit], most: int
+) -> dict[str, Tensor]:
+    """The rows to teach, by table: see `rows_to_teach`.
+
+    A row matters as much as its weight times the gradient of the answers' losses in what the memory gives there.
+    """
+    tables = tables_of(model)
+    memories = list(memories_in(model).values())
+    matter = [torch.zeros(len(memory.values.weight), dtype=torch.float64, device=model.device) for memory in memories]
+    for batch in batches(sorted(questions, key=lambda question: len(question.prompt)), 32):
+        found: dict[int, Reads] = {}
+        with reading(model, found.__setitem__), _probing(memories) as probes:
+            answer_losses(model, batch)[0].sum().backward()
+        for place, (probe, mask) in probes.items():
+            assert probe.grad is not None
+            strength = probe.grad.flatten(0, -2).float().norm(dim=-1)
+            strength = strength if mask is None else strength[mask.flatten()]
+            read = Reads(found[place].slots, found[place].weights * strength[:, None])
+            matter[place] += weight_of_rows(read, len(matter[place]))
+    names = [next(name for name, table in tables.items() if table is memory.values) for memory in memories]
+    background = [elsewhere.weight_of_rows(place, len(matter[place])) for place in range(len(memories))]
+    rows = rows_to_teach(matter, background, names, [edit.rows for edit in others], most)
+    if not rows:
+        raise ValueError(
+            "every row that these facts read belongs to another edit: forget one, or retrofit with more sub-keys"
+        )
+    return rows
+
+
+@contextlib.contextmanager
+def _probing(memories: Sequence[nn.Module]) -> Iterator[dict[int, tuple[Tensor, Tensor | None]]]:
+    """Within the block each memory adds zeros to what it gives, whose gradient is that of its output; and its mask."""
+    probes: dict[int, tuple[Tensor, Tensor | None]] = {}
+
+    def probed(place: int, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
+        probe = torch.zeros_like(out, requires_grad=True)
+        probes[place] = probe, args[1] if len(args) > 1 else None
+        return out + probe
+
+    hooks = [
+        memory.register_forward_hook(lambda _, args, out, place=place: probed(place, args, out))
+        for place, memory in enumerate(memories)
+    ]
+    try:
+        yield probes
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+class _Course:
+    """Epochs of updates of the rows in training.
+
+    Args:
+        model: whose memories read through `RowsInTraining`.
+        questions: to be answered.
+        elsewhere: what shall stay.
+        lr, keep_background, keep_near, batch_size, seed: see `learn`.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        questions: Sequence[Question],
+        elsewhere: Elsewhere,
+        lr: float,
+        keep_background: float,
+        keep_near: float,
+        batch_size: int,
+        seed: int,
+    ) -> None:
+        self.num_epochs = self.num_updates = 0
+        self._model, self._questions, self._batch_size = model, questions, batch_size
+        self._draw = random.Random(seed)
+        self._tokens = torch.Generator().manual_seed(seed)
+        self._learned: set[int] = set()
+        self._kept = [(keep_background, elsewhere.background)]
+        if elsewhere.near is not None:
+            self._kept.append((keep_near, elsewhere.near))
+        self._energy = elsewhere.energy
+        self._parts: list[nn.Module] = [memory.values for memory in memories_in(model).values()]
+        trained = dict.fromkeys(part for part in self._parts if isinstance(part, RowsInTraining))
+        self._optimizer = torch.optim.Adam([part.change for part in trained], lr=lr, betas=(0.9, 0.98))
+
+    def epoch(self) -> float:
+        """Asks what is not learned yet, and some of what is; returns the share of questions that are learned."""
+        asked = [
+            place
+            for place in range(len(self._questions))
+            if place not in self._learned or self._draw.random() < _REVISITED
+        ]
+        self._draw.shuffle(asked)
+        for first in range(0, len(asked), self._batch_size):
+            self._update(asked[first : first + self._batch_size])
+        self.num_epochs += 1
+        return len(self._learned) / len(self._questions)
+
+    def _update(self, places: Sequence[int]) -> None:
+        losses, is_right = answer_losses(self._model, [self._questions[place] for place in places])
+        (losses.mean() + self._added_elsewhere()).backward()
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        self.num_updates += 1
+        for place, loss, right in zip(places, losses.tolist(), is_right.tolist(), strict=True):
+            (self._learned.add if right and loss < _SURE else self._learned.discard)(place)
+
+    def _added_elsewhere(self) -> Tensor | float:
+        """The energy of what the rows add to what shall stay, over that of what is there."""
+        added: Tensor | float = 0.0
+        for weight, kept in self._kept:
+            for part, reads, energy in zip(self._parts, kept, self._energy, strict=True):
+                if weight and isinstance(part, RowsInTraining):
+                    some = torch.randint(len(reads.slots), (_HELD_DOWN,), generator=self._tokens).to(reads.slots.device)
+                    there = part.changed(reads.slots[some], reads.weights[some])
+                    added = added + weight * there.square().sum(-1).mean() / energy
+        return added

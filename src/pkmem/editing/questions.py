@@ -1,0 +1,110 @@
+"""Facts as tokens: what a model is asked, what it shall answer, and whether it does."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from pkmem.lm.evaluation import in_eval_mode
+from pkmem.lm.huggingface import context_tokens
+from pkmem.text.facts import Fact
+
+BATCH_QUESTIONS = 32
+_IGNORED = -100  # the label of a token that does not count
+
+
+class Question(NamedTuple):
+    """One phrasing of a fact, as tokens.
+
+    Args:
+        prompt: what is given.
+        answer: what shall follow.
+        fact: the place of the fact among the facts.
+    """
+
+    prompt: list[int]
+    answer: list[int]
+    fact: int
+
+
+def questions_of(facts: Sequence[Fact], tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> list[Question]:
+    """A question for each phrasing of each fact.
+
+    Raises:
+        ValueError: there are no facts, or one is longer than the model's context.
+    """
+    if not facts:
+        raise ValueError("there are no facts: give at least one")
+    asked = [(prompt, place) for place, fact in enumerate(facts) for prompt in fact.prompts]
+    # A space before the answer is the answer's, as in running text, where tokens begin with one.
+    prompts = tokenizer([prompt.rstrip(" ") for prompt, _ in asked])["input_ids"]
+    spaced = [f" {fact.answer}" if fact.prompts[0].endswith(" ") else fact.answer for fact in facts]
+    answers = tokenizer(spaced, add_special_tokens=False)["input_ids"]
+    longest = context_tokens(model)
+    made = []
+    for (text, place), prompt in zip(asked, prompts, strict=True):
+        length = len(prompt) + len(answers[place])
+        if length > longest:
+            raise ValueError(
+                f"fact {place + 1}, {text[:40]!r}..., takes {length} tokens but the model's context is {longest}: shorten it"
+            )
+        made.append(Question(prompt, answers[place], place))
+    return made
+
+
+def answer_losses(model: nn.Module, questions: Sequence[Question]) -> tuple[Tensor, Tensor]:
+    """How surprised a model is by the answers, and whether it would give them.
+
+    Args:
+        model: a causal language model.
+        questions: n of them, in one batch.
+
+    Returns:
+        losses: (n,) nats per token of each answer, differentiable.
+        is_right: (n,) bool, whether greedy decoding writes the answer.
+    """
+    device = next(model.parameters()).device
+    length = max(len(question.prompt) + len(question.answer) for question in questions)
+    first = min(len(question.prompt) for question in questions) - 1
+    tokens = torch.zeros(len(questions), length, dtype=torch.int64)
+    labels = torch.full_like(tokens, _IGNORED)
+    mask = torch.zeros_like(tokens)
+    for row, (prompt, answer, _) in enumerate(questions):
+        start, stop = len(prompt), len(prompt) + len(answer)
+        tokens[row, :stop] = torch.tensor(prompt + answer)
+        labels[row, start:stop] = tokens[row, start:stop]
+        mask[row, :stop] = 1
+    labels = labels[:, first + 1 :].to(device)
+    # Where a decoder can leave out logits, it computes those from the first answer on: they are the largest product.
+    options = forward_options(model, length - first)
+    logits = model(input_ids=tokens.to(device), attention_mask=mask.to(device), use_cache=False, **options).logits
+    logits = logits[:, -(length - first) : -1].float()
+    each = F.cross_entropy(logits.transpose(1, 2), labels, reduction="none", ignore_index=_IGNORED)
+    counts = labels != _IGNORED
+    is_right = ((logits.argmax(-1) == labels) | ~counts).all(1)
+    return each.sum(1) / counts.sum(1), is_right
+
+
+def batches(questions: Sequence[Question], size: int = BATCH_QUESTIONS) -> Iterator[Sequence[Question]]:
+    """The questions in their order, some at a time."""
+    for first in range(0, len(questions), size):
+        yield questions[first : first + size]
+
+
+def recall_of(model: nn.Module, questions: Sequence[Question]) -> float:
+    """The share of questions that a model answers as it shall, token by token, in [0, 1]."""
+    by_length = sorted(questions, key=lambda question: len(question.prompt) + len(question.answer))
+    with in_eval_mode(model):
+        right = sum(int(answer_losses(model, batch)[1].sum()) for batch in batches(by_length))
+    return right / len(questions)
+
+
+def forward_options(model: nn.Module, num_logits: int) -> dict[str, int]:
+    """What lets a decoder compute the logits of the last tokens alone, where it can."""
+    return {"logits_to_keep": num_logits} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}

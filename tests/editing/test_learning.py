@@ -1,0 +1,151 @@
+import copy
+import dataclasses
+
+import pytest
+import torch
+
+from lessons import FACTS, OF_LESSONS, pupil, tokenizer
+from pkmem import learn
+from pkmem.editing.questions import questions_of, recall_of
+from pkmem.layer.memory import memories_in
+from pkmem.text.facts import Fact
+
+TEXT = ["the cat sat on a mat and saw two dogs", "Rome is far from Oslo"]
+# A tiny random decoder's MLPs give next to nothing, so next to nothing is held down.
+SETTINGS = {"background": TEXT, "lr": 0.1, "keep_background": 1e-3, "keep_near": 1e-3, "most_epochs": 30, "seed": 1}
+
+
+def bits(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def is_as(model, before):
+    return all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_facts_are_learned_in_a_few_rows_and_taken_back_bit_for_bit(family):
+    model = pupil(family).train()
+    model.base.get_input_embeddings().weight.requires_grad_(False)
+    before, trained = bits(model), [parameter.requires_grad for parameter in model.parameters()]
+    asked = questions_of(FACTS, tokenizer(), model)
+    assert recall_of(model, asked) == 0
+    edit = learn(model, tokenizer(), FACTS, slots=300, **SETTINGS)
+    assert is_as(model, before)
+    assert model.training
+    assert [parameter.requires_grad for parameter in model.parameters()] == trained
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert edit.figures["recall"] == 1.0
+    assert edit.num_rows <= 300
+    edit.apply(model)
+    assert recall_of(model, asked) == 1.0
+    changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert changed == set(edit.rows)
+    edit.undo(model)
+    assert is_as(model, before)
+
+
+def test_the_same_seed_teaches_the_same():
+    first, again = (learn(pupil(), tokenizer(), FACTS[:2], slots=50, **SETTINGS | {"most_epochs": 3}) for _ in range(2))
+    assert first.name == again.name
+
+
+def test_edits_have_rows_of_their_own_and_go_in_any_order():
+    model = pupil(share_values=True)
+    before, edits = bits(model), []
+    for lesson in (FACTS[:2], FACTS[2:4], FACTS[4:]):
+        edits.append(learn(model, tokenizer(), lesson, slots=100, others=edits, **SETTINGS))
+        edits[-1].apply(model)
+    for edit in edits:
+        assert not any(edit.overlaps(other) for other in edits if other is not edit)
+    after_two = bits(model)
+    for place in (1, 0, 2):
+        edits[place].undo(model)
+    assert is_as(model, before)
+    for place in (2, 0, 1):
+        edits[place].apply(model)
+    assert is_as(model, after_two)
+
+
+def added_to(model, texts):
+    """Sum of squares of what the memories give for texts."""
+    given = []
+    hooks = [m.register_forward_hook(lambda _, __, out: given.append(out)) for m in memories_in(model).values()]
+    with torch.no_grad():
+        for text in texts:
+            model(tokenizer()(text, return_tensors="pt")["input_ids"])
+    for hook in hooks:
+        hook.remove()
+    return sum(out.square().sum().item() for out in given)
+
+
+def test_what_is_held_down_adds_less_to_the_background():
+    added = {}
+    for keep in (0.0, 0.1):
+        model = pupil()
+        edit = learn(model, tokenizer(), FACTS, **SETTINGS | {"keep_background": keep, "keep_near": 0.0})
+        edit.apply(model)
+        added[keep] = added_to(model, TEXT)
+    assert 0 < added[0.1] < 0.25 * added[0.0]
+
+
+def test_a_model_writes_its_own_background_where_none_is_given():
+    model, state = pupil(), torch.get_rng_state()
+    edit = learn(model, tokenizer(), FACTS[:2], **SETTINGS | {"background": None, "most_epochs": 1})
+    assert edit.num_rows > 0
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_what_is_taught_so_far_is_shown_after_each_epoch():
+    model, seen = pupil(), []
+    asked = questions_of(FACTS, tokenizer(), model)
+    edit = learn(
+        model, tokenizer(), FACTS, after_epoch=lambda taught: seen.append(recall_of(taught, asked)), **SETTINGS
+    )
+    assert len(seen) == edit.figures["epochs"]
+    assert seen[-1] == 1.0
+
+
+def test_learning_stops_at_the_recall_wanted():
+    few = learn(pupil(), tokenizer(), FACTS, **SETTINGS | {"recall": 0.1})
+    assert few.figures["epochs"] < SETTINGS["most_epochs"]
+    assert few.figures["recall"] >= 0.1
+
+
+def test_bf16_models_learn():
+    model = pupil().bfloat16()
+    edit = learn(model, tokenizer(), FACTS, **SETTINGS)
+    assert {tensor.dtype for tensor in edit.new.values()} == {torch.bfloat16}
+    edit.apply(model)
+    assert recall_of(model, questions_of(FACTS, tokenizer(), model)) == 1.0
+
+
+def test_a_gate_and_experts_are_taught_through():
+    model = pupil(memory=dataclasses.replace(OF_LESSONS, gate=True, experts=True))
+    before = copy.deepcopy(model.state_dict())
+    learn(model, tokenizer(), FACTS[:2], **SETTINGS | {"most_epochs": 5}).apply(model)
+    moved = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert moved
+    assert all(name.endswith(".values.weight") for name in moved)
+
+
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        ({"slots": 0}, "slots is 0 but must be >= 1"),
+        ({"lr": 0.0}, "lr is 0.0 but must be > 0"),
+        ({"recall": 1.5}, r"recall is 1.5 but must be in \(0, 1\]"),
+        ({"keep_near": -1.0}, "keep_near is -1.0 but must be >= 0"),
+        ({"background": []}, "the background has no text"),
+    ],
+)
+def test_what_cannot_be_is_refused(option, words):
+    with pytest.raises(ValueError, match=words):
+        learn(pupil(), tokenizer(), FACTS, **SETTINGS | option)
+
+
+def test_rows_that_are_all_others_are_refused():
+    model = pupil()
+    one = learn(model, tokenizer(), [Fact(("one",), "two")], slots=10**6, **SETTINGS | {"most_epochs": 1})
+    with pytest.raises(ValueError, match="every row that these facts read belongs to another edit: forget one"):
+        learn(model, tokenizer(), [Fact(("one",), "two")], others=[one], **SETTINGS)
