@@ -10,7 +10,7 @@ import pkmem
 
 PACKAGE = Path(pkmem.__file__).parent
 ORDER = {  # folders from the ground up, each with its files in order: a file imports from those before it
-    "text": "durable facts files tokenizer documents tokens blocks",
+    "text": "durable facts files tokenizer examples documents encoder tokens blocks",
     "ops": "user_cache verdict arguments precision rounding reference",
     "ops.cpu": "threads cache kernels halves vectors bag rows selection selection_backward decoding compiling",
     "ops.triton": "installed device code arithmetic launch bag rows selection selection_backward kernels",
@@ -28,6 +28,7 @@ ORDER = {  # folders from the ground up, each with its files in order: a file im
 GATES = {  # the only files that may import a library, anywhere in them
     "transformers": {
         "pkmem.lm.*",
+        "pkmem.text.encoder",
         "pkmem.text.tokenizer",
         "pkmem.text.tokens",
         "pkmem.training.*",
