@@ -197,7 +197,7 @@ def test_a_hub_dataset_is_streamed(tmp_path, tokenizer):
     assert read(f"hf:{tmp_path / 'own'}:default", "validation") == ["held out"]
 
     write(tmp_path / "body" / "train.jsonl", '{"body": "x", "id": 1}\n')
-    with pytest.raises(ValueError, match=r"no field 'text' but \['body', 'id'\]"):
+    with pytest.raises(ValueError, match=r"no field 'text', 'messages' or 'completion' but \['body', 'id'\]"):
         list(read_documents(f"hf:{tmp_path / 'body'}", "train"))
     with pytest.raises(ValueError, match="cannot open this dataset; check its name and the network") as error:
         read_documents(f"hf:{tmp_path / 'nowhere'}", "train")

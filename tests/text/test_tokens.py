@@ -85,7 +85,7 @@ def test_a_tokenizer_without_an_end_is_refused(corpus, tmp_path, tokenizer):
 
 def test_the_cache_is_used(corpus, tmp_path, tokenizer, monkeypatch):
     first = tokenize(str(corpus), "train", tokenizer, tmp_path / "cache", progress=False)
-    monkeypatch.setattr(token_files._Encoder, "__call__", None)  # whoever encodes again fails
+    monkeypatch.setattr(token_files.Encoder, "__call__", None)  # whoever encodes again fails
     assert tokenize(str(corpus), "train", tokenizer, tmp_path / "cache", progress=False) == first
     shutil.move(corpus, tmp_path / "moved")
     assert tokenize(str(tmp_path / "moved"), "train", tokenizer, tmp_path / "cache", progress=False) == first
@@ -149,7 +149,7 @@ def test_what_is_skipped_is_counted_once(tmp_path, tokenizer):
 
 def test_an_interrupted_tokenization_leaves_nothing_behind(corpus, tmp_path, tokenizer, monkeypatch):
     monkeypatch.setattr(token_files, "BATCH_CHARS", 1000)
-    encode, num_calls = token_files._Encoder.__call__, 0
+    encode, num_calls = token_files.Encoder.__call__, 0
 
     def interrupted(self, texts):
         nonlocal num_calls
@@ -158,7 +158,7 @@ def test_an_interrupted_tokenization_leaves_nothing_behind(corpus, tmp_path, tok
             raise KeyboardInterrupt
         return encode(self, texts)
 
-    monkeypatch.setattr(token_files._Encoder, "__call__", interrupted)
+    monkeypatch.setattr(token_files.Encoder, "__call__", interrupted)
     with pytest.raises(KeyboardInterrupt):
         tokenize(str(corpus), "train", tokenizer, tmp_path / "cache", progress=False)
     assert list((tmp_path / "cache").iterdir()) == []

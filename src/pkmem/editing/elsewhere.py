@@ -20,7 +20,7 @@ from pkmem.text.facts import Fact
 _NEAR_MISSES = 200
 _MOST_TOKENS = 16_384  # of a background that is given
 _BLOCK_TOKENS = 256
-_OWN_TEXTS, _OWN_TOKENS = 64, 128  # that the model writes itself where no background is given
+_OWN_TEXTS, _OWN_TOKENS = 96, 48  # that the model writes itself where no background is given: many at once, for speed
 _BATCH_TOKENS = 1024
 
 

@@ -34,8 +34,8 @@ from pkmem.layer.config import require
 from pkmem.layer.memory import memories_in
 from pkmem.text.facts import Fact
 
-_SURE = 0.03  # nats per token of an answer, below which it is learned
-_REVISITED = 0.15  # share of the learned questions that an epoch asks again
+_SURE = 0.03  # nats per token, below which an answer needs no more teaching
+_REVISITED = 0.15  # share of the questions with such an answer that an epoch asks again
 _HELD_DOWN = 1024  # tokens of the background, and of near misses, that an update looks at
 
 
@@ -47,8 +47,8 @@ def learn(
     background: Iterable[str] | None = None,
     slots: int = 4000,
     lr: float = 3e-2,
-    keep_background: float = 30.0,
-    keep_near: float = 1.0,
+    keep_background: float = 50.0,
+    keep_near: float = 3.0,
     recall: float = 1.0,
     most_epochs: int = 15,
     batch_size: int = 25,
@@ -93,7 +93,8 @@ def learn(
     tables = tables_of(model)
     questions = questions_of(facts, tokenizer, model)
     clock = _Clock()
-    with _frozen(model), tqdm(total=most_epochs, desc="reading", unit="epoch", disable=not progress) as bar:
+    with _frozen(model), _bar(progress) as bar:
+        bar.set_description("reading other text")
         elsewhere = Elsewhere(model, tokenizer, facts, background, seed)
         bar.set_description("choosing rows")
         rows = _choose_rows(model, questions, elsewhere, others, slots)
@@ -101,16 +102,17 @@ def learn(
         preparing = clock.lap()
         with in_place_of_tables(model, parts):
             course = _Course(model, questions, elsewhere, lr, keep_background, keep_near, batch_size, seed)
-            training, share, reached = 0.0, 0.0, 0.0
-            while course.num_epochs < most_epochs and share < recall:
+            training, reached = 0.0, 0.0
+            while course.num_epochs < most_epochs and reached < recall:
                 share = course.epoch()
                 training += clock.lap()
                 bar.set_description(f"learned {share:.0%} of {len(questions)} answers")
                 bar.update()
+                if share >= recall or course.num_epochs == most_epochs:
+                    reached = recall_of(model, questions)
                 if after_epoch is not None:
                     after_epoch(model)
-                    clock.lap()
-            reached = recall_of(model, questions)
+                clock.lap()
     old = {name: tables[name].weight.detach()[part.rows].cpu() for name, part in parts.items()}
     return Edit(
         rows={name: part.rows.cpu() for name, part in parts.items()},
@@ -127,6 +129,10 @@ def learn(
         },
         fingerprint=fingerprint(model),
     )
+
+
+def _bar(progress: bool) -> tqdm:
+    return tqdm(bar_format="{desc} [{n_fmt} epochs, {elapsed}]", disable=not progress)
 
 
 class _Clock:
@@ -232,7 +238,8 @@ class _Course:
         self._model, self._questions, self._batch_size = model, questions, batch_size
         self._draw = random.Random(seed)
         self._tokens = torch.Generator().manual_seed(seed)
-        self._learned: set[int] = set()
+        self._right: set[int] = set()
+        self._sure: set[int] = set()
         self._kept = [(keep_background, elsewhere.background)]
         if elsewhere.near is not None:
             self._kept.append((keep_near, elsewhere.near))
@@ -242,17 +249,17 @@ class _Course:
         self._optimizer = torch.optim.Adam([part.change for part in trained], lr=lr, betas=(0.9, 0.98))
 
     def epoch(self) -> float:
-        """Asks what is not learned yet, and some of what is; returns the share of questions that are learned."""
+        """Asks what is not sure yet, and some of what is; returns the share of answers that were right when last asked."""
         asked = [
             place
             for place in range(len(self._questions))
-            if place not in self._learned or self._draw.random() < _REVISITED
+            if place not in self._sure or self._draw.random() < _REVISITED
         ]
         self._draw.shuffle(asked)
         for first in range(0, len(asked), self._batch_size):
             self._update(asked[first : first + self._batch_size])
         self.num_epochs += 1
-        return len(self._learned) / len(self._questions)
+        return len(self._right) / len(self._questions)
 
     def _update(self, places: Sequence[int]) -> None:
         losses, is_right = answer_losses(self._model, [self._questions[place] for place in places])
@@ -261,7 +268,8 @@ class _Course:
         self._optimizer.zero_grad()
         self.num_updates += 1
         for place, loss, right in zip(places, losses.tolist(), is_right.tolist(), strict=True):
-            (self._learned.add if right and loss < _SURE else self._learned.discard)(place)
+            (self._right.add if right else self._right.discard)(place)
+            (self._sure.add if right and loss < _SURE else self._sure.discard)(place)
 
     def _added_elsewhere(self) -> Tensor | float:
         """The energy of what the rows add to what shall stay, over that of what is there."""

@@ -29,8 +29,9 @@ def evaluate(
 
     Args:
         model: a Hugging Face causal language model; put in eval mode and back.
-        blocks: items with `input_ids` (t,); every token but a block's first is predicted.
-        bytes_per_token: bytes of the text per token, which turns nats per token into bits per byte.
+        blocks: items with `input_ids` (t,); every token but a block's first is predicted. Where they have `labels` (t,),
+            those of -100 are not.
+        bytes_per_token: bytes of the text per token predicted, which turns nats per token into bits per byte.
         batch_sequences: blocks evaluated at once.
         max_tokens: the first blocks up to about this many tokens; None takes all.
         progress: show a progress bar.
@@ -51,9 +52,10 @@ def evaluate(
         for batch in tqdm(loader, "evaluating", disable=not progress):
             tokens = batch["input_ids"].to(device)
             logits = model(input_ids=tokens, use_cache=False).logits[:, :-1].float()
-            losses = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
+            targets = batch.get("labels", batch["input_ids"]).to(device)[:, 1:].flatten()
+            losses = F.cross_entropy(logits.flatten(0, 1), targets, reduction="none")  # 0 where a target is -100
             total += losses.double().sum().item()
-            count += losses.numel()
+            count += int((targets >= 0).sum())
     if share:
         sums = torch.tensor([total, count], dtype=torch.float64, device=device)
         for counts in (sums, *(counts for usage in usages.values() for counts in usage.counts(device))):

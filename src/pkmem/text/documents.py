@@ -6,8 +6,9 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import IO, Any, Literal, get_args
+from typing import IO, Literal, get_args
 
+from pkmem.text.examples import Example, example_of, text_of
 from pkmem.text.files import UNREADABLE, TextFile, find_files, open_bytes, open_text
 from pkmem.text.synthetic import SYNTHETIC, SyntheticFacts
 
@@ -20,26 +21,32 @@ PIECE_CHARS = 1 << 16
 
 
 def read_documents(data: str, split: Split, on_skip: OnSkip | None = None) -> Iterator[str]:
+    """The documents of one split as plain text: see `read_examples`, which says in what form they are given."""
+    return map(text_of, read_examples(data, split, on_skip))
+
+
+def read_examples(data: str, split: Split, on_skip: OnSkip | None = None) -> Iterator[Example]:
     """The documents of one split, streamed in an order that depends on the data only.
 
     About one document in twenty is validation: by the hash of a file's relative path, or of a line's place in its
     .jsonl file. Of fewer than a hundred text files, each is split in its text instead: its last twentieth is
     validation. A text file longer than 64 Ki characters gives several documents, cut at line ends.
 
-    A file that cannot be read (not UTF-8, broken compression) is skipped, and so is a line of a .jsonl file without
-    a "text"; empty documents are left out.
+    A line of a .jsonl file and a row of a dataset hold "messages", or "prompt" and "completion", or "text"; the first
+    of these that is there is read (`pkmem.text.examples`). A line with none of them is skipped, and so is a file that
+    cannot be read (not UTF-8, broken compression); empty documents are left out.
 
     Args:
         data: "python", the standard library of this Python without its tests; "python+", the same and the sources
-            of torch, sympy, numpy and networkx; "hf:NAME" or "hf:NAME:CONFIG", a dataset of the Hugging Face Hub with
-            a field "text", streamed; "synthetic:facts:NUM" or "synthetic:facts:NUM:SEED", that many made-up facts
+            of torch, sympy, numpy and networkx; "hf:NAME" or "hf:NAME:CONFIG", a dataset of the Hugging Face Hub,
+            streamed; "synthetic:facts:NUM" or "synthetic:facts:NUM:SEED", that many made-up facts
             (`pkmem.text.synthetic`); or a file, a directory (searched recursively, without hidden files) or a glob
-            of .txt, .md, .py and .jsonl (a field "text" per line), each also with .gz, .bz2 or .zst.
+            of .txt, .md, .py and .jsonl, each also with .gz, .bz2 or .zst.
         split: "train" or "validation". A Hub dataset's own validation split is used where it has one.
         on_skip: called with the name of what is skipped and the reason.
 
     Returns:
-        The texts, none of them empty.
+        The documents, none of them empty.
 
     Raises:
         ValueError: nothing there to read, an ending that is not read, a package that is missing, or (while
@@ -57,12 +64,12 @@ def read_documents(data: str, split: Split, on_skip: OnSkip | None = None) -> It
 
     documents = _choose(data, split, skip)
 
-    def not_empty() -> Iterator[str]:
+    def not_empty() -> Iterator[Example]:
         is_empty = True
-        for text in documents:
-            if text and not text.isspace():
+        for document in documents:
+            if text_of(document).strip():
                 is_empty = False
-                yield text
+                yield document
         if is_empty:
             raise ValueError(
                 f"{data}: no text for the {split} split; give more documents or longer files{''.join(skipped)}"
@@ -71,7 +78,7 @@ def read_documents(data: str, split: Split, on_skip: OnSkip | None = None) -> It
     return not_empty()
 
 
-def _choose(data: str, split: Split, skip: OnSkip) -> Iterator[str]:
+def _choose(data: str, split: Split, skip: OnSkip) -> Iterator[Example]:
     if data.startswith(SYNTHETIC):
         return SyntheticFacts.named(data).documents(held_out=split == "validation")
     if data.startswith("hf:"):
@@ -92,7 +99,7 @@ def _split_of_record(name: str, index: int) -> Split:
     return "validation" if index % ONE_IN == _hash(f"{name}:{index // ONE_IN}") % ONE_IN else "train"
 
 
-def _file_documents(files: list[TextFile], split: Split, skip: OnSkip) -> Iterator[str]:
+def _file_documents(files: list[TextFile], split: Split, skip: OnSkip) -> Iterator[Example]:
     split_within = sum(not file.is_json_lines for file in files) < MIN_FILES_TO_HASH
     for file in files:
         try:
@@ -132,26 +139,18 @@ def _pieces(file: IO[str], num_chars: int, max_overrun: int) -> Iterator[str]:
         yield piece
 
 
-def _line_documents(file: TextFile, split: Split, skip: OnSkip) -> Iterator[str]:
+def _line_documents(file: TextFile, split: Split, skip: OnSkip) -> Iterator[Example]:
     with open_bytes(file.path) as lines:
         for index, line in enumerate(lines):
             if _split_of_record(file.name, index) != split or not line.strip():
                 continue
             try:
-                yield _checked_text(json.loads(line.decode("utf-8-sig")))
+                yield example_of(json.loads(line.decode("utf-8-sig")))
             except (ValueError, RecursionError) as error:
                 skip(f"{file.name}:{index + 1}", str(error))
 
 
-def _checked_text(record: Any) -> str:
-    text = record.get("text") if isinstance(record, dict) else None
-    if not isinstance(text, str):
-        raise ValueError('no string "text"')
-    text.encode()  # JSON can spell lone surrogates, which are no text: UnicodeEncodeError is a ValueError
-    return text
-
-
-def _hub_documents(data: str, split: Split, skip: OnSkip) -> Iterator[str]:
+def _hub_documents(data: str, split: Split, skip: OnSkip) -> Iterator[Example]:
     name, _, config = data.removeprefix("hf:").partition(":")
     try:
         import datasets
@@ -167,13 +166,16 @@ def _hub_documents(data: str, split: Split, skip: OnSkip) -> Iterator[str]:
     return _hub_rows(data, rows, None if "validation" in names else split, skip)
 
 
-def _hub_rows(data: str, rows: Iterable[dict], split: Split | None, skip: OnSkip) -> Iterator[str]:
+def _hub_rows(data: str, rows: Iterable[dict], split: Split | None, skip: OnSkip) -> Iterator[Example]:
     for index, row in enumerate(rows):
-        if "text" not in row:
-            raise ValueError(f"{data}: its rows have no field 'text' but {sorted(row)}; choose another dataset")
+        if not {"text", "messages", "completion"} & row.keys():
+            raise ValueError(
+                f"{data}: its rows have no field 'text', 'messages' or 'completion' but {sorted(row)}; "
+                "choose another dataset"
+            )
         if split is not None and _split_of_record(data, index) != split:
             continue
         try:
-            yield _checked_text(row)
+            yield example_of(row)
         except ValueError as error:
             skip(f"{data}:{index}", str(error))
