@@ -4,7 +4,7 @@ import dataclasses
 import pytest
 import torch
 
-from lessons import FACTS, OF_LESSONS, pupil, tokenizer
+from lessons import FACTS, OF_LESSONS, bits, is_as, pupil, tokenizer
 from pkmem import learn
 from pkmem.editing.questions import questions_of, recall_of
 from pkmem.layer.memory import memories_in
@@ -13,14 +13,6 @@ from pkmem.text.facts import Fact
 TEXT = ["the cat sat on a mat and saw two dogs", "Rome is far from Oslo"]
 # A tiny random decoder's MLPs give next to nothing, so next to nothing is held down.
 SETTINGS = {"background": TEXT, "lr": 0.1, "keep_background": 1e-3, "keep_near": 1e-3, "most_epochs": 30, "seed": 1}
-
-
-def bits(model):
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
-
-
-def is_as(model, before):
-    return all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])

@@ -46,7 +46,7 @@ def retrofit(
 def spread(num_layers: int) -> list[int]:
     """Ten blocks, or all of fewer, at even distances."""
     num = min(_MEMORIES, num_layers)
-    return sorted({max(0, place * num_layers // (num + 1) - 1) for place in range(1, num + 1)})
+    return [(2 * place + 1) * num_layers // (2 * num) for place in range(num)]
 
 
 def retrofit_saved(name: str, out: Path, layers: list[int] | None, memory: MemoryConfig, share_values: bool) -> str:
