@@ -1,0 +1,131 @@
+"""The rivals of a memory: the same facts by fine-tuning all weights, or LoRA adapters."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from pkmem.experiments.learning.asking import Pair, encode, is_recalled, logits_of, losses_of
+
+LORA_RANK = 16
+
+
+class Clock:
+    """Seconds of teaching, without those of what is asked in between; and what was found out after each epoch.
+
+    Args:
+        ask: finds it out.
+    """
+
+    def __init__(self, ask: Callable[[nn.Module], dict[str, float]]) -> None:
+        self._ask = ask
+        self._since = time.perf_counter()
+        self.seconds = 0.0
+        self.epochs: list[dict[str, float]] = []
+
+    def epoch(self, model: nn.Module) -> None:
+        """Ends an epoch; the model is as it was taught so far."""
+        self.stop()
+        self.epochs.append({"seconds": self.seconds, **self._ask(model)})
+        self._since = time.perf_counter()
+
+    def stop(self) -> None:
+        """Ends the teaching."""
+        self.seconds += time.perf_counter() - self._since
+        self._since = time.perf_counter()
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What is taught, and for how long.
+
+    Args:
+        pairs: prompts and completions; the loss is on the completions alone.
+        rate: learning rate, > 0.
+        batch_size: pairs an update.
+        most_epochs: at most; it ends earlier, after an epoch in which the share `enough` was recalled.
+        enough: in [0, 1].
+        seed: of the order.
+    """
+
+    pairs: list[Pair]
+    rate: float
+    batch_size: int
+    most_epochs: int
+    enough: float
+    seed: int
+
+    def epochs(self) -> Iterator[list[list[Pair]]]:
+        """The batches of each epoch."""
+        draw = torch.Generator().manual_seed(self.seed)
+        for _ in range(self.most_epochs):
+            order = torch.randperm(len(self.pairs), generator=draw).tolist()
+            yield [
+                [self.pairs[i] for i in order[first : first + self.batch_size]]
+                for first in range(0, len(order), self.batch_size)
+            ]
+
+
+def fine_tune(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, lesson: Lesson, clock: Clock) -> int:
+    """Teaches all weights by AdamW, in place; returns the bytes of what it changes."""
+    _teach(model, tokenizer, lesson, clock)
+    return sum(weight.numel() * weight.element_size() for weight in model.parameters())
+
+
+def adapt(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, lesson: Lesson, clock: Clock
+) -> tuple[nn.Module, int]:
+    """Teaches LoRA adapters of all linear layers but the head by AdamW; returns their model, and their file's bytes."""
+    adapted = with_adapters(model, lesson.seed)
+    _teach(adapted, tokenizer, lesson, clock)
+    with tempfile.TemporaryDirectory() as folder:
+        adapted.save_pretrained(folder)
+        return adapted, (Path(folder) / "adapter_model.safetensors").stat().st_size
+
+
+def with_adapters(model: PreTrainedModel, seed: int) -> Any:
+    """The model with LoRA adapters beside its frozen weights.
+
+    Raises:
+        ValueError: peft is not installed.
+    """
+    try:
+        from peft import LoraConfig, TaskType, get_peft_model
+    except ImportError as error:
+        raise ValueError('LoRA needs peft; run: pip install "pkmem[lora]"') from error
+    torch.manual_seed(seed)
+    config = LoraConfig(
+        r=LORA_RANK, lora_alpha=2 * LORA_RANK, target_modules="all-linear", task_type=TaskType.CAUSAL_LM
+    )
+    return get_peft_model(model, config)
+
+
+def _teach(model: nn.Module, tokenizer: PreTrainedTokenizerBase, lesson: Lesson, clock: Clock) -> None:
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=lesson.rate, weight_decay=0.0)
+    for batches in lesson.epochs():
+        num_recalled = 0
+        for pairs in batches:
+            model.train()
+            batch = encode(tokenizer, pairs)
+            logits = logits_of(model, batch)
+            loss = losses_of(logits, batch).mean()
+            if not math.isfinite(loss.item()):
+                return
+            num_recalled += int(is_recalled(logits, batch).sum())
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        clock.epoch(model)
+        if num_recalled >= lesson.enough * len(lesson.pairs):
+            break
+    clock.stop()
