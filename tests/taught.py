@@ -23,15 +23,20 @@ CHAT = "{% for m in messages %}<{{ m.role }}> {{ m.content }}\n{% endfor %}<answ
 
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
-    """A token a byte."""
+    """A token a byte, but for one word."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    made = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate([*letters, "<eos>"])}, merges=[]))
+    pieces = [*letters, "th", "the", "Ġthe", "<eos>"]
+    merges = [("t", "h"), ("th", "e"), ("Ġ", "the")]
+    made = Tokenizer(models.BPE(vocab={piece: i for i, piece in enumerate(pieces)}, merges=merges))
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<eos>", pad_token="<eos>", chat_template=CHAT)
 
 
+VOCAB = 260
+
+
 def llama() -> LlamaForCausalLM:
     """Small and random."""
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    return LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=257, max_position_embeddings=512)).eval()
+    return LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=VOCAB, max_position_embeddings=512)).eval()

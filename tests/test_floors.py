@@ -22,7 +22,7 @@ ORDER = {  # folders from the ground up, each with its files in order: a file im
     "screening export saved journal trainer processes prepare parallel run",
     "editing": "fingerprint edit directory listing near_misses questions reads elsewhere learning lesson retrofit verbs",
     "experiments": "benchmarks environment plots page family results costs claims grid report demo",
-    "experiments.learning": "kinds quiz asking examination teaching trial results",
+    "experiments.learning": "kinds quiz asking examination teaching trial results cells grid",
     "experiments ": "verb",
     "planning": "wire trace devices link machine plan advice page verb",
     "doctor": "findings truth sizes checks selection tables rows step repeats waiting code speed examination surroundings report",
@@ -42,10 +42,20 @@ GATES = {  # the only files that may import a library, anywhere in them
     },
     "numba": {"pkmem.ops.cpu.*"},
     "triton": {"pkmem.ops.triton", "pkmem.ops.triton.*"},
-    "jsonargparse": {"pkmem.cli", "pkmem.experiments.verb", "pkmem.planning.verb", "pkmem.training.reading", "pkmem.editing.verbs"},
+    "jsonargparse": {
+        "pkmem.cli",
+        "pkmem.experiments.verb",
+        "pkmem.planning.verb",
+        "pkmem.training.reading",
+        "pkmem.editing.verbs",
+    },
     "matplotlib": {"pkmem.experiments.plots"},
 }
-VERBS = ("pkmem.planning.verb", "pkmem.experiments.verb", "pkmem.editing.verbs")  # imported by the command line whatever it is asked
+VERBS = (
+    "pkmem.planning.verb",
+    "pkmem.experiments.verb",
+    "pkmem.editing.verbs",
+)  # imported by the command line whatever it is asked
 BY_NAME = {"pkmem", "pkmem.lm.autoload"}  # may import modules whose names are computed
 
 
@@ -123,7 +133,14 @@ def test_modules_imported_by_computed_name_are_in_two_files() -> None:
 
 
 def test_the_command_line_is_light_to_import() -> None:
-    known = {*VERBS, "pkmem.layer.config", "pkmem.lm.config", "pkmem.training.reading", "pkmem.training.recipe", "jsonargparse"}
+    known = {
+        *VERBS,
+        "pkmem.layer.config",
+        "pkmem.lm.config",
+        "pkmem.training.reading",
+        "pkmem.training.recipe",
+        "jsonargparse",
+    }
     heavy = {name for module in ("pkmem.cli", *VERBS) for name in top_imports(module)} - known
     assert heavy <= {"__future__", "collections.abc", "dataclasses", "os", "pathlib", "re", "sys", "typing"}
 

@@ -15,7 +15,7 @@ from pkmem.experiments.learning.asking import (
     next_token,
     recalled,
 )
-from taught import llama, tokenizer  # noqa: F401
+from taught import VOCAB, llama, tokenizer  # noqa: F401
 
 PAIRS = [("ab", " c"), ("a longer prompt", " d"), ("x", " long answer"), ("yy", " e")]
 
@@ -26,7 +26,7 @@ def model(tokenizer):  # noqa: F811
     torch.manual_seed(0)
     made = llama()
     printable = [token for letter, token in tokenizer.get_vocab().items() if letter.isascii() and letter.isprintable()]
-    others = torch.ones(257, dtype=torch.bool)
+    others = torch.ones(VOCAB, dtype=torch.bool)
     others[printable] = False
     made.lm_head.weight.data[others] = 0
     return made
@@ -40,7 +40,7 @@ def ids(tokenizer, text):  # noqa: F811
 def test_a_batch_is_as_one_at_a_time(model, tokenizer) -> None:  # noqa: F811
     batch = encode(tokenizer, PAIRS)
     logits = logits_of(model, batch)
-    assert logits.shape == (*batch.targets.shape, 257)
+    assert logits.shape == (*batch.targets.shape, VOCAB)
     losses = losses_of(logits, batch)
     for i, (prompt, completion) in enumerate(PAIRS):
         whole, num = ids(tokenizer, prompt + completion), len(completion)

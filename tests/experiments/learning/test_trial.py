@@ -8,7 +8,7 @@ import torch
 
 from pkmem.experiments.learning import trial
 from pkmem.experiments.learning.trial import bits_per_byte, blocks_of, documentation, train_on, written_by
-from taught import llama, tokenizer  # noqa: F401
+from taught import VOCAB, llama, tokenizer  # noqa: F401
 
 SOURCE = f'"""{"module " * 20}"""\n\ndef f():\n    """short"""\n\nclass C:\n    def g(self):\n        """{"method " * 20}"""\n'
 
@@ -43,7 +43,7 @@ def test_blocks_are_cut_from_texts_closed_by_the_end_of_text(tokenizer) -> None:
 def test_bits_per_byte_of_a_model_that_guesses(tokenizer) -> None:  # noqa: F811
     model = llama()
     torch.nn.init.zeros_(model.lm_head.weight)
-    assert bits_per_byte(model, torch.randint(257, (3, 8)), 2.0) == pytest.approx(math.log2(257) / 2, rel=1e-5)
+    assert bits_per_byte(model, torch.randint(VOCAB, (3, 8)), 2.0) == pytest.approx(math.log2(VOCAB) / 2, rel=1e-5)
 
 
 def test_a_model_writes_unrelated_text_by_seed(tokenizer) -> None:  # noqa: F811
@@ -57,7 +57,7 @@ def test_a_model_writes_unrelated_text_by_seed(tokenizer) -> None:  # noqa: F811
 @pytest.mark.parametrize(("updates", "seconds"), [(5, None), (None, 0.2), (2, 100)])
 def test_training_ends_with_its_updates_or_its_seconds(updates, seconds) -> None:
     torch.manual_seed(0)
-    model, blocks = llama(), torch.randint(257, (3, 8))
+    model, blocks = llama(), torch.randint(VOCAB, (3, 8))
     before = bits_per_byte(model, blocks, 1.0)
     made, took = train_on(model, torch.optim.AdamW(model.parameters(), lr=1e-2), blocks, updates, seconds)
     assert bits_per_byte(model, blocks, 1.0) < before

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import random
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pkmem.experiments.learning.asking import Pair, encode, is_recalled, logits_of, losses_of
 
 LORA_RANK = 16
+SURE = 0.03  # nats per token of a completion, below which it is learned; this and the next as in `pkmem.learn`
+REVISITED = 0.15  # share of the learned pairs that an epoch teaches again
 
 
 class Clock:
@@ -28,32 +30,35 @@ class Clock:
 
     def __init__(self, ask: Callable[[nn.Module], dict[str, float]]) -> None:
         self._ask = ask
-        self._since = time.perf_counter()
         self.seconds = 0.0
         self.epochs: list[dict[str, float]] = []
+        self.start()
+
+    def start(self) -> None:
+        """Begins, or goes on with, the teaching."""
+        self._since = time.perf_counter()
 
     def epoch(self, model: nn.Module) -> None:
         """Ends an epoch; the model is as it was taught so far."""
         self.stop()
         self.epochs.append({"seconds": self.seconds, **self._ask(model)})
-        self._since = time.perf_counter()
+        self.start()
 
     def stop(self) -> None:
         """Ends the teaching."""
         self.seconds += time.perf_counter() - self._since
-        self._since = time.perf_counter()
+        self.start()
 
 
 @dataclass(frozen=True)
 class Lesson:
-    """What is taught, and for how long.
+    """What is taught, and for how long: as `pkmem.learn` does it.
 
     Args:
         pairs: prompts and completions; the loss is on the completions alone.
         rate: learning rate, > 0.
         batch_size: pairs an update.
-        most_epochs: at most; it ends earlier, after an epoch in which the share `enough` was recalled.
-        enough: in [0, 1].
+        most_epochs: at most; it ends earlier, once all pairs are learned.
         seed: of the order.
     """
 
@@ -61,18 +66,34 @@ class Lesson:
     rate: float
     batch_size: int
     most_epochs: int
-    enough: float
     seed: int
 
-    def epochs(self) -> Iterator[list[list[Pair]]]:
-        """The batches of each epoch."""
-        draw = torch.Generator().manual_seed(self.seed)
-        for _ in range(self.most_epochs):
-            order = torch.randperm(len(self.pairs), generator=draw).tolist()
-            yield [
-                [self.pairs[i] for i in order[first : first + self.batch_size]]
-                for first in range(0, len(order), self.batch_size)
-            ]
+
+class _Course:
+    """Which pairs an epoch teaches: those not learned yet, and some of the others again."""
+
+    def __init__(self, lesson: Lesson) -> None:
+        self._lesson = lesson
+        self._draw = random.Random(lesson.seed)
+        self._learned: set[int] = set()
+
+    @property
+    def is_over(self) -> bool:
+        """Whether all is learned."""
+        return len(self._learned) == len(self._lesson.pairs)
+
+    def epoch(self) -> Iterator[list[int]]:
+        """The places of the pairs of each batch."""
+        places = range(len(self._lesson.pairs))
+        asked = [place for place in places if place not in self._learned or self._draw.random() < REVISITED]
+        self._draw.shuffle(asked)
+        for first in range(0, len(asked), self._lesson.batch_size):
+            yield asked[first : first + self._lesson.batch_size]
+
+    def note(self, places: list[int], losses: Tensor, is_right: Tensor) -> None:
+        """What came out of a batch, before its update."""
+        for place, loss, right in zip(places, losses.tolist(), is_right.tolist(), strict=True):
+            (self._learned.add if right and loss < SURE else self._learned.discard)(place)
 
 
 def fine_tune(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, lesson: Lesson, clock: Clock) -> int:
@@ -112,20 +133,22 @@ def with_adapters(model: PreTrainedModel, seed: int) -> Any:
 def _teach(model: nn.Module, tokenizer: PreTrainedTokenizerBase, lesson: Lesson, clock: Clock) -> None:
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=lesson.rate, weight_decay=0.0)
-    for batches in lesson.epochs():
-        num_recalled = 0
-        for pairs in batches:
+    course = _Course(lesson)
+    clock.start()
+    for _ in range(lesson.most_epochs):
+        for places in course.epoch():
             model.train()
-            batch = encode(tokenizer, pairs)
+            batch = encode(tokenizer, [lesson.pairs[place] for place in places])
             logits = logits_of(model, batch)
-            loss = losses_of(logits, batch).mean()
-            if not math.isfinite(loss.item()):
+            losses = losses_of(logits, batch)
+            if not losses.isfinite().all():
+                clock.stop()
                 return
-            num_recalled += int(is_recalled(logits, batch).sum())
-            loss.backward()
+            losses.mean().backward()
             optimizer.step()
             optimizer.zero_grad()
+            course.note(places, losses, is_recalled(logits, batch))
         clock.epoch(model)
-        if num_recalled >= lesson.enough * len(lesson.pairs):
+        if course.is_over:
             break
     clock.stop()
