@@ -7,7 +7,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --co
 INSTALLED := $(VENV)/.installed
 SMOLLM2 := $(VENV)/.smollm2
 
-.PHONY: demo test test-slow test-oldest test-portable suite check docs format bench reliability constraints clean
+.PHONY: demo demo-learn test test-slow test-oldest test-portable suite check docs format bench reliability constraints clean
 .DEFAULT_GOAL := test
 
 $(INSTALLED): pyproject.toml $(CONSTRAINTS)
@@ -23,6 +23,11 @@ $(SMOLLM2): $(INSTALLED)
 
 demo: $(INSTALLED)         ## the paper's claim at laptop size, about ten minutes
 	$(BIN)/pkmem demo --out runs/demo --overwrite
+
+demo-learn: $(SMOLLM2)     ## teaches a pretrained model 50 facts and takes them back, at most ten minutes
+	rm -rf runs/demo-learn
+	mkdir -p runs/demo-learn
+	$(BIN)/python docs/scripts/teach.py runs/demo-learn
 
 test: $(INSTALLED)         ## the default suite
 	$(BIN)/pytest -n 2 --dist worksteal --cov --cov-report=term:skip-covered --cov-fail-under=90

@@ -23,6 +23,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch, Rectangle
 
+import learning
 from pkmem import cli
 
 ROOT = Path(__file__).parents[1]
@@ -42,7 +43,7 @@ def main() -> None:
     (BUILD / "figures").mkdir(parents=True, exist_ok=True)
     (BUILD / "tables").mkdir(exist_ok=True)
     with rc_context(STYLE):
-        for draw in (layer, product_keys, reading_log, growth, slots, value_rates):
+        for draw in (layer, product_keys, reading_log, growth, slots, value_rates, learning.learning):
             draw().savefig(BUILD / "figures" / f"{draw.__name__}.svg", metadata={"Date": None})
     for write in (
         forward,
@@ -55,6 +56,8 @@ def main() -> None:
         plan_time,
     ):
         (BUILD / "tables" / f"{write.__name__}.md").write_text(write(), encoding="utf-8")
+    for name, table in learning.tables().items():
+        (BUILD / "tables" / f"{name}.md").write_text(table, encoding="utf-8")
     (BUILD / "tables" / "plan.txt").write_text(plan(), encoding="utf-8")
 
 

@@ -12,7 +12,8 @@ def experiment_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "name",
         type=str,
-        help="table1, speed, size, position, keys or heads of the paper; layers, scaling, facts beyond it",
+        help="table1, speed, size, position, keys or heads of the paper; layers, scaling, facts beyond it; learn for "
+        "facts taught to a pretrained model",
     )
     parser.add_argument("--scale", type=str, default="laptop", help="laptop, gpu or paper")
     parser.add_argument("--seeds", type=int, default=1, help="seeds 0 .. SEEDS - 1 of each model")
@@ -31,6 +32,9 @@ def experiment(options: Namespace) -> None:
 
     Example: pkmem experiment table1 --scale laptop --seeds 3, after a look with --dry_run
     """
+    if options.name == "learn":
+        _experiment_learn(options)
+        return
     from pkmem.experiments.family import load_family
     from pkmem.experiments.grid import describe, experiment, require_complete
 
@@ -41,3 +45,14 @@ def experiment(options: Namespace) -> None:
         return
     require_complete(experiment(family, Path(options.out), options.seeds, options.data, options.resume))
     print(f"all results are in {Path(options.out) / family.name / family.scale}; next: pkmem report {options.out}")
+
+
+def _experiment_learn(options: Namespace) -> None:
+    from pkmem.experiments.learning.grid import describe, experiment_learn
+
+    if options.dry_run:
+        print(describe(options.seeds, options.cells))
+        return
+    out = Path(options.out) / "learn"
+    experiment_learn(out, options.seeds, options.cells)
+    print(f"all results are in {out}")

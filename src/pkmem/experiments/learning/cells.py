@@ -1,0 +1,292 @@
+"""What each run does: a model is loaded, taught, asked and thrown away."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from pkmem.editing.edit import Edit
+from pkmem.editing.learning import learn
+from pkmem.editing.retrofit import retrofit
+from pkmem.experiments.environment import environment
+from pkmem.experiments.learning.asking import recalled
+from pkmem.experiments.learning.examination import Examination, Size
+from pkmem.experiments.learning.kinds import KINDS, Asked, made_up, mixed
+from pkmem.experiments.learning.quiz import quiz
+from pkmem.experiments.learning.results import METHODS, Run
+from pkmem.experiments.learning.teaching import Clock, Lesson, adapt, fine_tune, with_adapters
+from pkmem.experiments.learning.trial import bits_per_byte, blocks_of, documentation, train_on, written_by
+from pkmem.layer.optim import RowAdam
+from pkmem.layer.values import tables_in
+from pkmem.lm.evaluation import in_eval_mode
+from pkmem.lm.smollm2 import smollm2
+from pkmem.text.facts import Fact
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How much is taught.
+
+    Args:
+        model: a Hugging Face directory; None for SmolLM2-135M-Instruct.
+        facts_per_kind: in the comparison, each in four phrasings.
+        sweep_facts: persons, in four phrasings, for the learning rates.
+        hundred, thousand: facts in one phrasing.
+        edits, facts_per_edit: one after another, in one phrasing.
+        batch_size: prompts an update.
+        most_epochs: over the facts.
+        text_updates, text_sweep_updates, text_block_tokens: of the trial on text; an update has two blocks.
+        size: of what is asked.
+    """
+
+    model: str | None = None
+    facts_per_kind: int = 12
+    sweep_facts: int = 24
+    hundred: int = 100
+    thousand: int = 1000
+    edits: int = 20
+    facts_per_edit: int = 20
+    batch_size: int = 16
+    most_epochs: int = 15
+    text_updates: int = 200
+    text_sweep_updates: int = 40
+    text_block_tokens: int = 256
+    size: Size = field(default_factory=Size)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A question of the experiment.
+
+    Args:
+        about: what it answers, in a line.
+        perform: teaches and asks; gets a run, the scale and seconds that it may take or None, returns what was found.
+        methods: what is taught.
+        threads: of a run's process.
+        sweep: the cell whose best learning rates it takes; None where it is a sweep itself.
+        every_seed: whether each seed is run, or seed 0 alone.
+    """
+
+    about: str
+    perform: Callable[[Run, Scale, float | None], dict[str, Any]]
+    methods: tuple[str, ...] = ("memory",)
+    threads: int = 1
+    sweep: str | None = "sweep"
+    every_seed: bool = False
+
+
+def perform(run: Run, scale: Scale, seconds: float | None = None) -> dict[str, Any]:
+    """Does a run in this process.
+
+    Returns:
+        `seconds` of teaching, `peak_rss_bytes` up to its end, `epochs`, `figures`, `environment`, and more by cell.
+    """
+    torch.set_num_threads(run.threads)
+    return CELLS[run.cell].perform(run, scale, seconds) | {"environment": environment()}
+
+
+def peak_rss_bytes() -> int:
+    """The most memory that this process ever held."""
+    import resource  # not there on Windows
+    import sys
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def load(scale: Scale, method: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model to teach, with memories for the method "memory", and its tokenizer."""
+    folder = scale.model or smollm2()
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    return (retrofit(model) if method == "memory" else model), tokenizer
+
+
+def _as_facts(facts: list[Asked], phrasings: int) -> list[Fact]:
+    return [Fact(fact.taught[:phrasings], fact.answer) for fact in facts]
+
+
+def _teach(
+    run: Run, scale: Scale, facts: list[Asked], phrasings: int, questions: bool = False, fully: bool = True
+) -> dict[str, Any]:
+    """Teaches facts by the run's method, asks after every epoch, and at the end everything."""
+    model, tokenizer = load(scale, run.method)
+    general = quiz() if questions else []
+    examination = Examination(model, tokenizer, facts, phrasings, run.seed, scale.size, general)
+    found: dict[str, Any] = {"facts": len(facts), "phrasings": phrasings, "rss_bytes_before": peak_rss_bytes()}
+    clock = Clock(examination.briefly)
+    taught: nn.Module = model
+    if run.method == "memory":
+        clock.start()
+        edit = _learn(model, tokenizer, _as_facts(facts, phrasings), run, scale, clock)
+        clock.stop()
+        found["edit_bytes"] = _edit_bytes(edit)
+        found["edit_figures"] = edit.figures
+    else:
+        lesson = Lesson(examination.taught(), run.rate, scale.batch_size, scale.most_epochs, run.seed)
+        if run.method == "full":
+            found["edit_bytes"] = fine_tune(model, tokenizer, lesson, clock)
+        else:
+            taught, found["edit_bytes"] = adapt(model, tokenizer, lesson, clock)
+    found |= {"seconds": clock.seconds, "peak_rss_bytes": peak_rss_bytes(), "epochs": clock.epochs}
+    if run.method == "memory":
+        edit.apply(model)
+    return found | {"figures": examination.fully(taught) if fully else clock.epochs[-1]}
+
+
+def _learn(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    facts: list[Fact],
+    run: Run,
+    scale: Scale,
+    clock: Clock | None = None,
+    others: Sequence[Edit] = (),
+) -> Edit:
+    """An edit, learned at a run's rate; the model is as it was."""
+    return learn(
+        model,
+        tokenizer,
+        facts,
+        lr=run.rate,
+        others=others,
+        batch_size=scale.batch_size,
+        most_epochs=scale.most_epochs,
+        seed=run.seed,
+        after_epoch=clock.epoch if clock is not None else None,
+    )
+
+
+def _edit_bytes(edit: Edit) -> int:
+    with tempfile.TemporaryDirectory() as folder:
+        edit.save(Path(folder) / "edit.safetensors")
+        return (Path(folder) / "edit.safetensors").stat().st_size
+
+
+def _sweep(run: Run, scale: Scale, seconds: float | None) -> dict[str, Any]:
+    return _teach(run, scale, made_up("person", scale.sweep_facts, run.seed), 4, fully=False)
+
+
+def _compare(run: Run, scale: Scale, seconds: float | None) -> dict[str, Any]:
+    return _teach(run, scale, mixed(scale.facts_per_kind, run.seed), 4, questions=True)
+
+
+def _hundred(kind: str) -> Callable[[Run, Scale, float | None], dict[str, Any]]:
+    return lambda run, scale, seconds: _teach(run, scale, made_up(kind, scale.hundred, run.seed), 1)
+
+
+def _thousand(run: Run, scale: Scale, seconds: float | None) -> dict[str, Any]:
+    facts = mixed(-(-scale.thousand // len(KINDS)), run.seed)
+    return _teach(run, scale, facts, 1, questions=True)
+
+
+def _in_sequence(run: Run, scale: Scale, seconds: float | None) -> dict[str, Any]:
+    """Edits one after another on one model; then they are taken back in another order than they came."""
+    model, tokenizer = load(scale, run.method)
+    before = digest(model)
+    facts = mixed(-(-scale.edits * scale.facts_per_edit // len(KINDS)), run.seed)
+    random.Random(run.seed).shuffle(facts)
+    lessons = [facts[i :: scale.edits] for i in range(scale.edits)]
+    examination = Examination(model, tokenizer, facts, 1, run.seed, scale.size, quiz())
+    clock = Clock(examination.briefly)
+    edits: list[Edit] = []
+    recalls = []
+    for lesson in lessons:
+        edits.append(_learn(model, tokenizer, _as_facts(lesson, 1), run, scale, others=edits))
+        edits[-1].apply(model)
+        clock.epoch(model)
+        recalls.append(_recall(model, tokenizer, lesson))
+    figures = examination.fully(model) | {"recall_when_learned": recalls}
+    figures["recall_of_each"] = [_recall(model, tokenizer, lesson) for lesson in lessons]
+    order = random.Random(run.seed).sample(range(scale.edits), scale.edits)
+    gone, left = order[: scale.edits // 2], sorted(order[scale.edits // 2 :])
+    for i in gone:
+        edits[i].undo(model)
+    figures["recall_of_the_others"] = {str(i): _recall(model, tokenizer, lessons[i]) for i in left}
+    figures["recall_of_those_taken_back"] = {str(i): _recall(model, tokenizer, lessons[i]) for i in sorted(gone)}
+    for i in order[scale.edits // 2 :]:
+        edits[i].undo(model)
+    figures["bitwise_as_before"] = digest(model) == before
+    return {
+        "seconds": clock.seconds,
+        "peak_rss_bytes": peak_rss_bytes(),
+        "edit_bytes": [_edit_bytes(edit) for edit in edits],
+        "epochs": clock.epochs,  # after each edit
+        "figures": figures,
+    }
+
+
+def _recall(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, facts: list[Asked]) -> float:
+    with in_eval_mode(model):
+        hits = recalled(model, tokenizer, [(fact.taught[0], f" {fact.answer}") for fact in facts])
+    return sum(hits) / len(hits)
+
+
+def digest(model: nn.Module) -> str:
+    """Of every bit of a model's weights."""
+    summed = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        summed.update(name.encode())
+        summed.update(tensor.contiguous().view(torch.uint8).numpy().data)
+    return summed.hexdigest()
+
+
+def _text(run: Run, scale: Scale, seconds: float | None) -> dict[str, Any]:
+    """Trains on documentation, for so many updates or seconds."""
+    model, tokenizer = load(scale, run.method)
+    num_updates = scale.text_sweep_updates if run.cell == "text_sweep" else scale.text_updates
+    texts = {split: documentation(split, run.seed) for split in ("train", "validation")}
+    blocks, _ = blocks_of(texts["train"], tokenizer, 2 * num_updates, scale.text_block_tokens)
+    asked = {
+        "held_out": blocks_of(texts["validation"], tokenizer, scale.size.blocks, scale.size.block_tokens),
+        "unrelated": written_by(model, tokenizer, scale.size.block_tokens // 2, run.seed),
+    }
+    before = {name: bits_per_byte(model, *text) for name, text in asked.items()}
+    rss_bytes_before = peak_rss_bytes()
+    trained: nn.Module = model
+    if run.method == "memory":
+        model.requires_grad_(False)
+        for table in tables_in(model):
+            table.weight.requires_grad_(True)
+        optimizer: torch.optim.Optimizer = RowAdam(model, lr=run.rate)
+    else:
+        trained = with_adapters(model, run.seed)
+        weights = [weight for weight in trained.parameters() if weight.requires_grad]
+        optimizer = torch.optim.AdamW(weights, lr=run.rate, weight_decay=0.0)
+    made, took = train_on(trained, optimizer, blocks, None if seconds else num_updates, seconds)
+    found = {"updates": made, "seconds": took, "rss_bytes_before": rss_bytes_before, "peak_rss_bytes": peak_rss_bytes()}
+    figures = {f"{name}_bits_per_byte": bits_per_byte(trained, *text) for name, text in asked.items()}
+    return found | {"figures": figures | {f"{name}_bits_per_byte_before": bits for name, bits in before.items()}}
+
+
+CELLS = {
+    "sweep": Cell(
+        "24 persons and their cities in four phrasings, to choose learning rates", _sweep, METHODS, sweep=None
+    ),
+    "compare": Cell(
+        "36 facts of three kinds in four phrasings: memory, full fine-tuning, LoRA", _compare, METHODS, every_seed=True
+    ),
+    **{
+        f"hundred_{kind}": Cell(
+            f"100 facts of the kind {kind} in one phrasing, on two cores", _hundred(kind), threads=2
+        )
+        for kind in KINDS
+    },
+    "thousand": Cell("1,000 facts of three kinds in one edit, on two cores", _thousand, threads=2),
+    "sequence": Cell("20 edits of 20 facts, one after another, then taken back in another order", _in_sequence),
+    "text_sweep": Cell(
+        "40 updates on Python's documentation, to choose learning rates", _text, ("memory", "lora"), sweep=None
+    ),
+    "text": Cell(
+        "200 updates on Python's documentation; LoRA for as many seconds", _text, ("memory", "lora"), sweep="text_sweep"
+    ),
+}

@@ -1,0 +1,136 @@
+"""Runs what is missing: each run in a process of its own, on two cores, every finished one a file of its own."""
+
+from __future__ import annotations
+
+import multiprocessing
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from pathlib import Path
+from typing import Any
+
+from pkmem.experiments.learning.cells import CELLS, Scale, perform
+from pkmem.experiments.learning.results import FIRST_RATES, Run, best_rate, load_found, rates_to_try, save_found
+from pkmem.training.reading import check_known
+
+NUM_CORES = 2
+
+
+def experiment_learn(out: Path, seeds: int = 3, cells: list[str] | None = None, scale: Scale | None = None) -> None:
+    """Teaches models facts and text, by memories, full fine-tuning and LoRA; a file per run in `out`.
+
+    Runs of one thread are made two at a time, and runs of two threads alone. Finished runs are kept and skipped.
+
+    Args:
+        out: the folder of the results.
+        seeds: seeds 0 .. seeds - 1 of the comparison, >= 1.
+        cells: some of `CELLS`, with the sweeps that they need; None runs all.
+        scale: how much is taught; None for what the documentation reports.
+
+    Raises:
+        ValueError: there is no such cell, `seeds` is below 1, or a run failed.
+    """
+    if seeds < 1:
+        raise ValueError(f"seeds is {seeds} but must be >= 1")
+    wanted = wanted_cells(cells)
+    out.mkdir(parents=True, exist_ok=True)
+    failed: dict[Run, str] = {}
+    running: dict[Future[dict[str, Any]], Run] = {}
+    spawn = multiprocessing.get_context("spawn")  # nothing of this process's memory is counted there
+    with ProcessPoolExecutor(NUM_CORES, spawn, max_tasks_per_child=1) as pool:
+        while True:
+            found = load_found(out)
+            free = NUM_CORES - sum(run.threads for run in running.values())
+            for run in planned(found, seeds, wanted):
+                if run in failed or run in running.values():
+                    continue
+                if run.threads > free:
+                    break
+                free -= run.threads
+                print(f"{time.strftime('%H:%M:%S')} {run.name}", file=sys.stderr, flush=True)
+                running[pool.submit(perform, run, scale or Scale(), seconds_for(run, found))] = run
+            if not running:
+                break
+            for done in wait(running, return_when=FIRST_COMPLETED).done:
+                run = running.pop(done)
+                error = done.exception()
+                if error is None:
+                    save_found(out, run, done.result())
+                    print(line_of(run, done.result()), flush=True)
+                else:
+                    failed[run] = str(error) or type(error).__name__
+                    print(f"{run.name}: {failed[run]}", file=sys.stderr, flush=True)
+    if failed:
+        run, why = next(iter(failed.items()))
+        raise ValueError(f"{len(failed)} runs have no result; run this again for {run.name}: {why}")
+
+
+def wanted_cells(names: list[str] | None) -> list[str]:
+    """The cells, and the sweeps they need, in the order of `CELLS`.
+
+    Raises:
+        ValueError: there is no such cell; the message lists those there are.
+    """
+    for name in names or ():
+        check_known(name, list(CELLS), "cell of learn")
+    chosen = set(names or CELLS)
+    chosen |= {sweep for name in chosen if (sweep := CELLS[name].sweep) is not None}
+    return [name for name in CELLS if name in chosen]
+
+
+def planned(found: dict[Run, dict[str, Any]], seeds: int, cells: list[str]) -> Iterator[Run]:
+    """The runs that have no result and can be made now: a sweep comes before what takes its best rates."""
+    for name in cells:
+        cell = CELLS[name]
+        for seed in range(seeds if cell.every_seed else 1):
+            for method in cell.methods:
+                if cell.sweep is None:
+                    rates: list[float] = rates_to_try(found, name, method)
+                else:
+                    best = best_rate(found, cell.sweep, method)
+                    rates = [] if best is None else [best]
+                for rate in rates:
+                    run = Run(name, method, rate, seed, cell.threads)
+                    if run not in found and not (needs_seconds(run) and seconds_for(run, found) is None):
+                        yield run
+
+
+def needs_seconds(run: Run) -> bool:
+    """Whether it is trained for as long as another run took."""
+    return (run.cell, run.method) == ("text", "lora")
+
+
+def seconds_for(run: Run, found: dict[Run, dict[str, Any]]) -> float | None:
+    """How long it may train; None where updates are counted, or the other run is not known yet."""
+    if not needs_seconds(run):
+        return None
+    others = [document for other, document in found.items() if (other.cell, other.method) == (run.cell, "memory")]
+    return others[0]["seconds"] if others else None
+
+
+def line_of(run: Run, found: dict[str, Any]) -> str:
+    """A finished run in a line."""
+    figures = found["figures"]
+    shown = [
+        f"{name} {figure:.4g}" if isinstance(figure, float) else f"{name} {sum(figure.values()) / len(figure):.1%}"
+        for name, figure in figures.items()
+        if isinstance(figure, float) or name in ("recall", "held_out", "reversed", "chat")
+    ]
+    return f"{run.name}: {found['seconds']:.0f} s, {', '.join(shown)}"
+
+
+def describe(seeds: int = 3, cells: list[str] | None = None) -> str:
+    """What would be run; nothing is.
+
+    Raises:
+        ValueError: as `experiment_learn`.
+    """
+    lines = []
+    for name in wanted_cells(cells):
+        cell = CELLS[name]
+        num = (seeds if cell.every_seed else 1) * len(cell.methods)
+        if cell.sweep is None:
+            num = sum(len(rates) for rates in FIRST_RATES[name].values())
+        lines.append(f"{name:16} {num:3} runs of {cell.threads} thread{'s' * (cell.threads > 1)}: {cell.about}")
+    return "\n".join(lines)

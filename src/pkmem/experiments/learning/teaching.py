@@ -1,0 +1,154 @@
+"""The rivals of a memory: the same facts by fine-tuning all weights, or LoRA adapters."""
+
+from __future__ import annotations
+
+import random
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from pkmem.experiments.learning.asking import Pair, encode, is_recalled, logits_of, losses_of
+
+LORA_RANK = 16
+SURE = 0.03  # nats per token of a completion, below which it is learned; this and the next as in `pkmem.learn`
+REVISITED = 0.15  # share of the learned pairs that an epoch teaches again
+
+
+class Clock:
+    """Seconds of teaching, without those of what is asked in between; and what was found out after each epoch.
+
+    Args:
+        ask: finds it out.
+    """
+
+    def __init__(self, ask: Callable[[nn.Module], dict[str, float]]) -> None:
+        self._ask = ask
+        self.seconds = 0.0
+        self.epochs: list[dict[str, float]] = []
+        self.start()
+
+    def start(self) -> None:
+        """Begins, or goes on with, the teaching."""
+        self._since = time.perf_counter()
+
+    def epoch(self, model: nn.Module) -> None:
+        """Ends an epoch; the model is as it was taught so far."""
+        self.stop()
+        self.epochs.append({"seconds": self.seconds, **self._ask(model)})
+        self.start()
+
+    def stop(self) -> None:
+        """Ends the teaching."""
+        self.seconds += time.perf_counter() - self._since
+        self.start()
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What is taught, and for how long: as `pkmem.learn` does it.
+
+    Args:
+        pairs: prompts and completions; the loss is on the completions alone.
+        rate: learning rate, > 0.
+        batch_size: pairs an update.
+        most_epochs: at most; it ends earlier, once all pairs are learned.
+        seed: of the order.
+    """
+
+    pairs: list[Pair]
+    rate: float
+    batch_size: int
+    most_epochs: int
+    seed: int
+
+
+class _Course:
+    """Which pairs an epoch teaches: those not learned yet, and some of the others again."""
+
+    def __init__(self, lesson: Lesson) -> None:
+        self._lesson = lesson
+        self._draw = random.Random(lesson.seed)
+        self._learned: set[int] = set()
+
+    @property
+    def is_over(self) -> bool:
+        """Whether all is learned."""
+        return len(self._learned) == len(self._lesson.pairs)
+
+    def epoch(self) -> Iterator[list[int]]:
+        """The places of the pairs of each batch."""
+        places = range(len(self._lesson.pairs))
+        asked = [place for place in places if place not in self._learned or self._draw.random() < REVISITED]
+        self._draw.shuffle(asked)
+        for first in range(0, len(asked), self._lesson.batch_size):
+            yield asked[first : first + self._lesson.batch_size]
+
+    def note(self, places: list[int], losses: Tensor, is_right: Tensor) -> None:
+        """What came out of a batch, before its update."""
+        for place, loss, right in zip(places, losses.tolist(), is_right.tolist(), strict=True):
+            (self._learned.add if right and loss < SURE else self._learned.discard)(place)
+
+
+def fine_tune(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, lesson: Lesson, clock: Clock) -> int:
+    """Teaches all weights by AdamW, in place; returns the bytes of what it changes."""
+    _teach(model, tokenizer, lesson, clock)
+    return sum(weight.numel() * weight.element_size() for weight in model.parameters())
+
+
+def adapt(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, lesson: Lesson, clock: Clock
+) -> tuple[nn.Module, int]:
+    """Teaches LoRA adapters of all linear layers but the head by AdamW; returns their model, and their file's bytes."""
+    adapted = with_adapters(model, lesson.seed)
+    _teach(adapted, tokenizer, lesson, clock)
+    with tempfile.TemporaryDirectory() as folder:
+        adapted.save_pretrained(folder)
+        return adapted, (Path(folder) / "adapter_model.safetensors").stat().st_size
+
+
+def with_adapters(model: PreTrainedModel, seed: int) -> Any:
+    """The model with LoRA adapters beside its frozen weights.
+
+    Raises:
+        ValueError: peft is not installed.
+    """
+    try:
+        from peft import LoraConfig, TaskType, get_peft_model
+    except ImportError as error:
+        raise ValueError('LoRA needs peft; run: pip install "pkmem[lora]"') from error
+    torch.manual_seed(seed)
+    config = LoraConfig(
+        r=LORA_RANK, lora_alpha=2 * LORA_RANK, target_modules="all-linear", task_type=TaskType.CAUSAL_LM
+    )
+    return get_peft_model(model, config)
+
+
+def _teach(model: nn.Module, tokenizer: PreTrainedTokenizerBase, lesson: Lesson, clock: Clock) -> None:
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=lesson.rate, weight_decay=0.0)
+    course = _Course(lesson)
+    clock.start()
+    for _ in range(lesson.most_epochs):
+        for places in course.epoch():
+            model.train()
+            batch = encode(tokenizer, [lesson.pairs[place] for place in places])
+            logits = logits_of(model, batch)
+            losses = losses_of(logits, batch)
+            if not losses.isfinite().all():
+                clock.stop()
+                return
+            losses.mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            course.note(places, losses, is_recalled(logits, batch))
+        clock.epoch(model)
+        if course.is_over:
+            break
+    clock.stop()

@@ -1,0 +1,157 @@
+"""Each cell teaches a tiny model, asks what it says, and leaves figures that a file can hold."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import pkmem
+from pkmem.experiments.learning import cells, trial
+from pkmem.experiments.learning.cells import CELLS, Scale, digest, perform
+from pkmem.experiments.learning.results import FIRST_RATES, Run, load_found, save_found
+from pkmem.layer.values import tables_in
+from taught import SIZE, llama, tokenizer  # noqa: F401
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is:DeprecationWarning"),  # of a library PEFT looks for
+    pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"),
+]
+COSTS = {"near_miss_kl", "background_nats", "background_bits_per_byte", "background_kl"}
+
+
+class MadeUpEdit:
+    """Stands for what `pkmem.learn` returns: rows of the first table, others at each call."""
+
+    def __init__(self, model, number: int) -> None:
+        self.figures = {"recall": 1.0}
+        self.rows = slice(16 * number, 16 * number + 16)
+        self.old = tables_in(model)[0].weight.data[self.rows].clone()
+        self.new = torch.randn_like(self.old)
+
+    def apply(self, model) -> None:
+        tables_in(model)[0].weight.data[self.rows] = self.new
+
+    def undo(self, model) -> None:
+        tables_in(model)[0].weight.data[self.rows] = self.old
+
+    def save(self, path) -> None:
+        path.write_bytes(bytes(100))
+
+
+@pytest.fixture
+def scale(tmp_path, tokenizer, monkeypatch) -> Scale:  # noqa: F811
+    torch.manual_seed(0)
+    llama().save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    learned = []
+
+    def learn(model, tokenizer, facts, run, scale, clock=None, others=()):
+        assert list(others) == (learned if run.cell == "sequence" else [])
+        learned.append(MadeUpEdit(model, len(learned)))
+        if clock is not None:
+            for _ in range(2):
+                clock.epoch(model)
+        return learned[-1]
+
+    def retrofit(model):
+        memory = pkmem.MemoryConfig(num_sub_keys=8, heads=2, knn=4, query_dim=8, query_norm="layer")
+        return pkmem.add_memory(model, [1], memory, placement="parallel", values="zero")
+
+    monkeypatch.setattr(cells, "_learn", learn)
+    monkeypatch.setattr(cells, "retrofit", retrofit)
+    monkeypatch.setattr(cells, "quiz", lambda: trial_quiz)
+    monkeypatch.setattr(trial, "read_documents", lambda data, split: [])
+    return Scale(
+        model=str(tmp_path / "model"), facts_per_kind=2, sweep_facts=3, hundred=4, thousand=6, edits=4, facts_per_edit=2,
+        batch_size=4, most_epochs=2, text_updates=3, text_sweep_updates=2, text_block_tokens=32, size=SIZE,
+    )  # fmt: skip
+
+
+trial_quiz = cells.quiz()[:2]
+REAL_LEARN = cells._learn
+
+
+def performed(cell: str, method: str, scale: Scale, seconds: float | None = None) -> dict:
+    run = Run(cell, method, 1e-3, threads=torch.get_num_threads())
+    found = perform(run, scale, seconds)
+    save_found(path := Path(scale.model), run, found)
+    assert json.loads((path / f"{run.name}.json").read_text()) == load_found(path)[run]
+    assert found["seconds"] >= 0
+    assert found["peak_rss_bytes"] > 50_000_000
+    assert found["environment"]["cores"]
+    return found
+
+
+@pytest.mark.parametrize("method", ["memory", "full", "lora"])
+def test_the_comparison_asks_every_method_the_same(scale, method) -> None:
+    found = performed("compare", method, scale)
+    assert (found["facts"], found["phrasings"], len(found["epochs"])) == (6, 4, 2)
+    assert set(found["epochs"][0]) == {"seconds", "recall", "held_out", *COSTS}
+    assert set(found["figures"]) == {"recall", "held_out", "reversed", "chat", "quiz", *COSTS}
+    assert found["figures"]["near_miss_kl"] > 0
+    assert found["edit_bytes"] > 0
+    assert (found["edit_bytes"] == 100) == (method == "memory")
+
+
+def test_a_memory_is_taught_by_pkmem_learn(scale, monkeypatch) -> None:
+    monkeypatch.setattr(cells, "_learn", REAL_LEARN)
+    found = performed("hundred_code", "memory", scale)
+    assert len(found["epochs"]) == found["edit_figures"]["epochs"] == 2
+    assert found["edit_figures"]["questions"] == 4
+    assert found["edit_bytes"] > 100
+    assert 0 < found["epochs"][0]["seconds"] < found["seconds"]
+    assert found["figures"]["near_miss_kl"] > 0
+
+
+@pytest.mark.parametrize("cell", ["hundred_code", "thousand"])
+def test_more_facts_are_taught_in_one_phrasing(scale, cell) -> None:
+    found = performed(cell, "memory", scale)
+    assert found["facts"] == {"hundred_code": 4, "thousand": 6}[cell]
+    assert found["phrasings"] == 1
+    assert set(found["figures"]["recall"]) == ({"code"} if cell == "hundred_code" else {"person", "code", "word"})
+
+
+def test_a_sweep_asks_after_each_epoch_alone(scale) -> None:
+    found = performed("sweep", "memory", scale)
+    assert found["figures"] == found["epochs"][-1]
+
+
+def test_edits_in_sequence_are_taken_back_to_the_bit(scale) -> None:
+    figures = performed("sequence", "memory", scale)["figures"]
+    assert figures["bitwise_as_before"]
+    assert len(figures["recall_of_each"]) == len(figures["recall_when_learned"]) == 4
+    assert len(figures["recall_of_the_others"]) == len(figures["recall_of_those_taken_back"]) == 2
+
+
+def test_what_is_not_as_before_is_seen(scale, monkeypatch) -> None:
+    monkeypatch.setattr(MadeUpEdit, "undo", lambda self, model: None)
+    assert not performed("sequence", "memory", scale)["figures"]["bitwise_as_before"]
+
+
+@pytest.mark.parametrize("method", ["memory", "lora"])
+def test_the_trial_on_text_trains_for_updates_or_seconds(scale, method) -> None:
+    found = performed("text", method, scale)
+    assert found["updates"] == 3
+    assert set(found["figures"]) == {
+        f"{text}_bits_per_byte{when}" for text in ("held_out", "unrelated") for when in ("", "_before")
+    }
+    assert found["figures"]["held_out_bits_per_byte"] != found["figures"]["held_out_bits_per_byte_before"]
+    assert performed("text", method, scale, seconds=1e-9)["updates"] == 0
+    assert performed("text_sweep", method, scale)["updates"] == 2
+
+
+def test_a_digest_sees_every_bit() -> None:
+    model = llama()
+    before = digest(model)
+    assert digest(model) == before
+    with torch.no_grad():
+        model.lm_head.weight[3, 5] *= 1 + 1e-7
+    assert digest(model) != before
+
+
+def test_every_cell_has_its_rates() -> None:
+    for name, cell in CELLS.items():
+        assert set(cell.methods) <= set(FIRST_RATES[cell.sweep or name])
+        assert replace(cell).about

@@ -1,0 +1,122 @@
+"""The runs of the experiment: sweeps first, two at a time or one of two threads alone, kept and skipped, failures named."""
+
+from concurrent.futures import Future
+
+import pytest
+
+from pkmem.experiments.learning import grid
+from pkmem.experiments.learning.cells import CELLS
+from pkmem.experiments.learning.grid import describe, experiment_learn, planned, wanted_cells
+from pkmem.experiments.learning.results import Run, load_found
+
+
+def made(run: Run) -> dict:
+    """A result as if the run had been made: the rate in the middle of each sweep is the best."""
+    loss = abs(run.rate - {"memory": 0.03, "full": 3e-5, "lora": 3e-4}[run.method]) + 1e-3
+    epoch = {"seconds": 3.0, "recall": 1.0, "held_out": 0.5, "near_miss_kl": 1.0, "background_kl": loss}
+    figures = {"recall": {"person": 1.0, "code": 0.5}, "held_out_bits_per_byte": loss, "questions": 0.75}
+    return (
+        {"seconds": 4.0, "epochs": [epoch], "figures": figures}
+        if "text" not in run.cell
+        else {"seconds": 5.0, "figures": figures}
+    )
+
+
+class Pool:
+    """Does what it is given at once, and hands it out in turn; remembers what was running together."""
+
+    together: list[list[str]]
+    fails: str | None
+
+    def __init__(self, *_: object, **__: object) -> None:
+        self.running: dict[Future, Run] = {}
+
+    def __enter__(self) -> "Pool":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def submit(self, perform, run: Run, scale: object, seconds: float | None) -> Future:
+        future: Future = Future()
+        self.running[future] = run
+        Pool.calls.append((run, seconds))
+        if run.method == Pool.fails:
+            future.set_exception(ValueError("it broke"))
+        else:
+            future.set_result(made(run))
+        return future
+
+
+@pytest.fixture
+def pool(monkeypatch):
+    Pool.calls, Pool.fails, Pool.together = [], None, []
+
+    def wait(running, return_when):
+        Pool.together.append([run.threads for run in running.values()])
+        first = next(iter(running))
+        return type("Done", (), {"done": {first}})
+
+    monkeypatch.setattr(grid, "ProcessPoolExecutor", Pool)
+    monkeypatch.setattr(grid, "wait", wait)
+    return Pool
+
+
+def test_all_is_run_once_and_nothing_again(pool, tmp_path, capsys) -> None:
+    experiment_learn(tmp_path, seeds=2)
+    names = [run.name for run, _ in pool.calls]
+    assert len(set(names)) == len(names)
+    found = load_found(tmp_path)
+    assert {run.cell for run in found} == set(CELLS)
+    assert sum(run.cell == "compare" for run in found) == 6
+    assert "compare-full-lr3e-05-seed1" in names
+    assert max(sum(threads) for threads in pool.together) == 2
+    assert [2] in pool.together
+    assert all(threads in ([1], [1, 1], [2]) for threads in pool.together)
+    assert "recall 75.0%" in capsys.readouterr().out
+    pool.calls.clear()
+    experiment_learn(tmp_path, seeds=2)
+    assert pool.calls == []
+    experiment_learn(tmp_path, seeds=3)
+    assert [run.name for run, _ in pool.calls] == [
+        "compare-memory-lr0.03-seed2", "compare-full-lr3e-05-seed2", "compare-lora-lr0.0003-seed2"
+    ]  # fmt: skip
+
+
+def test_lora_trains_on_text_for_the_seconds_of_the_memory(pool, tmp_path) -> None:
+    experiment_learn(tmp_path, cells=["text"])
+    assert {run.cell for run, _ in pool.calls} == {"text_sweep", "text"}
+    assert {run.method: seconds for run, seconds in pool.calls if run.cell == "text"} == {"memory": None, "lora": 5.0}
+
+
+def test_a_run_that_fails_costs_itself_and_what_needs_it(pool, tmp_path, capsys) -> None:
+    pool.fails = "lora"
+    with pytest.raises(
+        ValueError, match=r"3 runs have no result; run this again for sweep-lora-lr0.0001-seed0: it broke"
+    ):
+        experiment_learn(tmp_path, cells=["compare"])
+    found = load_found(tmp_path)
+    assert {run.method for run in found if run.cell == "compare"} == {"memory", "full"}
+    assert "sweep-lora-lr0.0001-seed0: it broke" in capsys.readouterr().err
+    pool.fails = None
+    experiment_learn(tmp_path, cells=["compare"], seeds=1)
+    assert {run.method for run in load_found(tmp_path) if run.cell == "compare"} == {"memory", "full", "lora"}
+
+
+def test_cells_come_with_their_sweeps() -> None:
+    assert wanted_cells(["text", "hundred_code"]) == ["sweep", "hundred_code", "text_sweep", "text"]
+    assert wanted_cells(None) == list(CELLS)
+    with pytest.raises(ValueError, match="hundred_cod"):
+        wanted_cells(["hundred_cod"])
+    with pytest.raises(ValueError, match="seeds is 0"):
+        experiment_learn(None, seeds=0)
+
+
+def test_at_first_only_sweeps_can_be_run() -> None:
+    assert {run.cell for run in planned({}, 1, list(CELLS))} == {"sweep", "text_sweep"}
+
+
+def test_a_dry_run_names_every_cell_and_its_runs() -> None:
+    lines = describe(3).splitlines()
+    assert [line.split()[0] for line in lines] == list(CELLS)
+    assert "  9 runs of 1 thread: 36 facts" in describe(3, ["compare"])

@@ -1,0 +1,93 @@
+"""Fine-tuning and adapters learn what they are taught, in the same batches, on a clock that stops while they are asked."""
+
+import time
+
+import pytest
+import torch
+
+from pkmem.experiments.learning.asking import recalled
+from pkmem.experiments.learning.teaching import Clock, Lesson, _Course, adapt, fine_tune, with_adapters
+from taught import llama, tokenizer  # noqa: F401
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is:DeprecationWarning"),  # of a library PEFT looks for
+    pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"),
+]
+PAIRS = [("one is", " a"), ("two is", " b"), ("three is", " c")]
+
+
+def lesson(rate: float = 5e-3, most_epochs: int = 120) -> Lesson:
+    return Lesson(PAIRS, rate, 2, most_epochs, seed=0)
+
+
+def test_an_epoch_teaches_what_is_not_learned_and_little_else() -> None:
+    many = Lesson([(str(i), str(i)) for i in range(200)], 1.0, 50, 1, seed=0)
+    course = _Course(many)
+    batches = list(course.epoch())
+    assert [len(batch) for batch in batches] == [50] * 4
+    assert sorted(place for batch in batches for place in batch) == list(range(200))
+    assert batches[0] != sorted(batches[0])
+    for batch in batches:  # learned are those that are right and sure
+        losses = torch.tensor([0.1 if place == 7 else 0.01 for place in batch])
+        course.note(batch, losses, torch.tensor([place != 9 for place in batch]))
+    again = [place for batch in course.epoch() for place in batch]
+    assert {7, 9} <= set(again)
+    assert 10 < len(again) < 60
+    assert not course.is_over
+    course.note([7, 9], torch.zeros(2), torch.ones(2, dtype=torch.bool))
+    assert course.is_over
+    course.note([3], torch.ones(1), torch.ones(1, dtype=torch.bool))
+    assert not course.is_over
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_it_learns_and_stops_when_it_knows_enough(method, tokenizer) -> None:  # noqa: F811
+    torch.manual_seed(0)
+    model = llama()
+    before = {name: weight.clone() for name, weight in model.named_parameters()}
+    clock = Clock(lambda model: {"recall": 0.0})
+    if method == "full":
+        taught, num_bytes = model, fine_tune(model, tokenizer, lesson(), clock)
+        assert num_bytes == 4 * sum(weight.numel() for weight in before.values())
+    else:
+        taught, num_bytes = adapt(model, tokenizer, lesson(), clock)
+        weights = dict(taught.base_model.model.named_parameters())
+        assert all(
+            torch.equal(weights[name.replace("_proj.", "_proj.base_layer.")], old) for name, old in before.items()
+        )
+        assert 0 < num_bytes < 4 * sum(weight.numel() for weight in before.values())
+    taught.eval()
+    with torch.no_grad():
+        assert recalled(taught, tokenizer, PAIRS) == [True] * 3
+    assert len(clock.epochs) > 1
+    assert len(clock.epochs) < 120 or method == "lora"  # which recalls all here, but is not sure
+    assert clock.epochs[-1]["seconds"] == pytest.approx(clock.seconds, abs=0.1)
+
+
+def test_it_ends_after_so_many_epochs_at_most(tokenizer) -> None:  # noqa: F811
+    clock = Clock(lambda model: {})
+    fine_tune(llama(), tokenizer, lesson(rate=1e-9, most_epochs=3), clock)
+    assert len(clock.epochs) == 3
+
+
+def test_a_rate_that_breaks_the_model_ends_the_lesson(tokenizer) -> None:  # noqa: F811
+    clock = Clock(lambda model: {})
+    model = llama()
+    torch.nn.init.constant_(model.lm_head.weight, float("nan"))
+    fine_tune(model, tokenizer, lesson(), clock)
+    assert clock.epochs == []
+
+
+def test_the_clock_stops_while_it_asks() -> None:
+    clock = Clock(lambda model: time.sleep(0.2) or {"recall": 0.5})
+    clock.epoch(torch.nn.Identity())
+    clock.epoch(torch.nn.Identity())
+    clock.stop()
+    assert [epoch["recall"] for epoch in clock.epochs] == [0.5, 0.5]
+    assert clock.seconds < 0.2
+
+
+def test_without_peft_the_command_that_installs_it_is_said(monkeypatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "peft", None)
+    with pytest.raises(ValueError, match=r"pip install \"pkmem\[lora\]\""):
+        with_adapters(llama(), 0)
