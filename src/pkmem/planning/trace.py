@@ -118,12 +118,19 @@ def trace_step(recipe: Recipe, sequences: int) -> Trace:
     Raises:
         ValueError: the model cannot be built.
     """
+    if recipe.model.pretrained is not None or recipe.training.train != "all":
+        raise ValueError(
+            "what is planned is a fresh model that is trained whole: leave out model.pretrained and training.train, and "
+            "describe a model of the same sizes by model.num_layers, model.width, ..."
+        )
     with torch.device("meta"):
         model = build_model(recipe.model, recipe.memory, recipe.model.vocab_size, 0)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with mode:
         _put_on_cpu(model)
         model.train()
+        if recipe.training.gradient_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
         tables = tables_in(model)
         trains_rows = tables and recipe.training.value_grad == "rows"
         optimizer = RowAdam(tables) if trains_rows else None  # while it lives, gradients of tables are reads

@@ -31,6 +31,9 @@ def shared_columns(recipe: Recipe, num_processes: int, of_host: int) -> int:
         ValueError: the processes cannot share the columns so.
     """
     config, memory = recipe.training, recipe.memory.bound_to(recipe.model.width)
+    if num_processes > 1 and (recipe.model.pretrained is not None or config.train != "all"):
+        what = "model.pretrained" if recipe.model.pretrained is not None else f"training.train={config.train}"
+        raise ValueError(f"{what} is for one process and there are {num_processes}: start it without torchrun")
     if num_processes == 1 or not recipe.model.memory_layers:
         return 1
     if config.value_grad == "dense":

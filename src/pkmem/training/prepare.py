@@ -8,13 +8,14 @@ from pathlib import Path
 
 import yaml
 from tqdm import tqdm
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from pkmem.text import TokenFile, read_documents, tokenize, train_tokenizer
 from pkmem.training.checkpoint import latest_checkpoint, newest_valid_checkpoint
 from pkmem.training.files import CheckpointError, empty, save_text
 from pkmem.training.processes import restarts_by_itself
 from pkmem.training.recipe import Recipe
+from pkmem.training.start import load_tokenizer, starting_tokenizer
 
 _TOKENIZER_CHARS = 50_000_000  # text a tokenizer is trained on; more changes little and takes minutes
 
@@ -32,6 +33,7 @@ def prepare_run(
         if latest_checkpoint(recipe.out) is None:
             resume, overwrite = False, resume  # an earlier start, if there was one, did not get far
     _check_run_directory(recipe.out, resume, overwrite)
+    _check_pretrained_stays(recipe)
     checkpoint = newest_valid_checkpoint(recipe.out, lambda line: say(True, line)) if resume else None
     return *prepare_text(recipe, resume, progress), checkpoint
 
@@ -42,8 +44,10 @@ def prepare_text(recipe: Recipe, resume: bool, progress: bool) -> tuple[PreTrain
     Raises:
         ValueError: no text, or too little of it, in `recipe.data`.
     """
-    if resume or recipe.tokenizer is not None:
-        tokenizer = _load_tokenizer(recipe.out / "tokenizer" if resume else recipe.tokenizer)
+    named = load_tokenizer(recipe.out / "tokenizer") if resume else starting_tokenizer(recipe)
+    tokenizer: PreTrainedTokenizerBase
+    if named is not None:
+        tokenizer = named
     else:
         say(progress, f"training a byte-level BPE of {recipe.model.vocab_size} tokens on {recipe.data}")
         tokenizer = train_tokenizer(_first_chars(read_documents(recipe.data, "train")), recipe.model.vocab_size)
@@ -53,14 +57,6 @@ def prepare_text(recipe: Recipe, resume: bool, progress: bool) -> tuple[PreTrain
         if file.num_skipped:
             say(True, f"skipped {file.num_skipped} files or lines of the {split} text that are not readable")
     return tokenizer, train_file, held_out_file
-
-
-def _load_tokenizer(place: Path | str | None) -> PreTrainedTokenizerBase:
-    try:
-        return AutoTokenizer.from_pretrained(place)
-    except (OSError, ValueError) as error:
-        fix = "name a directory of a saved tokenizer, or one on the Hugging Face Hub"
-        raise ValueError(f"cannot load the tokenizer {place}: {fix} ({str(error).splitlines()[0]})") from error
 
 
 def _first_chars(documents: Iterable[str]) -> Iterator[str]:
@@ -81,6 +77,14 @@ def _check_run_directory(out: Path, resume: bool, overwrite: bool) -> None:
             raise ValueError(f"{out} already exists: choose another --out, or --overwrite it, or --resume it")
         if not (out / "config.yaml").exists():
             raise ValueError(f"{out} is not a run directory (it has no config.yaml): choose another --out")
+
+
+def _check_pretrained_stays(recipe: Recipe) -> None:
+    pretrained, out = recipe.model.pretrained, recipe.out.resolve()
+    if pretrained is not None and Path(pretrained).exists() and Path(pretrained).resolve().is_relative_to(out):
+        raise ValueError(
+            f"{recipe.out} holds model.pretrained, {pretrained}, which a run does not replace: choose another --out"
+        )
 
 
 def make_run_directory(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> None:

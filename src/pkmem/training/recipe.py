@@ -18,7 +18,8 @@ class TrainingConfig:
         num_tokens: training tokens in all.
         batch_tokens: tokens of one update, a multiple of model.context_tokens.
         micro_batches: backward passes an update is split into.
-        lr: peak learning rate of everything but the values.
+        lr: peak learning rate of everything but the values; bf16 weights are rounded to nearest, so that steps below
+            about a thousandth of a weight are lost.
         value_lr: peak learning rate of the values (the paper's is 1e-3).
         schedule: "cosine", "linear", "inverse_sqrt" or "constant", after the warm-up.
         value_schedule: "same" as the rest, or "constant" as in the paper.
@@ -29,6 +30,10 @@ class TrainingConfig:
         value_grad: "rows" trains the read rows alone, at a cost that does not grow with the table; "dense"
             makes a gradient of the table's size.
         columns: processes that share the columns of each value table; None: as many of a host's as divide its width.
+        train: what moves: "values", the value tables alone; "memory", the memories' queries, keys and gates, too; or
+            "all". What does not costs no gradient and no optimizer state.
+        gradient_checkpointing: keep the hidden states between blocks alone, and compute what is inside again in the
+            backward pass: less memory for a third more time.
         parallel: "ddp" holds everything but the tables on each process, "fsdp" splits it among them.
         precision: "fp32", or "bf16" autocast.
         seed: of weights, data order and dropout, >= 0.
@@ -51,6 +56,8 @@ class TrainingConfig:
     weight_decay: float = 0.0
     max_norm: float = 1.0
     value_grad: Literal["rows", "dense"] = "rows"
+    train: Literal["values", "memory", "all"] = "all"
+    gradient_checkpointing: bool = False
     columns: int | None = None
     parallel: Literal["ddp", "fsdp"] = "ddp"
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -87,9 +94,10 @@ class Recipe:
     Args:
         data: "python", "python+", a file, directory or glob, "hf:NAME", or "synthetic:facts:NUM".
         out: the run directory.
-        tokenizer: a saved tokenizer's directory, or a name on the Hugging Face Hub; None trains a byte-level BPE.
+        tokenizer: a saved tokenizer's directory, or a name on the Hugging Face Hub; None trains a byte-level BPE, or
+            takes that of model.pretrained.
         model: the decoder and where its memories are.
-        memory: the memories' shape and options; the width is the model's.
+        memory: the shape and options of fresh memories; the width is the model's.
         training: how it is trained.
     """
 
@@ -108,6 +116,20 @@ class Recipe:
             raise ValueError(
                 f"training.batch_tokens is {self.training.batch_tokens} but must be a multiple of "
                 f"context_tokens * micro_batches = {unit}: try {near}"
+            )
+        if self.model.pretrained is not None:
+            for name, setting, default in (
+                ("tokenizer", self.tokenizer, None),
+                ("memory", self.memory, MemoryConfig()),
+            ):
+                if setting != default:
+                    raise ValueError(
+                        f"{name} cannot stand beside model.pretrained: leave it out, {self.model.pretrained} has its own "
+                        "(`pkmem retrofit` makes memories)"
+                    )
+        elif self.training.train != "all" and not self.model.memory_layers:
+            raise ValueError(
+                f"training.train is {self.training.train!r} but model.memory_layers is empty: name a layer, or train 'all'"
             )
         for layer in self.model.memory_layers:
             if not 0 <= layer < self.model.num_layers:

@@ -35,7 +35,6 @@ from pkmem.layer.drawing import undrawn_tables
 from pkmem.layer.sharding import shard_values
 from pkmem.layer.usage import watching
 from pkmem.layer.values import count_parameters, tables_in
-from pkmem.lm.build import build_model
 from pkmem.lm.evaluation import evaluate
 from pkmem.lm.recall import measure_recall
 from pkmem.ops import prepare
@@ -48,6 +47,7 @@ from pkmem.training.parallel import split_dense_part, table_mesh
 from pkmem.training.prepare import make_run_directory, prepare_run, say
 from pkmem.training.processes import ending_together, group_after_restart
 from pkmem.training.recipe import Recipe
+from pkmem.training.start import starting_model
 from pkmem.training.trainer import MemoryTrainer
 
 _LONGEST_WAIT = timedelta(days=1)  # for the process that reads the text, evaluates or saves
@@ -102,7 +102,7 @@ def _train(recipe: Recipe, resume: bool, overwrite: bool, progress: bool, proces
     mesh = table_mesh(recipe, processes.num_processes, processes.device)
     set_seed(recipe.training.seed)
     with contextlib.nullcontext() if mesh is None else undrawn_tables():
-        model = build_model(recipe.model, recipe.memory, len(tokenizer), tokenizer.eos_token_id)
+        model = starting_model(recipe, tokenizer, checkpoint)
     if mesh is not None:
         shard_values(model, mesh)
     if recipe.training.parallel == "fsdp" and processes.num_processes > 1:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from huggingface_hub import snapshot_download
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -32,6 +33,8 @@ from pkmem.training.checkpoint import newest_valid_checkpoint, open_shards, veri
 from pkmem.training.files import CheckpointError
 from pkmem.training.screening import screen_config, screen_model
 
+_OF_A_MODEL = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]  # nothing that could be run
+
 
 def find_saved(path: Path) -> Path:
     """The folder with a model's config.json: RUN/model, else the newest valid checkpoint of RUN, else the path itself.
@@ -54,6 +57,27 @@ def find_saved(path: Path) -> Path:
     else:
         screen_model(folder)
     return folder
+
+
+def find_pretrained(place: str) -> Path:
+    """Where a pretrained model lies: its directory, or the copy of a model of the Hugging Face Hub.
+
+    Args:
+        place: a directory, or a name on the Hub, of which configs, tokenizer and safetensors are fetched if they are not
+            here yet.
+
+    Raises:
+        ValueError: neither.
+    """
+    if Path(place).exists():
+        return Path(place)
+    try:
+        return Path(snapshot_download(place, allow_patterns=_OF_A_MODEL))
+    except (OSError, ValueError) as error:  # of huggingface_hub and its connections
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"no model {place}: give a saved model's directory, or a name on the Hugging Face Hub ({reason})"
+        ) from error
 
 
 def load_saved(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -41,14 +41,16 @@ def _not_finite(what: str, value: float, step: int) -> NonFiniteLossError:
 
 
 def build_optimizer(model: nn.Module, config: TrainingConfig) -> CombinedOptimizer:
-    """AdamW for everything but the values, and for the values RowAdam or a dense Adam."""
+    """AdamW for everything but the values, and for the values RowAdam or a dense Adam; nothing for what is frozen."""
     betas = (0.9, config.beta2)
     dense = dense_parameters(model)
     groups = [
         {"params": [p for p in dense if p.dim() > 1], "weight_decay": config.weight_decay},
         {"params": [p for p in dense if p.dim() <= 1], "weight_decay": 0.0},
     ]
-    parts: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=config.lr, betas=betas, fused=True)]
+    parts: list[torch.optim.Optimizer] = []
+    if dense:
+        parts.append(torch.optim.AdamW(groups, lr=config.lr, betas=betas, fused=True))
     if tables := tables_in(model):
         if config.value_grad == "rows":
             parts.append(RowAdam(tables, lr=config.value_lr, betas=betas))
@@ -60,6 +62,8 @@ def build_optimizer(model: nn.Module, config: TrainingConfig) -> CombinedOptimiz
 
 def build_schedule(optimizer: CombinedOptimizer, config: TrainingConfig) -> torch.optim.lr_scheduler.LRScheduler:
     """The learning-rate schedule, over all parts or all but the values (`config.value_schedule`)."""
+    if config.value_schedule == "constant" and config.train == "values":
+        return get_scheduler("constant", optimizer)
     scheduled = optimizer if config.value_schedule == "same" else optimizer.optimizers[0]
     warmup_steps = math.ceil(config.warmup_share * config.num_steps)
     return get_scheduler(config.schedule, scheduled, warmup_steps, config.num_steps)
@@ -152,7 +156,10 @@ class MemoryTrainer(Trainer):
         """
         rows = self.recipe.training.value_grad == "rows"
         parameters = dense_parameters(model) if rows else list(model.parameters())
-        norm = self.accelerator.clip_grad_norm_(parameters, self.args.max_grad_norm)
+        if not parameters:  # the values are trained alone
+            norm = torch.tensor(self._plain_optimizer().optimizers[0].grad_norm())
+        else:
+            norm = self.accelerator.clip_grad_norm_(parameters, self.args.max_grad_norm)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         if not torch.isfinite(norm):  # in all processes alike: it is that of the mean over all of them
             raise _not_finite("the norm of the gradient", norm.item(), self.state.global_step + 1)
