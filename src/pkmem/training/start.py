@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +95,8 @@ def freeze(model: nn.Module, train: str) -> None:
         model.requires_grad_(True)
         return
     model.requires_grad_(False)
-    for part in memories_in(model).values() if train == "memory" else tables_in(model):
+    parts: Iterable[nn.Module] = memories_in(model).values() if train == "memory" else tables_in(model)
+    for part in parts:
         part.requires_grad_(True)
     if train == "values":
         for part in model.modules():
