@@ -40,10 +40,20 @@ GATES = {  # the only files that may import a library, anywhere in them
     },
     "numba": {"pkmem.ops.cpu.*"},
     "triton": {"pkmem.ops.triton", "pkmem.ops.triton.*"},
-    "jsonargparse": {"pkmem.cli", "pkmem.experiments.verb", "pkmem.planning.verb", "pkmem.training.reading", "pkmem.editing.verbs"},
+    "jsonargparse": {
+        "pkmem.cli",
+        "pkmem.experiments.verb",
+        "pkmem.planning.verb",
+        "pkmem.training.reading",
+        "pkmem.editing.verbs",
+    },
     "matplotlib": {"pkmem.experiments.plots"},
 }
-VERBS = ("pkmem.planning.verb", "pkmem.experiments.verb", "pkmem.editing.verbs")  # imported by the command line whatever it is asked
+VERBS = (
+    "pkmem.planning.verb",
+    "pkmem.experiments.verb",
+    "pkmem.editing.verbs",
+)  # imported by the command line whatever it is asked
 BY_NAME = {"pkmem", "pkmem.lm.autoload"}  # may import modules whose names are computed
 
 
@@ -121,7 +131,14 @@ def test_modules_imported_by_computed_name_are_in_two_files() -> None:
 
 
 def test_the_command_line_is_light_to_import() -> None:
-    known = {*VERBS, "pkmem.layer.config", "pkmem.lm.config", "pkmem.training.reading", "pkmem.training.recipe", "jsonargparse"}
+    known = {
+        *VERBS,
+        "pkmem.layer.config",
+        "pkmem.lm.config",
+        "pkmem.training.reading",
+        "pkmem.training.recipe",
+        "jsonargparse",
+    }
     heavy = {name for module in ("pkmem.cli", *VERBS) for name in top_imports(module)} - known
     assert heavy <= {"__future__", "collections.abc", "dataclasses", "os", "pathlib", "re", "sys", "typing"}
 
