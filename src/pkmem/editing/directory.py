@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pkmem.editing.edit import Edit
+from pkmem.editing.edit import Edit, State
 from pkmem.editing.fingerprint import fingerprint_of, saved_tensors, table_names
 from pkmem.text.durable import replacing
 from pkmem.training.export import save_description
@@ -44,6 +44,7 @@ class SavedModel:
         folder: the directory.
         fingerprint: of the model, as `pkmem.editing.fingerprint` has it of the loaded one.
         tables: weights of the tables by name, mapped.
+        seen: the identity of each weights file, before anything of it was read.
 
     Raises:
         ValueError: no model is there, it is not safe to load, it lacks weights, or it has no memories.
@@ -52,7 +53,8 @@ class SavedModel:
     def __init__(self, path: Path) -> None:
         self.folder = find_saved(path)
         self._file_of = _files_of_weights(self.folder, path)
-        files = {name: TensorFile(self.folder / name) for name in set(self._file_of.values())}
+        self.seen = {name: _identity(self.folder / name) for name in set(self._file_of.values())}
+        files = {name: TensorFile(self.folder / name) for name in self.seen}
         num_bytes = sum(stored.stop - stored.start for file in files.values() for stored in file.stored.values())
         _, model = screen_config(self.folder / "config.json", len(self._file_of), num_bytes)
         tables = table_names(model)
@@ -66,6 +68,10 @@ class SavedModel:
             tensors[name] = files[file][name]
         self.fingerprint = fingerprint_of(tensors, tables)
         self.tables: dict[str, Tensor] = {name: tensors[name] for name in tables}
+
+    def reopen(self) -> None:
+        """Maps the tables anew, after a file of them was replaced."""
+        self.tables = {name: TensorFile(self.folder / self._file_of[name])[name] for name in self.tables}
 
     def is_zero(self) -> bool:
         """Whether all values are zero, as `pkmem retrofit` leaves them."""
@@ -123,20 +129,14 @@ def apply_edits(path: Path, edits: Sequence[Edit]) -> SavedModel:
             if edit.overlaps(other):
                 _refuse_overlap(edit, other)
     weights = _one_file(model, edits)
-    seen = _identity(weights)
-    copies = [model.copy_of(edit) for edit in edits]
-    made = [copy for copy in copies if not copy.exists()]
     (model.folder / _EDITS).mkdir(exist_ok=True)
     try:
-        for edit, copy in zip(edits, copies, strict=True):
-            edit.save(copy)
-        _patch(weights, seen, [(edit.rows, edit.new) for edit in edits])
-    except BaseException:
-        for copy in made:
-            copy.unlink(missing_ok=True)
-        _remove_if_empty(model.folder / _EDITS)
-        raise
-    return SavedModel(path)
+        for edit in edits:
+            edit.save(model.copy_of(edit))
+        _patch(weights, model.seen[weights.name], [(edit.rows, edit.new) for edit in edits])
+    finally:
+        _keep_copies_of_what_is_in(model, edits)
+    return model
 
 
 def forget_edit(path: Path, name: str) -> tuple[SavedModel, Edit]:
@@ -164,10 +164,11 @@ def forget_edit(path: Path, name: str) -> tuple[SavedModel, Edit]:
         edit = Edit.load(Path(name))
     _require(model, edit, "in", inside)
     weights = _one_file(model, [edit])
-    _patch(weights, _identity(weights), [(edit.rows, edit.old)])
-    model.copy_of(edit).unlink(missing_ok=True)
-    _remove_if_empty(model.folder / _EDITS)
-    return SavedModel(path), edit
+    try:
+        _patch(weights, model.seen[weights.name], [(edit.rows, edit.old)])
+    finally:
+        _keep_copies_of_what_is_in(model, [edit])
+    return model, edit
 
 
 def save_with_tables_apart(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: Path) -> None:
@@ -216,10 +217,10 @@ def _files_of_weights(folder: Path, path: Path) -> dict[str, str]:
     return {str(name): str(file) for name, file in weight_map.items()}
 
 
-def _require(model: SavedModel, edit: Edit, state: str, inside: Sequence[Edit]) -> None:
+def _require(model: SavedModel, edit: Edit, wanted: State, inside: Sequence[Edit]) -> None:
     edit.require_model(model.fingerprint)
     owners = [other.name for other in inside if other.name != edit.name and other.overlaps(edit)]
-    edit.require_state(edit.state_in(model.tables), "in" if state == "in" else "out", ", ".join(owners))
+    edit.require_state(edit.state_in(model.tables), wanted, ", ".join(owners))
 
 
 def _refuse_overlap(edit: Edit, other: Edit) -> None:
@@ -282,13 +283,15 @@ def _write_rows(file: BinaryIO, start: int, rows: Tensor, values: Tensor) -> Non
 def _copy(source: Path, target: BinaryIO) -> None:
     """Copies a file; zeros become holes, which take no room and no time where the disk knows them."""
     zeros = bytes(_BLOCK_BYTES)
-    with source.open("rb") as file:
+    with source.open("rb", buffering=0) as file:  # unbuffered, as `_written` moves the place to read from
         size = os.fstat(file.fileno()).st_size
         for start, stop in _written(file, size):
             file.seek(start)
             target.seek(start)
             while start < stop:
                 block = file.read(min(_BLOCK_BYTES, stop - start))
+                if not block:
+                    raise ValueError(f"{source} was changed by another program meanwhile: try again")
                 if block == zeros:
                     target.seek(len(block), os.SEEK_CUR)
                 else:
@@ -315,6 +318,12 @@ def _written(file: BinaryIO, size: int) -> Iterator[tuple[int, int]]:
         yield start, stop
 
 
-def _remove_if_empty(folder: Path) -> None:
+def _keep_copies_of_what_is_in(model: SavedModel, edits: Sequence[Edit]) -> None:
+    """Removes the copies of those of the edits that are not in, and their folder where it is empty."""
+    model.reopen()
+    for edit in edits:
+        if not model.holds(edit):
+            model.copy_of(edit).unlink(missing_ok=True)
+    folder = model.folder / _EDITS
     if folder.is_dir() and not any(folder.iterdir()):
         folder.rmdir()

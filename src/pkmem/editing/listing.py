@@ -22,7 +22,10 @@ def describe_edits(model: SavedModel) -> str:
     for edit in inside:
         lines += _described(edit, model)
     for edit in outside:
-        lines.append(f"{edit.name}: not in, though its copy is here: putting it in was interrupted, do it again")
+        lines.append(
+            f"{edit.name}: not in, though a copy is here (an apply or a forget was interrupted): "
+            f"apply it again, or delete {model.copy_of(edit)}"
+        )
     return "\n".join(lines)
 
 
