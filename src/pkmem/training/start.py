@@ -64,7 +64,7 @@ def starting_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, checkpoin
         decoder.loss_type = decoder.loss_type or "ForCausalLM"  # as in build_model
     freeze(model, recipe.training.train)
     if recipe.training.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})  # or frozen embeddings would stop all gradients
+        compute_again_in_backward(model)
     return model
 
 
@@ -82,6 +82,13 @@ def _require_fits(recipe: Recipe, model: PreTrainedModel, tokenizer: PreTrainedT
             f"training.train is {recipe.training.train!r} but {recipe.model.pretrained} has no memory: put some in with "
             "`pkmem retrofit`, or train 'all'"
         )
+
+
+def compute_again_in_backward(model: PreTrainedModel) -> None:
+    """Keeps the hidden states between blocks alone for the backward pass (gradient checkpointing)."""
+    older = model.gradient_checkpointing_enable  # what older versions of transformers call it
+    getattr(model, "activation_checkpointing_enable", older)({"use_reentrant": False})
+    model.disable_input_require_grads()  # gradients go no further down than what is trained
 
 
 def freeze(model: nn.Module, train: str) -> None:
