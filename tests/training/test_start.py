@@ -19,6 +19,7 @@ from pkmem.lm.build import build_model
 from pkmem.lm.config import ModelConfig
 from pkmem.training.checkpoint import open_shards
 from pkmem.training.export import export_run
+from pkmem.training.parallel import shared_columns
 from pkmem.training.recipe import Recipe
 from pkmem.training.run import train
 from pkmem.training.saved import load_saved
@@ -208,3 +209,16 @@ def test_what_answers_teaches_values_alone(tmp_path: Path, text: Path, retrofitt
     records = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
     losses = [record["loss"] for record in records if record["kind"] == "held_out"]
     assert losses[-1] < 0.9 * losses[0]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "what"),
+    [
+        (Recipe(model=ModelConfig(pretrained="x")), "model.pretrained"),
+        (Recipe(model=MODEL, training=dataclasses.replace(TRAINING, train="values")), "training.train=values"),
+    ],
+)
+def test_several_processes_are_refused_before_anything_is_done(recipe: Recipe, what: str) -> None:
+    with pytest.raises(ValueError, match=rf"^{re.escape(what)} is for one process and there are 2: start it without"):
+        shared_columns(recipe, 2, 2)
+    assert shared_columns(recipe, 1, 1) == 1
