@@ -99,7 +99,6 @@ def freeze(model: nn.Module, train: str) -> None:
         train: "values", "memory" or "all", see `TrainingConfig`.
     """
     if train == "all":
-        model.requires_grad_(True)
         return
     model.requires_grad_(False)
     parts: Iterable[nn.Module] = memories_in(model).values() if train == "memory" else tables_in(model)
