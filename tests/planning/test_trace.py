@@ -1,6 +1,7 @@
 """A step without numbers, against the same step with them."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from meter import Meter
 from pkmem.layer.optim import RowAdam
 from pkmem.layer.values import tables_in
 from pkmem.lm.build import build_model
+from pkmem.lm.config import ModelConfig
 from pkmem.planning.trace import trace_step
 from pkmem.planning.wire import TableReads
 from pkmem.training.recipe import Recipe
@@ -113,3 +115,22 @@ def test_who_only_looks_at_a_tensor_moves_no_bytes() -> None:
     assert not [op for op in views if op.num_bytes]
     lookup = next(op for op in trace.forward if op.name == "aten.embedding.default")
     assert lookup.num_bytes == SEQUENCES * 32 * (2 * 32 * 4 + 8)  # not the whole of what it looks up in
+
+
+def test_activations_computed_again_take_less_memory_and_more_products() -> None:
+    recipe = tiny(Path("d"), Path("o"), model={"num_layers": 6})
+    again = replace(recipe, training=replace(recipe.training, gradient_checkpointing=True))
+    kept, computed = trace_step(recipe, 2), trace_step(again, 2)
+    assert computed.peak()[0] < kept.peak()[0] / 2
+    assert computed.peak()[1:] == kept.peak()[1:]
+    products = [sum(operation.flops for operation in trace.backward) for trace in (kept, computed)]
+    forward = sum(operation.flops for operation in kept.forward)
+    assert products[0] + forward / 2 < products[1] <= products[0] + forward
+
+
+def test_what_is_frozen_or_pretrained_is_not_planned() -> None:
+    recipe = tiny(Path("d"), Path("o"))
+    pretrained = Recipe(model=ModelConfig(pretrained="x"))
+    for other in (pretrained, replace(recipe, training=replace(recipe.training, train="values"))):
+        with pytest.raises(ValueError, match=r"leave out model\.pretrained and training\.train"):
+            trace_step(other, 2)

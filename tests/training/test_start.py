@@ -19,10 +19,11 @@ from pkmem.lm.build import build_model
 from pkmem.lm.config import ModelConfig
 from pkmem.training.checkpoint import open_shards
 from pkmem.training.export import export_run
+from pkmem.training.parallel import shared_columns
 from pkmem.training.recipe import Recipe
 from pkmem.training.run import train
 from pkmem.training.saved import load_saved
-from pkmem.training.start import freeze
+from pkmem.training.start import compute_again_in_backward, freeze
 from pkmem.training.trainer import build_optimizer
 from tiny import MEMORY, MODEL, TRAINING
 
@@ -184,3 +185,40 @@ def test_gradient_checkpointing_changes_no_bit(text: Path, tmp_path: Path, retro
         recipe = going_on(text, tmp_path / str(on), retrofitted, train=what, gradient_checkpointing=on)
         train(dataclasses.replace(recipe), progress=False)
     assert changed(tmp_path / "False" / "model", tmp_path / "True" / "model") == set()
+
+
+def test_gradients_go_no_further_down_than_what_is_trained() -> None:
+    model = build_model(dataclasses.replace(MODEL, memory_layers=[1]), MEMORY, 300, 0).train()
+    freeze(model, "values")
+    compute_again_in_backward(model)
+    seen: list[bool] = []
+    for block in model.base.transformer.h:
+        block.register_forward_hook(lambda module, args, out: seen.append(args[0].requires_grad))
+    ids = torch.randint(300, (2, 32))
+    model(input_ids=ids, labels=ids).loss.backward()
+    assert not any(seen[:2])
+    assert all(table.weight.grad is not None for table in tables_in(model))
+
+
+def test_what_answers_teaches_values_alone(tmp_path: Path, text: Path, retrofitted: Path) -> None:
+    """Prompts and completions through a frozen decoder, bf16 values by rows, in micro-batches."""
+    lines = [json.dumps({"prompt": f"the {n} cats", "completion": f"saw {n} dogs"}) for n in range(200)]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(lines))
+    recipe = going_on(tmp_path / "pairs.jsonl", tmp_path / "out", retrofitted, train="values", value_lr=0.3)
+    train(dataclasses.replace(recipe, training=dataclasses.replace(recipe.training, num_tokens=6400)), progress=False)
+    records = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    losses = [record["loss"] for record in records if record["kind"] == "held_out"]
+    assert losses[-1] < 0.9 * losses[0]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "what"),
+    [
+        (Recipe(model=ModelConfig(pretrained="x")), "model.pretrained"),
+        (Recipe(model=MODEL, training=dataclasses.replace(TRAINING, train="values")), "training.train=values"),
+    ],
+)
+def test_several_processes_are_refused_before_anything_is_done(recipe: Recipe, what: str) -> None:
+    with pytest.raises(ValueError, match=rf"^{re.escape(what)} is for one process and there are 2: start it without"):
+        shared_columns(recipe, 2, 2)
+    assert shared_columns(recipe, 1, 1) == 1

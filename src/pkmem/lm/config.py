@@ -16,8 +16,6 @@ class ModelConfig:
     """A decoder of a Hugging Face family, and the blocks of it that get a memory; or a pretrained model as it is.
 
     Args:
-        pretrained: a saved model to train on from: a Hugging Face directory, a pkmem run, or a name on the Hugging Face
-            Hub; None makes a fresh decoder, which all other fields but context_tokens describe.
         family: a Hugging Face model type of a decoder: gpt2, llama, qwen3, mistral, gemma, gpt_neox, ...
         num_layers: blocks, >= 1.
         width: hidden width d, >= 1, a multiple of num_heads.
@@ -29,9 +27,10 @@ class ModelConfig:
         memory_layers: blocks with a memory, counted from 0; empty for a dense model.
         placement: "replace" the MLP, or "parallel" beside it.
         share_values: one value table for all memories.
+        pretrained: a saved model to train on from: a Hugging Face directory, a pkmem run, or a name on the Hugging Face
+            Hub; None makes a fresh decoder, which all other fields but context_tokens describe.
     """
 
-    pretrained: str | None = None
     family: str = "gpt2"
     num_layers: int = 4
     width: int = 256
@@ -43,6 +42,7 @@ class ModelConfig:
     memory_layers: list[int] = field(default_factory=list)
     placement: Literal["replace", "parallel"] = "replace"
     share_values: bool = False
+    pretrained: str | None = None
 
     def __post_init__(self) -> None:
         take_plain_numbers(self)

@@ -28,6 +28,7 @@ from pkmem.ops.reading_log import RowGradient
 from pkmem.planning.wire import TableReads
 from pkmem.training.parallel import blocks_of
 from pkmem.training.recipe import Recipe
+from pkmem.training.start import compute_again_in_backward
 
 _aten, _pkmem = torch.ops.aten, torch.ops.pkmem
 _LOOKUPS = {_aten.embedding, _aten.index, _aten.index_select, _aten.gather, _aten.nll_loss_forward}
@@ -130,7 +131,7 @@ def trace_step(recipe: Recipe, sequences: int) -> Trace:
         _put_on_cpu(model)
         model.train()
         if recipe.training.gradient_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            compute_again_in_backward(model)
         tables = tables_in(model)
         trains_rows = tables and recipe.training.value_grad == "rows"
         optimizer = RowAdam(tables) if trains_rows else None  # while it lives, gradients of tables are reads

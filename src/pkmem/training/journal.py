@@ -106,9 +106,10 @@ class Journal(TrainerCallback):
         record = {
             "loss": loss,
             "bits_per_byte": loss / math.log(2) / self.train_bytes_per_token,
-            "lr": optimizer.param_groups[0]["lr"],
             "tokens_per_s": len(self._losses) * self.recipe.training.batch_tokens / max(seconds, 1e-9),
         }
+        if self.recipe.training.train != "values":
+            record["lr"] = optimizer.param_groups[0]["lr"]
         if self.usages:
             record["value_lr"] = optimizer.param_groups[-1]["lr"]
         record |= usage_figures(self.usages)

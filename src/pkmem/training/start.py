@@ -64,7 +64,7 @@ def starting_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, checkpoin
         decoder.loss_type = decoder.loss_type or "ForCausalLM"  # as in build_model
     freeze(model, recipe.training.train)
     if recipe.training.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})  # or frozen embeddings would stop all gradients
+        compute_again_in_backward(model)
     return model
 
 
@@ -84,6 +84,13 @@ def _require_fits(recipe: Recipe, model: PreTrainedModel, tokenizer: PreTrainedT
         )
 
 
+def compute_again_in_backward(model: PreTrainedModel) -> None:
+    """Keeps the hidden states between blocks alone for the backward pass (gradient checkpointing)."""
+    older = model.gradient_checkpointing_enable  # what older versions of transformers call it
+    getattr(model, "activation_checkpointing_enable", older)({"use_reentrant": False})
+    model.disable_input_require_grads()  # gradients go no further down than what is trained
+
+
 def freeze(model: nn.Module, train: str) -> None:
     """Leaves a gradient to what is trained alone.
 
@@ -92,7 +99,6 @@ def freeze(model: nn.Module, train: str) -> None:
         train: "values", "memory" or "all", see `TrainingConfig`.
     """
     if train == "all":
-        model.requires_grad_(True)
         return
     model.requires_grad_(False)
     parts: Iterable[nn.Module] = memories_in(model).values() if train == "memory" else tables_in(model)
