@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from pkmem.editing.directory import save_with_tables_apart
 from pkmem.layer.config import MemoryConfig
@@ -13,7 +13,7 @@ from pkmem.lm.config import BESIDE_MLPS
 from pkmem.lm.huggingface import PkmemForCausalLM, add_memory
 from pkmem.lm.placement import find_blocks
 from pkmem.lm.smollm2 import smollm2
-from pkmem.training.saved import load_saved
+from pkmem.training.saved import find_pretrained, load_saved
 
 _MEMORIES = 10  # spread over a model's blocks: fewer understand fewer phrasings that were not taught
 
@@ -65,7 +65,7 @@ def retrofit_saved(name: str, out: Path, layers: list[int] | None, memory: Memor
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} already exists: choose another --out")
-    model, tokenizer = _load(name)
+    model, tokenizer = load_saved(smollm2() if name == "smollm2" else find_pretrained(name))
     dense = count_parameters(model)["dense_params"]
     made = retrofit(model, layers, memory, share_values=share_values)
     save_with_tables_apart(made, tokenizer, out)
@@ -77,18 +77,3 @@ def retrofit_saved(name: str, out: Path, layers: list[int] | None, memory: Memor
         f"and {count['dense_params'] - dense:,} in queries and keys\n"
         f"saved in {out}; next: pkmem learn {out} facts.jsonl --out my.edit"
     )
-
-
-def _load(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    if name == "smollm2":
-        return load_saved(smollm2())
-    if Path(name).exists():
-        return load_saved(Path(name))
-    try:
-        options = {"use_safetensors": True, "trust_remote_code": False}
-        return AutoModelForCausalLM.from_pretrained(name, **options), AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"cannot load {name!r}: name a directory, a model on the Hugging Face Hub, or smollm2 "
-            f"({str(error).strip().splitlines()[0]})"
-        ) from error
