@@ -200,17 +200,6 @@ def test_gradients_go_no_further_down_than_what_is_trained() -> None:
     assert all(table.weight.grad is not None for table in tables_in(model))
 
 
-def test_what_answers_teaches_values_alone(tmp_path: Path, text: Path, retrofitted: Path) -> None:
-    """Prompts and completions through a frozen decoder, bf16 values by rows, in micro-batches."""
-    lines = [json.dumps({"prompt": f"the {n} cats", "completion": f"saw {n} dogs"}) for n in range(200)]
-    (tmp_path / "pairs.jsonl").write_text("\n".join(lines))
-    recipe = going_on(tmp_path / "pairs.jsonl", tmp_path / "out", retrofitted, train="values", value_lr=0.3)
-    train(dataclasses.replace(recipe, training=dataclasses.replace(recipe.training, num_tokens=6400)), progress=False)
-    records = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
-    losses = [record["loss"] for record in records if record["kind"] == "held_out"]
-    assert losses[-1] < 0.9 * losses[0]
-
-
 @pytest.mark.parametrize(
     ("recipe", "what"),
     [
