@@ -44,6 +44,19 @@ def test_loss_is_the_mean_of_minus_log_softmax_at_the_next_token(model: nn.Modul
     assert figures["num_tokens"] == len(losses) == 11 * 31
 
 
+def test_labels_say_what_is_predicted(model: nn.Module, blocks: list) -> None:
+    """Of two halves that count by themselves, the loss of all is the mean by the tokens of each."""
+    halves = []
+    for ignored in (slice(0, 20), slice(20, None)):
+        labelled = [{**block, "labels": block["input_ids"].clone()} for block in blocks]
+        for block in labelled:
+            block["labels"][ignored] = -100
+        halves.append(evaluate(model, labelled, 1.0))
+    assert [half["num_tokens"] for half in halves] == [12 * 11, 19 * 11]
+    whole = evaluate(model, blocks, 1.0)["loss"]
+    assert whole == pytest.approx(sum(half["loss"] * half["num_tokens"] for half in halves) / (31 * 11), rel=1e-5)
+
+
 def test_batches_do_not_change_the_loss(model: nn.Module, blocks: list) -> None:
     one, eight = (evaluate(model, blocks, 1.0, batch_sequences=n) for n in (1, 8))
     assert one["loss"] == pytest.approx(eight["loss"], rel=1e-6)

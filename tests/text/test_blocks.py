@@ -12,6 +12,7 @@ from accelerate.data_loader import BatchSamplerShard
 from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
 
 from pkmem.text import TokenBlocks, TokenFile
+from pkmem.text.encoder import BEGINS, COUNTS
 
 
 def counting_tokens(tmp_path: Path, num_tokens: int) -> TokenFile:
@@ -117,3 +118,51 @@ def test_a_run_that_goes_on_with_another_number_of_processes_reads_the_same(
     alone = seen_by(1, straight, 0, 8)
     assert [len(update) for update in alone] == [8] * 8
     assert seen_by(before, run, 0, 5) + seen_by(after, resumed, 5, 8) == alone
+
+
+# Blocks of which not everything counts -----------------------------------------------------------------------
+
+
+def marked_tokens(tmp_path: Path, *examples: tuple[int, int]) -> TokenFile:
+    """Examples of so many tokens that do not count and so many that do; every token its own position."""
+    marks = [mark for prompt, rest in examples for mark in [0] * prompt + [COUNTS] * rest]
+    for start in np.cumsum([0, *(sum(example) for example in examples[:-1])]):
+        marks[start] |= BEGINS
+    path = tmp_path / "marked.uint32"
+    np.arange(len(marks), dtype=np.uint32).tofile(path)
+    np.array(marks, dtype=np.uint8).tofile(path.with_suffix(".marks"))
+    return TokenFile(path, len(marks), len(marks), len(examples), 0, sum(rest for _, rest in examples))
+
+
+def counted(block: dict[str, torch.Tensor]) -> list[int]:
+    assert ((block["labels"] == -100) | (block["labels"] == block["input_ids"])).all()
+    return block["labels"][block["labels"] != -100].tolist()
+
+
+def test_a_block_has_whole_examples_and_counts_their_completions(tmp_path):
+    blocks = TokenBlocks(marked_tokens(tmp_path, (2, 2), (3, 1), (1, 3), (4, 1)), 10)
+    assert blocks_of(blocks, range(2)) == [list(range(10)), [*range(8, 17), 0]]
+    assert [counted(block) for block in blocks] == [[2, 3, 7], [9, 10, 11, 16]]
+
+
+def test_of_long_examples_the_beginning_counts_and_long_text_is_cut(tmp_path):
+    blocks = TokenBlocks(marked_tokens(tmp_path, (3, 9), (12, 2), (0, 12), (1, 1)), 5)
+    assert [block["input_ids"][0].item() for block in blocks] == [0, 26, 31, 36]  # nothing of the second is left
+    assert [counted(block) for block in blocks] == [[3, 4], [*range(26, 31)], [*range(31, 36)], [36, 37, 39]]
+
+
+def test_an_epoch_has_every_block_once_in_an_order_of_its_own(tmp_path):
+    file = marked_tokens(tmp_path, *[(2, 3)] * 40)
+    once = TokenBlocks(file, 10)
+    blocks = TokenBlocks(file, 10, 60, seed=3)
+    epochs = [[counted(blocks[index]) for index in range(first, first + 20)] for first in (0, 20, 40)]
+    assert all(sorted(epoch) == [counted(block) for block in once] for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2]
+    assert [counted(block) for block in TokenBlocks(file, 10, 60, seed=3)] == list(chain(*epochs))
+
+
+def test_few_examples_fill_a_long_block_and_no_completion_is_refused(tmp_path):
+    blocks = TokenBlocks(marked_tokens(tmp_path, (1, 1), (1, 1)), 50, 3)
+    assert [counted(block) for block in blocks] == [[1, 3]] * 3
+    with pytest.raises(ValueError, match=r"no prompt leaves room for its completion in a block of 8 tokens"):
+        TokenBlocks(marked_tokens(tmp_path, (8, 2), (9, 1)), 8)
