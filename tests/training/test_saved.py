@@ -43,6 +43,21 @@ def test_what_is_loaded_is_what_was_saved_in_eval_mode(run: Path, plain_gpt2: Pa
         assert all(torch.equal(state[name], tensor) for name, tensor in saved.items())
 
 
+def test_a_model_in_the_cache_of_the_hub_is_loaded_through_its_links(plain_gpt2: Path, tmp_path: Path) -> None:
+    snapshot, blobs = tmp_path / "models--x--y" / "snapshots" / "abc", tmp_path / "models--x--y" / "blobs"
+    for folder in (snapshot, blobs):
+        folder.mkdir(parents=True)
+    for number, file in enumerate(sorted(plain_gpt2.iterdir())):
+        shutil.copyfile(file, blobs / f"{number}")
+        (snapshot / file.name).symlink_to(Path("..", "..", "blobs", f"{number}"))
+    model, _ = load_saved(snapshot)
+    assert all(map(torch.equal, model.parameters(), load_saved(plain_gpt2)[0].parameters()))
+    (snapshot / "config.json").unlink()
+    (snapshot / "config.json").symlink_to(plain_gpt2 / "config.json")
+    with pytest.raises(CheckpointError, match=r"config\.json: a link; put the file itself there"):
+        load_saved(snapshot)
+
+
 def test_paths_without_a_model_are_refused(run: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     for path, message in (

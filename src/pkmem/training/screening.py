@@ -89,7 +89,7 @@ def _screen_counts(document: Any, file: Path, num_tensors: int) -> None:
 
 def _screen_document(file: Path) -> Any:
     """The JSON of a config, if all numbers in it are numbers and all files that it names are in its directory."""
-    document = load_json(file)
+    document = load_json(file.resolve() if _is_blob_of_hub(file) else file)
     try:
         json.dumps(document, allow_nan=False)
     except (ValueError, RecursionError) as error:
