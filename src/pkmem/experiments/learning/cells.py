@@ -142,7 +142,7 @@ def _teach(
     found |= {"seconds": clock.seconds, "peak_rss_bytes": peak_rss_bytes(), "epochs": clock.epochs}
     if run.method == "memory":
         edit.apply(model)
-    return found | {"figures": examination.fully(taught) if fully else clock.epochs[-1]}
+    return found | {"figures": examination.fully(taught) if fully else (clock.epochs or [{}])[-1]}
 
 
 def _learn(
