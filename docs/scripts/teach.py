@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
 
 from pkmem import cli
 from pkmem.experiments.learning.examination import Examination, Size
@@ -57,6 +58,7 @@ def bits(folder: Path) -> str:
 
 
 def main(out: Path, model: str = "smollm2", num: int = 50) -> None:
+    logging.disable_progress_bar()
     folder, facts_file, edit = out / "model", out / "facts.jsonl", out / "persons.edit"
     pkmem("retrofit", model, "--out", folder)
     before = bits(folder)

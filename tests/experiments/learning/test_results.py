@@ -15,9 +15,9 @@ from pkmem.experiments.learning.results import (
 )
 
 EPOCHS = [
-    {"seconds": 2.0, "recall": 0.5, "near_miss_kl": 1.0, "background_kl": 0.1},
-    {"seconds": 4.0, "recall": 0.98, "near_miss_kl": 2.0, "background_kl": 0.2},
-    {"seconds": 6.0, "recall": 1.0, "near_miss_kl": 3.0, "background_kl": 0.3},
+    {"seconds": 2.0, "held_out": 0.5, "recall": 0.5, "near_miss_kl": 1.0, "background_kl": 0.1},
+    {"seconds": 4.0, "held_out": 0.5, "recall": 0.98, "near_miss_kl": 2.0, "background_kl": 0.2},
+    {"seconds": 6.0, "held_out": 0.5, "recall": 1.0, "near_miss_kl": 3.0, "background_kl": 0.3},
 ]
 
 
@@ -67,6 +67,14 @@ def test_a_sweep_without_end_ends() -> None:
 
 def test_a_rate_that_teaches_too_little_is_not_the_best() -> None:
     assert best_rate(swept({1e-5: None, 3e-5: 9, 1e-4: 10}), "sweep", "full") == 3e-5
+
+
+def test_a_rate_that_is_gentle_because_it_teaches_one_phrasing_alone_is_not_the_best() -> None:
+    found = swept({1e-5: 1, 3e-5: 9, 1e-4: 10})
+    found[Run("sweep", "full", 1e-5)]["epochs"][0]["held_out"] = 0.3
+    assert best_rate(found, "sweep", "full") == 3e-5
+    found[Run("sweep", "full", 1e-5)]["epochs"][0]["held_out"] = 0.45
+    assert rates_to_try(found, "sweep", "full")[-1] == 3e-6
 
 
 def test_a_rate_for_text_is_chosen_by_its_held_out_bits() -> None:

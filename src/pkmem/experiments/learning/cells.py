@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from pkmem.editing.edit import Edit
 from pkmem.editing.learning import learn
@@ -90,6 +91,7 @@ def perform(run: Run, scale: Scale, seconds: float | None = None) -> dict[str, A
     Returns:
         `seconds` of teaching, `peak_rss_bytes` up to its end, `epochs`, `figures`, `environment`, and more by cell.
     """
+    logging.disable_progress_bar()
     torch.set_num_threads(run.threads)
     return CELLS[run.cell].perform(run, scale, seconds) | {"environment": environment()}
 
@@ -140,7 +142,7 @@ def _teach(
     found |= {"seconds": clock.seconds, "peak_rss_bytes": peak_rss_bytes(), "epochs": clock.epochs}
     if run.method == "memory":
         edit.apply(model)
-    return found | {"figures": examination.fully(taught) if fully else clock.epochs[-1]}
+    return found | {"figures": examination.fully(taught) if fully else (clock.epochs or [{}])[-1]}
 
 
 def _learn(

@@ -84,7 +84,7 @@ def planned(found: dict[Run, dict[str, Any]], seeds: int, cells: list[str]) -> I
     for name in cells:
         cell = CELLS[name]
         for seed in range(seeds if cell.every_seed else 1):
-            for method in cell.methods:
+            for method in methods_of(name, cells):
                 if cell.sweep is None:
                     rates: list[float] = rates_to_try(found, name, method)
                 else:
@@ -94,6 +94,12 @@ def planned(found: dict[Run, dict[str, Any]], seeds: int, cells: list[str]) -> I
                     run = Run(name, method, rate, seed, cell.threads)
                     if run not in found and not (needs_seconds(run) and seconds_for(run, found) is None):
                         yield run
+
+
+def methods_of(name: str, cells: list[str]) -> tuple[str, ...]:
+    """What a cell teaches; a sweep only what the other cells take its rates for, if they take any."""
+    taken = {method for other in cells if CELLS[other].sweep == name for method in CELLS[other].methods}
+    return tuple(method for method in CELLS[name].methods if method in taken or not taken)
 
 
 def needs_seconds(run: Run) -> bool:
@@ -127,10 +133,11 @@ def describe(seeds: int = 3, cells: list[str] | None = None) -> str:
         ValueError: as `experiment_learn`.
     """
     lines = []
-    for name in wanted_cells(cells):
-        cell = CELLS[name]
-        num = (seeds if cell.every_seed else 1) * len(cell.methods)
+    wanted = wanted_cells(cells)
+    for name in wanted:
+        cell, methods = CELLS[name], methods_of(name, wanted)
+        num = (seeds if cell.every_seed else 1) * len(methods)
         if cell.sweep is None:
-            num = sum(len(rates) for rates in FIRST_RATES[name].values())
+            num = sum(len(FIRST_RATES[name][method]) for method in methods)
         lines.append(f"{name:16} {num:3} runs of {cell.threads} thread{'s' * (cell.threads > 1)}: {cell.about}")
     return "\n".join(lines)
