@@ -103,7 +103,9 @@ def test_what_cannot_be_retrofitted_is_refused(plain, capsys):
     out = ["--out", plain / "model"]
     assert "layer 3 is outside [0, 3)" in refuses(capsys, "retrofit", plain / "plain", *out, "--layers", 3)
     assert "holds no model" in refuses(capsys, "retrofit", plain, *out)
-    assert "no model no/such-model: give a saved model's directory" in refuses(capsys, "retrofit", "no/such-model", *out)
+    assert "no model no/such-model: give a saved model's directory" in refuses(
+        capsys, "retrofit", "no/such-model", *out
+    )
     assert "knn is 0" in refuses(capsys, "retrofit", plain / "plain", *out, "memory.knn=0")
     says(capsys, "retrofit", plain / "plain", *out, *MEMORY)
     assert "has memories already" in refuses(capsys, "retrofit", plain / "model", "--out", plain / "again")

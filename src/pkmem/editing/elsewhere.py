@@ -102,7 +102,8 @@ def _own_text(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, seed: 
     device = next(model.parameters()).device
     draw = torch.Generator().manual_seed(seed)
     words = [token for token in range(len(tokenizer)) if tokenizer.decode([token])[1:].isalpha()]
-    first = torch.tensor(words)[torch.randint(len(words), (_OWN_TEXTS,), generator=draw)]
+    starts = torch.tensor(words or range(len(tokenizer)))  # a tokenizer of bytes has no words
+    first = starts[torch.randint(len(starts), (_OWN_TEXTS,), generator=draw)]
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         written = model.generate(
