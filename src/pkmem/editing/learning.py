@@ -36,6 +36,7 @@ from pkmem.text.facts import Fact
 
 _SURE = 0.03  # nats per token, below which an answer needs no more teaching
 _REVISITED = 0.15  # share of the questions with such an answer that an epoch asks again
+_RELAXED = 0.7  # per epoch: facts that are hard to tell from near misses are learned later, with less of a hold
 _HELD_DOWN = 1024  # tokens of the background, and of near misses, that an update looks at
 
 
@@ -47,8 +48,8 @@ def learn(
     background: Iterable[str] | None = None,
     slots: int = 4000,
     lr: float = 3e-2,
-    keep_background: float = 100.0,
-    keep_near: float = 10.0,
+    keep_background: float = 200.0,
+    keep_near: float = 20.0,
     recall: float = 1.0,
     most_epochs: int = 15,
     batch_size: int = 25,
@@ -66,7 +67,7 @@ def learn(
         background: texts on which the model shall stay as it is; None lets the model write some.
         slots: rows to change in all, >= 1; each takes the width of the model times the bytes of its dtype.
         lr: learning rate of the rows, > 0.
-        keep_background: how strongly what the rows add to the background is held down, >= 0.
+        keep_background: how strongly what the rows add to the background is held down at first, >= 0; less every epoch.
         keep_near: the same for prompts that almost ask for the facts, >= 0. More keeps what the model says about
             unknown subjects; less lets it understand more phrasings that were not taught.
         recall: the share of questions at which to stop, in (0, 1].
@@ -272,9 +273,10 @@ class _Course:
             (self._sure.add if right and loss < _SURE else self._sure.discard)(place)
 
     def _added_elsewhere(self) -> Tensor | float:
-        """The energy of what the rows add to what shall stay, over that of what is there."""
+        """The energy of what the rows add to what shall stay, over that of what is there; weighed less every epoch."""
         added: Tensor | float = 0.0
-        for weight, kept in self._kept:
+        for first_weight, kept in self._kept:
+            weight = first_weight * _RELAXED**self.num_epochs
             for part, reads, energy in zip(self._parts, kept, self._energy, strict=True):
                 if weight and isinstance(part, RowsInTraining):
                     some = torch.randint(len(reads.slots), (_HELD_DOWN,), generator=self._tokens).to(reads.slots.device)

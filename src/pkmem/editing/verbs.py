@@ -52,8 +52,8 @@ def learn_arguments(parser: Parser) -> None:
     for name, kind, default, text in (
         ("slots", int, 4000, "rows to change at most"),
         ("recall", float, 1.0, "share of answers at which to stop, in (0, 1]"),
-        ("keep_background", float, 100.0, "how strongly other text is kept as it is, >= 0"),
-        ("keep_near", float, 10.0, "how strongly answers to prompts like the facts' are kept, >= 0"),
+        ("keep_background", float, 200.0, "how strongly other text is kept as it is, >= 0"),
+        ("keep_near", float, 20.0, "how strongly answers to prompts like the facts' are kept, >= 0"),
         ("lr", float, 3e-2, "learning rate of the rows"),
         ("most_epochs", int, 15, "passes over the facts at most"),
         ("seed", int, 0, "of order and of what the model writes"),
