@@ -51,7 +51,7 @@ def learn(
     keep_background: float = 200.0,
     keep_near: float = 20.0,
     recall: float = 1.0,
-    most_epochs: int = 15,
+    most_epochs: int = 30,
     batch_size: int = 25,
     others: Iterable[Edit] = (),
     seed: int = 0,
