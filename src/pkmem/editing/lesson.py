@@ -39,9 +39,14 @@ def learn_saved(path: Path, facts_file: Path, out: Path, background: str | None,
     edit = learn(model, tokenizer, facts, background=texts, others=inside, progress=True, **settings)
     edit.save(out)
     figures = edit.figures
+    fix = (
+        "not all: give --slots or --most_epochs more, or --keep_near less\n"
+        if figures["recall"] < settings["recall"]
+        else ""
+    )
     return (
         f"{figures['recall']:.1%} of {figures['questions']:,} answers learned in {figures['seconds_training']:.0f} s "
-        f"(and {figures['seconds_preparing']:.0f} s before, to see what is read elsewhere)\n"
+        f"(and {figures['seconds_preparing']:.0f} s before, to see what is read elsewhere)\n{fix}"
         f"{out}: edit {edit.name}, {len(facts):,} facts in {edit.num_rows:,} rows, {out.stat().st_size / 1e6:.1f} MB\n"
         f"next: pkmem apply {path} {out}"
     )
