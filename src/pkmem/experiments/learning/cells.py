@@ -57,7 +57,7 @@ class Scale:
     edits: int = 20
     facts_per_edit: int = 20
     batch_size: int = 16
-    most_epochs: int = 15
+    most_epochs: int = 30
     text_updates: int = 200
     text_sweep_updates: int = 40
     text_block_tokens: int = 256
