@@ -6,7 +6,8 @@ import torch
 
 from lessons import FACTS, OF_LESSONS, bits, is_as, pupil, tokenizer
 from pkmem import learn
-from pkmem.editing.questions import questions_of, recall_of
+from pkmem.editing.progress import Progress
+from pkmem.editing.questions import questions_of
 from pkmem.layer.memory import memories_in
 from pkmem.text.facts import Fact
 
@@ -21,7 +22,7 @@ def test_facts_are_learned_in_a_few_rows_and_taken_back_bit_for_bit(family):
     model.base.get_input_embeddings().weight.requires_grad_(False)
     before, trained = bits(model), [parameter.requires_grad for parameter in model.parameters()]
     asked = questions_of(FACTS, tokenizer(), model)
-    assert recall_of(model, asked) == 0
+    assert Progress(asked, 9, 0).check(model) == 0
     edit = learn(model, tokenizer(), FACTS, slots=300, **SETTINGS)
     assert is_as(model, before)
     assert model.training
@@ -30,7 +31,7 @@ def test_facts_are_learned_in_a_few_rows_and_taken_back_bit_for_bit(family):
     assert edit.figures["recall"] == 1.0
     assert edit.num_rows <= 300
     edit.apply(model)
-    assert recall_of(model, asked) == 1.0
+    assert Progress(asked, 9, 0).check(model) == 1.0
     changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
     assert changed == set(edit.rows)
     edit.undo(model)
@@ -92,7 +93,11 @@ def test_what_is_taught_so_far_is_shown_after_each_epoch():
     model, seen = pupil(), []
     asked = questions_of(FACTS, tokenizer(), model)
     edit = learn(
-        model, tokenizer(), FACTS, after_epoch=lambda taught: seen.append(recall_of(taught, asked)), **SETTINGS
+        model,
+        tokenizer(),
+        FACTS,
+        after_epoch=lambda taught: seen.append(Progress(asked, 9, 0).check(taught)),
+        **SETTINGS,
     )
     assert len(seen) == edit.figures["epochs"]
     assert seen[-1] == 1.0
@@ -109,7 +114,7 @@ def test_bf16_models_learn():
     edit = learn(model, tokenizer(), FACTS, **SETTINGS)
     assert {tensor.dtype for tensor in edit.new.values()} == {torch.bfloat16}
     edit.apply(model)
-    assert recall_of(model, questions_of(FACTS, tokenizer(), model)) == 1.0
+    assert Progress(questions_of(FACTS, tokenizer(), model), 9, 0).check(model) == 1.0
 
 
 def test_a_gate_and_experts_are_taught_through():

@@ -6,7 +6,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from decoders import FAMILIES, decoder, ids, reloaded
 from pkmem import learn, retrofit
-from pkmem.editing.questions import questions_of, recall_of
+from pkmem.editing.progress import Progress
+from pkmem.editing.questions import questions_of
 from pkmem.layer.config import MemoryConfig
 from pkmem.layer.memory import memories_in
 from pkmem.text.facts import Fact
@@ -45,7 +46,7 @@ def test_a_real_model_is_retrofitted_taught_and_as_before_again():
     facts = [Fact(("Alda Veritopo was born in", "The birthplace of Alda Veritopo is"), "Lisbon")]
     edit = learn(made, tokenizer, facts)
     edit.apply(made)
-    assert recall_of(made, questions_of(facts, tokenizer, made)) == 1.0
+    assert Progress(questions_of(facts, tokenizer, made), 9, 0).check(made) == 1.0
     edit.undo(made)
     with torch.no_grad():
         assert torch.equal(made(**tokens).logits, logits)

@@ -8,7 +8,6 @@ as they are, and what is held down changes little of what later memories read.
 from __future__ import annotations
 
 import contextlib
-import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
@@ -20,7 +19,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from pkmem.editing.edit import Edit
 from pkmem.editing.elsewhere import Elsewhere
 from pkmem.editing.fingerprint import fingerprint
-from pkmem.editing.questions import Question, answer_losses, batches, questions_of, recall_of
+from pkmem.editing.progress import Progress
+from pkmem.editing.questions import Question, answer_losses, batches, questions_of
 from pkmem.editing.reads import (
     Reads,
     RowsInTraining,
@@ -34,9 +34,8 @@ from pkmem.layer.config import require
 from pkmem.layer.memory import memories_in
 from pkmem.text.facts import Fact
 
-_SURE = 0.03  # nats per token, below which an answer needs no more teaching
-_REVISITED = 0.15  # share of the questions with such an answer that an epoch asks again
 _RELAXED = 0.7  # per epoch: facts that are hard to tell from near misses are learned later, with less of a hold
+_CALMED = 0.9  # per epoch, the learning rate: late steps shall not undo what was learned before
 _HELD_DOWN = 1024  # tokens of the background, and of near misses, that an update looks at
 
 
@@ -105,12 +104,12 @@ def learn(
             course = _Course(model, questions, elsewhere, lr, keep_background, keep_near, batch_size, seed)
             training, reached = 0.0, 0.0
             while course.num_epochs < most_epochs and reached < recall:
-                share = course.epoch()
+                course.epoch()
+                if course.progress.share >= recall or course.num_epochs == most_epochs:
+                    reached = course.progress.check(model)
                 training += clock.lap()
-                bar.set_description(f"learned {share:.0%} of {len(questions)} answers")
+                bar.set_description(f"learned {course.progress.share:.0%} of {len(questions)} answers")
                 bar.update()
-                if share >= recall or course.num_epochs == most_epochs:
-                    reached = recall_of(model, questions)
                 if after_epoch is not None:
                     after_epoch(model)
                 clock.lap()
@@ -236,11 +235,9 @@ class _Course:
         seed: int,
     ) -> None:
         self.num_epochs = self.num_updates = 0
-        self._model, self._questions, self._batch_size = model, questions, batch_size
-        self._draw = random.Random(seed)
+        self.progress = Progress(questions, batch_size, seed)
+        self._model, self._lr = model, lr
         self._tokens = torch.Generator().manual_seed(seed)
-        self._right: set[int] = set()
-        self._sure: set[int] = set()
         self._kept = [(keep_background, elsewhere.background)]
         if elsewhere.near is not None:
             self._kept.append((keep_near, elsewhere.near))
@@ -249,28 +246,16 @@ class _Course:
         trained = dict.fromkeys(part for part in self._parts if isinstance(part, RowsInTraining))
         self._optimizer = torch.optim.Adam([part.change for part in trained], lr=lr, betas=(0.9, 0.98))
 
-    def epoch(self) -> float:
-        """Asks what is not sure yet, and some of what is; returns the share of answers that were right when last asked."""
-        asked = [
-            place
-            for place in range(len(self._questions))
-            if place not in self._sure or self._draw.random() < _REVISITED
-        ]
-        self._draw.shuffle(asked)
-        for first in range(0, len(asked), self._batch_size):
-            self._update(asked[first : first + self._batch_size])
+    def epoch(self) -> None:
+        """An update for each batch of what is still to be learned."""
+        for group in self._optimizer.param_groups:
+            group["lr"] = self._lr * _CALMED**self.num_epochs
+        for places in self.progress.epoch():
+            (self.progress.ask(self._model, places).mean() + self._added_elsewhere()).backward()
+            self._optimizer.step()
+            self._optimizer.zero_grad()
+            self.num_updates += 1
         self.num_epochs += 1
-        return len(self._right) / len(self._questions)
-
-    def _update(self, places: Sequence[int]) -> None:
-        losses, is_right = answer_losses(self._model, [self._questions[place] for place in places])
-        (losses.mean() + self._added_elsewhere()).backward()
-        self._optimizer.step()
-        self._optimizer.zero_grad()
-        self.num_updates += 1
-        for place, loss, right in zip(places, losses.tolist(), is_right.tolist(), strict=True):
-            (self._right.add if right else self._right.discard)(place)
-            (self._sure.add if right and loss < _SURE else self._sure.discard)(place)
 
     def _added_elsewhere(self) -> Tensor | float:
         """The energy of what the rows add to what shall stay, over that of what is there; weighed less every epoch."""

@@ -11,12 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pkmem.lm.evaluation import in_eval_mode
 from pkmem.lm.huggingface import context_tokens
 from pkmem.text.facts import Fact
 
 BATCH_QUESTIONS = 32
-_IGNORED = -100  # the label of a token that does not count
+NO_LABEL = -100  # of a token that does not count
 
 
 class Question(NamedTuple):
@@ -25,12 +24,10 @@ class Question(NamedTuple):
     Args:
         prompt: what is given.
         answer: what shall follow.
-        fact: the place of the fact among the facts.
     """
 
     prompt: list[int]
     answer: list[int]
-    fact: int
 
 
 def questions_of(facts: Sequence[Fact], tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> list[Question]:
@@ -54,8 +51,36 @@ def questions_of(facts: Sequence[Fact], tokenizer: PreTrainedTokenizerBase, mode
             raise ValueError(
                 f"fact {place + 1}, {text[:40]!r}..., takes {length} tokens but the model's context is {longest}: shorten it"
             )
-        made.append(Question(prompt, answers[place], place))
+        made.append(Question(prompt, answers[place]))
     return made
+
+
+def answer_logits(model: nn.Module, questions: Sequence[Question]) -> tuple[Tensor, Tensor]:
+    """What a model expects where the answers stand.
+
+    Args:
+        model: a causal language model.
+        questions: n of them, in one batch.
+
+    Returns:
+        logits: (n, k, vocabulary) fp32, differentiable; what predicts each label.
+        labels: (n, k) the answers' tokens where they stand, and `NO_LABEL` elsewhere.
+    """
+    device = next(model.parameters()).device
+    length = max(len(question.prompt) + len(question.answer) for question in questions)
+    first = min(len(question.prompt) for question in questions) - 1
+    tokens = torch.zeros(len(questions), length, dtype=torch.int64)
+    labels = torch.full_like(tokens, NO_LABEL)
+    mask = torch.zeros_like(tokens)
+    for row, (prompt, answer) in enumerate(questions):
+        start, stop = len(prompt), len(prompt) + len(answer)
+        tokens[row, :stop] = torch.tensor(prompt + answer)
+        labels[row, start:stop] = tokens[row, start:stop]
+        mask[row, :stop] = 1
+    # Where a decoder can leave out logits, it computes those from the first answer on: they are the largest product.
+    options = forward_options(model, length - first)
+    logits = model(input_ids=tokens.to(device), attention_mask=mask.to(device), use_cache=False, **options).logits
+    return logits[:, -(length - first) : -1].float(), labels[:, first + 1 :].to(device)
 
 
 def answer_losses(model: nn.Module, questions: Sequence[Question]) -> tuple[Tensor, Tensor]:
@@ -69,24 +94,9 @@ def answer_losses(model: nn.Module, questions: Sequence[Question]) -> tuple[Tens
         losses: (n,) nats per token of each answer, differentiable.
         is_right: (n,) bool, whether greedy decoding writes the answer.
     """
-    device = next(model.parameters()).device
-    length = max(len(question.prompt) + len(question.answer) for question in questions)
-    first = min(len(question.prompt) for question in questions) - 1
-    tokens = torch.zeros(len(questions), length, dtype=torch.int64)
-    labels = torch.full_like(tokens, _IGNORED)
-    mask = torch.zeros_like(tokens)
-    for row, (prompt, answer, _) in enumerate(questions):
-        start, stop = len(prompt), len(prompt) + len(answer)
-        tokens[row, :stop] = torch.tensor(prompt + answer)
-        labels[row, start:stop] = tokens[row, start:stop]
-        mask[row, :stop] = 1
-    labels = labels[:, first + 1 :].to(device)
-    # Where a decoder can leave out logits, it computes those from the first answer on: they are the largest product.
-    options = forward_options(model, length - first)
-    logits = model(input_ids=tokens.to(device), attention_mask=mask.to(device), use_cache=False, **options).logits
-    logits = logits[:, -(length - first) : -1].float()
-    each = F.cross_entropy(logits.transpose(1, 2), labels, reduction="none", ignore_index=_IGNORED)
-    counts = labels != _IGNORED
+    logits, labels = answer_logits(model, questions)
+    each = F.cross_entropy(logits.transpose(1, 2), labels, reduction="none", ignore_index=NO_LABEL)
+    counts = labels != NO_LABEL
     is_right = ((logits.argmax(-1) == labels) | ~counts).all(1)
     return each.sum(1) / counts.sum(1), is_right
 
@@ -95,14 +105,6 @@ def batches(questions: Sequence[Question], size: int = BATCH_QUESTIONS) -> Itera
     """The questions in their order, some at a time."""
     for first in range(0, len(questions), size):
         yield questions[first : first + size]
-
-
-def recall_of(model: nn.Module, questions: Sequence[Question]) -> float:
-    """The share of questions that a model answers as it shall, token by token, in [0, 1]."""
-    by_length = sorted(questions, key=lambda question: len(question.prompt) + len(question.answer))
-    with in_eval_mode(model):
-        right = sum(int(answer_losses(model, batch)[1].sum()) for batch in batches(by_length))
-    return right / len(questions)
 
 
 def forward_options(model: nn.Module, num_logits: int) -> dict[str, int]:

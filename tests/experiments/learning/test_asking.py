@@ -5,13 +5,9 @@ import torch
 
 from pkmem.experiments.learning.asking import (
     answers,
-    batches,
+    as_questions,
     divergence,
-    encode,
-    is_recalled,
     log_likelihoods,
-    logits_of,
-    losses_of,
     next_token,
     recalled,
 )
@@ -37,18 +33,18 @@ def ids(tokenizer, text):  # noqa: F811
 
 
 @torch.no_grad()
-def test_a_batch_is_as_one_at_a_time(model, tokenizer) -> None:  # noqa: F811
-    batch = encode(tokenizer, PAIRS)
-    logits = logits_of(model, batch)
-    assert logits.shape == (*batch.targets.shape, VOCAB)
-    losses = losses_of(logits, batch)
+def test_likelihoods_are_those_of_each_pair_alone(model, tokenizer) -> None:  # noqa: F811
+    found = log_likelihoods(model, tokenizer, PAIRS)
     for i, (prompt, completion) in enumerate(PAIRS):
         whole, num = ids(tokenizer, prompt + completion), len(completion)
-        alone = model(whole).logits[0, -num - 1 : -1]
-        torch.testing.assert_close(logits[i, -num:], alone, rtol=1e-4, atol=1e-5)
-        targets = whole[0, -num:]
-        torch.testing.assert_close(losses[i], torch.nn.functional.cross_entropy(alone, targets), rtol=1e-4, atol=1e-5)
-        assert log_likelihoods(model, tokenizer, PAIRS)[i] == pytest.approx(-num * losses[i].item(), rel=1e-4)
+        alone = model(whole).logits[0, -num - 1 : -1].log_softmax(-1)
+        expected = alone.gather(-1, whole[0, -num:, None]).sum().item()
+        assert found[i].item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_prompts_and_completions_are_joined_as_they_stand(tokenizer) -> None:  # noqa: F811
+    asked = as_questions(tokenizer, PAIRS)
+    assert [tokenizer.decode(question.prompt + question.answer) for question in asked] == [a + b for a, b in PAIRS]
 
 
 @torch.no_grad()
@@ -63,19 +59,6 @@ def test_recalled_is_what_greedy_decoding_writes(model, tokenizer) -> None:  # n
     assert recalled(model, tokenizer, PAIRS) == [False] * len(PAIRS)
 
 
-def test_a_completion_is_recalled_when_all_of_its_tokens_are() -> None:
-    batch = encode_targets([[-100, 1], [2, 3]])
-    logits = torch.zeros(2, 2, 5)
-    logits[0, 1, 1] = logits[1, 0, 2] = logits[1, 1, 4] = 1.0
-    assert is_recalled(logits, batch).tolist() == [True, False]
-
-
-def encode_targets(targets):
-    from pkmem.experiments.learning.asking import Batch
-
-    return Batch(torch.zeros(0), torch.zeros(0), torch.tensor(targets))
-
-
 @torch.no_grad()
 def test_the_next_token_and_its_divergence(model, tokenizer) -> None:  # noqa: F811
     prompts = ["ab", "a longer prompt"]
@@ -86,8 +69,3 @@ def test_the_next_token_and_its_divergence(model, tokenizer) -> None:  # noqa: F
     p, q = torch.tensor([[0.5, 0.25, 0.25]]), torch.tensor([[0.25, 0.25, 0.5]])
     assert divergence(p.log(), q.log()).item() == pytest.approx(0.25 * torch.tensor(2.0).log().item())
     assert divergence(p.log(), p.log()).item() == 0
-
-
-def test_batches_take_all_in_order(tokenizer) -> None:  # noqa: F811
-    sizes = [len(batch.tokens) for batch in batches(tokenizer, PAIRS, 3)]
-    assert sizes == [3, 1]

@@ -1,4 +1,4 @@
-"""Fine-tuning and adapters learn what they are taught, in the same batches, on a clock that stops while they are asked."""
+"""Fine-tuning and adapters learn what they are taught, on a clock that stops while they are asked."""
 
 import time
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pkmem.experiments.learning.asking import recalled
-from pkmem.experiments.learning.teaching import Clock, Lesson, _Course, adapt, fine_tune, with_adapters
+from pkmem.experiments.learning.teaching import Clock, Lesson, adapt, fine_tune, with_adapters
 from taught import llama, tokenizer  # noqa: F401
 
 pytestmark = [
@@ -18,26 +18,6 @@ PAIRS = [("one is", " a"), ("two is", " b"), ("three is", " c")]
 
 def lesson(rate: float = 5e-3, most_epochs: int = 120) -> Lesson:
     return Lesson(PAIRS, rate, 2, most_epochs, seed=0)
-
-
-def test_an_epoch_teaches_what_is_not_learned_and_little_else() -> None:
-    many = Lesson([(str(i), str(i)) for i in range(200)], 1.0, 50, 1, seed=0)
-    course = _Course(many)
-    batches = list(course.epoch())
-    assert [len(batch) for batch in batches] == [50] * 4
-    assert sorted(place for batch in batches for place in batch) == list(range(200))
-    assert batches[0] != sorted(batches[0])
-    for batch in batches:  # learned are those that are right and sure
-        losses = torch.tensor([0.1 if place == 7 else 0.01 for place in batch])
-        course.note(batch, losses, torch.tensor([place != 9 for place in batch]))
-    again = [place for batch in course.epoch() for place in batch]
-    assert {7, 9} <= set(again)
-    assert 10 < len(again) < 60
-    assert not course.is_over
-    course.note([7, 9], torch.zeros(2), torch.ones(2, dtype=torch.bool))
-    assert course.is_over
-    course.note([3], torch.ones(1), torch.ones(1, dtype=torch.bool))
-    assert not course.is_over
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])
@@ -60,7 +40,7 @@ def test_it_learns_and_stops_when_it_knows_enough(method, tokenizer) -> None:  #
     with torch.no_grad():
         assert recalled(taught, tokenizer, PAIRS) == [True] * 3
     assert len(clock.epochs) > 1
-    assert len(clock.epochs) < 120 or method == "lora"  # which recalls all here, but is not sure
+    assert len(clock.epochs) < 120
     assert clock.epochs[-1]["seconds"] == pytest.approx(clock.seconds, abs=0.1)
 
 

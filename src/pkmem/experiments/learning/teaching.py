@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import random
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pkmem.experiments.learning.asking import Pair, encode, is_recalled, logits_of, losses_of
+from pkmem.editing.progress import Progress
+from pkmem.experiments.learning.asking import Pair, as_questions
 
 LORA_RANK = 16
-SURE = 0.03  # nats per token of a completion, below which it is learned; this and the next as in `pkmem.learn`
-REVISITED = 0.15  # share of the learned pairs that an epoch teaches again
 
 
 class Clock:
@@ -58,7 +56,7 @@ class Lesson:
         pairs: prompts and completions; the loss is on the completions alone.
         rate: learning rate, > 0.
         batch_size: pairs an update.
-        most_epochs: at most; it ends earlier, once all pairs are learned.
+        most_epochs: at most; it ends earlier, once all pairs are recalled.
         seed: of the order.
     """
 
@@ -67,33 +65,6 @@ class Lesson:
     batch_size: int
     most_epochs: int
     seed: int
-
-
-class _Course:
-    """Which pairs an epoch teaches: those not learned yet, and some of the others again."""
-
-    def __init__(self, lesson: Lesson) -> None:
-        self._lesson = lesson
-        self._draw = random.Random(lesson.seed)
-        self._learned: set[int] = set()
-
-    @property
-    def is_over(self) -> bool:
-        """Whether all is learned."""
-        return len(self._learned) == len(self._lesson.pairs)
-
-    def epoch(self) -> Iterator[list[int]]:
-        """The places of the pairs of each batch."""
-        places = range(len(self._lesson.pairs))
-        asked = [place for place in places if place not in self._learned or self._draw.random() < REVISITED]
-        self._draw.shuffle(asked)
-        for first in range(0, len(asked), self._lesson.batch_size):
-            yield asked[first : first + self._lesson.batch_size]
-
-    def note(self, places: list[int], losses: Tensor, is_right: Tensor) -> None:
-        """What came out of a batch, before its update."""
-        for place, loss, right in zip(places, losses.tolist(), is_right.tolist(), strict=True):
-            (self._learned.add if right and loss < SURE else self._learned.discard)(place)
 
 
 def fine_tune(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, lesson: Lesson, clock: Clock) -> int:
@@ -133,22 +104,20 @@ def with_adapters(model: PreTrainedModel, seed: int) -> Any:
 def _teach(model: nn.Module, tokenizer: PreTrainedTokenizerBase, lesson: Lesson, clock: Clock) -> None:
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=lesson.rate, weight_decay=0.0)
-    course = _Course(lesson)
+    progress = Progress(as_questions(tokenizer, lesson.pairs), lesson.batch_size, lesson.seed)
     clock.start()
     for _ in range(lesson.most_epochs):
-        for places in course.epoch():
+        for places in progress.epoch():
             model.train()
-            batch = encode(tokenizer, [lesson.pairs[place] for place in places])
-            logits = logits_of(model, batch)
-            losses = losses_of(logits, batch)
+            losses = progress.ask(model, places)
             if not losses.isfinite().all():
                 clock.stop()
                 return
             losses.mean().backward()
             optimizer.step()
             optimizer.zero_grad()
-            course.note(places, losses, is_recalled(logits, batch))
+        is_over = progress.share == 1 and progress.check(model) == 1
         clock.epoch(model)
-        if course.is_over:
+        if is_over:
             break
     clock.stop()

@@ -1,0 +1,63 @@
+"""Which questions a model answers by now, and which to ask next."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from pkmem.editing.questions import BATCH_QUESTIONS, Question, answer_losses
+from pkmem.lm.evaluation import in_eval_mode
+
+_SURE = 0.03  # nats per token, below which an answer needs no more teaching
+_REVISITED = 0.15  # share of the questions with such an answer that an epoch asks again
+
+
+class Progress:
+    """Asks a model questions, and remembers how each was answered last.
+
+    Args:
+        questions: n of them.
+        batch_size: questions of a batch, >= 1.
+        seed: of the order.
+    """
+
+    def __init__(self, questions: Sequence[Question], batch_size: int, seed: int) -> None:
+        self._questions, self._batch_size = questions, batch_size
+        self._draw = random.Random(seed)
+        self._right: set[int] = set()
+        self._sure: set[int] = set()
+
+    @property
+    def share(self) -> float:
+        """The share of questions that were answered right when they were last asked, in [0, 1]."""
+        return len(self._right) / len(self._questions)
+
+    def epoch(self) -> Iterator[list[int]]:
+        """The places of the questions of each batch: those without a sure answer, and some of the others again."""
+        asked = [
+            place
+            for place in range(len(self._questions))
+            if place not in self._sure or self._draw.random() < _REVISITED
+        ]
+        self._draw.shuffle(asked)
+        for first in range(0, len(asked), self._batch_size):
+            yield asked[first : first + self._batch_size]
+
+    def ask(self, model: Any, places: Sequence[int]) -> Tensor:
+        """Asks some questions; returns their answers' losses, nats per token, differentiable."""
+        losses, is_right = answer_losses(model, [self._questions[place] for place in places])
+        for place, loss, right in zip(places, losses.tolist(), is_right.tolist(), strict=True):
+            (self._right.add if right else self._right.discard)(place)
+            (self._sure.add if right and loss < _SURE else self._sure.discard)(place)
+        return losses
+
+    def check(self, model: Any) -> float:
+        """Asks all questions, so that what was forgotten meanwhile is taught again; returns the share of right answers."""
+        order = sorted(range(len(self._questions)), key=lambda place: len(self._questions[place].prompt))
+        with in_eval_mode(model):
+            for first in range(0, len(order), BATCH_QUESTIONS):
+                self.ask(model, order[first : first + BATCH_QUESTIONS])
+        return self.share

@@ -1,0 +1,59 @@
+import pytest
+import torch
+
+from decoders import decoder
+from pkmem.editing import progress
+from pkmem.editing.progress import Progress
+from pkmem.editing.questions import Question
+
+
+@torch.no_grad()
+def test_the_share_is_that_which_greedy_decoding_writes():
+    model = decoder()
+    prompts = [[3, 4], [7, 8, 9], [11]]
+    right = [model(torch.tensor([prompt])).logits[0, -1].argmax().item() for prompt in prompts]
+    asked = [Question(prompt, [token]) for prompt, token in zip(prompts, right, strict=True)]
+    asked.append(Question([3, 4], [(right[0] + 1) % 64]))
+    model.train()
+    asking = Progress(asked, 2, 0)
+    assert asking.share == 0
+    assert asking.check(model) == asking.share == 0.75
+    assert model.training
+
+
+@pytest.fixture
+def answered(monkeypatch):
+    """200 questions, and how each is answered: losses and whether right, which a test may change."""
+    losses, rights = [0.01] * 200, [True] * 200
+
+    def answer(model, questions):
+        places = [question.prompt[0] for question in questions]
+        return torch.tensor([losses[place] for place in places]), torch.tensor([rights[place] for place in places])
+
+    monkeypatch.setattr(progress, "answer_losses", answer)
+    return Progress([Question([place], [0]) for place in range(200)], 50, 0), losses, rights
+
+
+def test_an_epoch_asks_what_is_not_sure_and_little_else(answered):
+    asking, losses, rights = answered
+    batches = list(asking.epoch())
+    assert [len(batch) for batch in batches] == [50] * 4
+    assert sorted(place for batch in batches for place in batch) == list(range(200))
+    assert batches[0] != sorted(batches[0])
+    losses[7], rights[9] = 0.1, False
+    for batch in batches:
+        assert asking.ask(None, batch).tolist() == pytest.approx([losses[place] for place in batch])
+    assert asking.share == 199 / 200
+    again = [place for batch in asking.epoch() for place in batch]
+    assert {7, 9} <= set(again)
+    assert 10 < len(again) < 60
+
+
+def test_a_check_finds_what_was_forgotten_and_has_it_asked_again(answered):
+    asking, _, rights = answered
+    for batch in asking.epoch():
+        asking.ask(None, batch)
+    rights[3:103] = [False] * 100
+    assert asking.share == 1
+    assert asking.check(decoder()) == asking.share == 0.5
+    assert set(range(3, 103)) <= {place for batch in asking.epoch() for place in batch}
