@@ -33,7 +33,7 @@ def results(tmp_path, monkeypatch):
                 "figures": figures,
                 "edit_bytes": 3e6,
                 "peak_rss_bytes": 1.5e9,
-                "edit_figures": {"seconds_preparing": 6.0},
+                "edit_figures": {"seconds_preparing": 6.0, "seconds_training": 14.0},
             }
             save_found(tmp_path, Run("compare", method, 1e-3, seed), found)
     save_found(tmp_path, Run("sequence", "memory", 1e-3), found | {"edit_bytes": [1e6, 2e6]})
@@ -59,7 +59,7 @@ def test_tables_have_the_figures_of_the_runs() -> None:
     assert (seconds["memory"][0], seconds["full fine-tuning"][0]) == ("98%", "50%")
     assert ["LoRA, word", "75%", "75%", "75%", "75%"] in tables["learn_by_kind"]
     assert ["memory", "0.001", "6", "7", "1.50", "3.0", "70%"] in tables["learn_machine_costs"]
-    assert ["20 edits of 20 facts", "75%", "1.00", "0.5000", "20", "3.0"] in tables["learn_more_facts"]
+    assert ["20 edits of 20 facts", "75%", "1.00", "0.5000", "6", "14", "3.0"] in tables["learn_more_facts"]
     assert ["before", "0", "0", "1.000", "1.000"] in tables["learn_on_text"]
     assert ["LoRA", "7", "9", "2.100", "2.200"] in tables["learn_on_text"]
     assert len(tables["learn_rates"]) == 3

@@ -169,6 +169,21 @@ def test_old_values_that_are_all_zero_take_no_room(tmp_path: Path) -> None:
     Edit.load(tmp_path / "minus.edit").apply(model)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_values_that_fit_bf16_take_two_bytes_and_come_back_as_they_were(dtype, tmp_path: Path) -> None:
+    edit = made_edit(pupil().to(dtype), [1, 8])
+    first_table = next(iter(edit.new))
+    short = {name: new.bfloat16().to(dtype) if name == first_table else new for name, new in edit.new.items()}
+    edit = dataclasses.replace(edit, new=short)
+    edit.save(tmp_path / "my.edit")
+    stored = load_file(tmp_path / "my.edit")
+    for name, new in edit.new.items():
+        assert stored[f"{name}.new"].dtype == (torch.bfloat16 if name == first_table else dtype)
+        read = Edit.load(tmp_path / "my.edit").new[name]
+        assert read.dtype == dtype
+        assert torch.equal(read, new)
+
+
 def test_a_name_says_what_is_put_in() -> None:
     model = pupil()
     one, two = made_edit(model, [1]), made_edit(model, [1], seed=1)
@@ -206,6 +221,12 @@ def first(tensors: dict, part: str) -> str:
         (lambda t, n: n.update(facts="[" * 100_000), "not JSON"),
         (lambda t, n: n.update(figures="[]"), "its figures no object"),
         (lambda t, n: n.update(figures='{"a": [1]}'), "the figure 'a' is neither a number nor text"),
+        (lambda t, n: n.update(dtypes="[]"), "its dtypes are no object"),
+        (lambda t, n: n.update(dtypes='{"a": "float32"}'), "'a' has no values in bf16 that stand for 'float32'"),
+        (
+            lambda t, n: n.update(dtypes=json.dumps({first(t, "new").removesuffix(".new"): "float32"})),
+            "has no values in bf16 that stand for 'float32'",
+        ),
         (lambda t, n: t.pop(first(t, "rows")), "must have the same tables"),
         (lambda t, n: t.pop(first(t, "new")), "must have the same tables"),
         (lambda t, n: t.clear(), "changes no row"),

@@ -21,6 +21,7 @@ from pkmem.training.tensor_file import TensorFile, write_tensor_file
 State = Literal["in", "out", "changed"]
 _VERSION = "1"  # of the file's form
 _PARTS = ("rows", "old", "new")
+_LONG = {"float32": torch.float32, "float64": torch.float64}
 
 
 @final
@@ -165,7 +166,8 @@ class Edit:
     def save(self, path: Path | str) -> None:
         """Writes the edit as a safetensors file, whole or not at all; another file of that name is replaced.
 
-        Old values of a table that are all zero, as before the first edit, are not written.
+        Old values of a table that are all zero, as before the first edit, are not written; new values that fit bf16, as
+        `pkmem.learn` makes them, take two bytes each.
 
         Args:
             path: the file, in a folder that exists.
@@ -177,11 +179,18 @@ class Edit:
         path = Path(path)
         tensors = {f"{name}.{part}": getattr(self, part)[name] for name in self.rows for part in _PARTS}
         tensors = {name: t for name, t in tensors.items() if not name.endswith(".old") or _bits(t).any()}
+        dtypes = {}  # of what is written shorter
+        for name, new in self.new.items():
+            short = new.to(torch.bfloat16)
+            if new.dtype in _LONG.values() and torch.equal(_bits(short.to(new.dtype)), _bits(new)):
+                tensors[f"{name}.new"] = short
+                dtypes[name] = str(new.dtype).removeprefix("torch.")
         facts = json.dumps([fact.to_dict() for fact in self.facts], ensure_ascii=False)
         notes = {
             "format": "pt",
             "pkmem_edit": _VERSION,
             "fingerprint": self.fingerprint,
+            "dtypes": json.dumps(dtypes),
             "facts": facts,
             "figures": json.dumps(self.figures, ensure_ascii=False),
         }
@@ -218,6 +227,14 @@ class Edit:
             if part not in parts:
                 raise ValueError(f"{key!r} is neither rows nor values")
             parts[part][name] = file[key].clone()
+        dtypes = parse_json(file.notes.get("dtypes", "{}").encode(), file.path)
+        if not isinstance(dtypes, dict):
+            raise ValueError("its dtypes are no object")
+        for name, dtype in dtypes.items():
+            new = parts["new"].get(name)
+            if new is None or new.dtype != torch.bfloat16 or dtype not in _LONG:
+                raise ValueError(f"{name!r} has no values in bf16 that stand for {dtype!r}")
+            parts["new"][name] = new.to(_LONG[dtype])
         for name in parts["new"].keys() - parts["old"].keys():
             parts["old"][name] = torch.zeros_like(parts["new"][name])
         facts, figures = (parse_json(file.notes.get(note, "").encode(), file.path) for note in ("facts", "figures"))

@@ -25,7 +25,7 @@ class MadeUpEdit:
     """Stands for what `pkmem.learn` returns: rows of the first table, others at each call."""
 
     def __init__(self, model, number: int) -> None:
-        self.figures = {"recall": 1.0}
+        self.figures = {"recall": 1.0, "seconds_preparing": 1.0, "seconds_training": 2.0}
         self.rows = slice(16 * number, 16 * number + 16)
         self.old = tables_in(model)[0].weight.data[self.rows].clone()
         self.new = torch.randn_like(self.old)
@@ -46,9 +46,11 @@ def scale(tmp_path, tokenizer, monkeypatch) -> Scale:  # noqa: F811
     llama().save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     learned = []
+    asked.clear()
 
-    def learn(model, tokenizer, facts, run, scale, clock=None, others=()):
-        assert list(others) == (learned if run.cell == "sequence" else [])
+    def learn(model, tokenizer, facts, run, scale, clock=None, **settings):
+        asked.update(settings)
+        assert list(settings.get("others", ())) == (learned if run.cell == "sequence" else [])
         learned.append(MadeUpEdit(model, len(learned)))
         if clock is not None:
             for _ in range(2):
@@ -69,6 +71,7 @@ def scale(tmp_path, tokenizer, monkeypatch) -> Scale:  # noqa: F811
     )  # fmt: skip
 
 
+asked: dict = {}  # the settings of the last lesson
 trial_quiz = cells.quiz()[:2]
 REAL_LEARN = cells._learn
 
@@ -98,19 +101,21 @@ def test_the_comparison_asks_every_method_the_same(scale, method) -> None:
 def test_a_memory_is_taught_by_pkmem_learn(scale, monkeypatch) -> None:
     monkeypatch.setattr(cells, "_learn", REAL_LEARN)
     found = performed("hundred_code", "memory", scale)
-    assert len(found["epochs"]) == found["edit_figures"]["epochs"] == 2
-    assert found["edit_figures"]["questions"] == 4
+    figures = found["edit_figures"]
+    assert (figures["epochs"], figures["questions"]) == (2, 4)
     assert found["edit_bytes"] > 100
-    assert 0 < found["epochs"][0]["seconds"] < found["seconds"]
+    assert 0 < figures["seconds_preparing"] + figures["seconds_training"] <= found["seconds"]
     assert found["figures"]["near_miss_kl"] > 0
 
 
-@pytest.mark.parametrize("cell", ["hundred_code", "thousand"])
-def test_more_facts_are_taught_in_one_phrasing(scale, cell) -> None:
+@pytest.mark.parametrize(
+    ("cell", "facts", "slots"), [("hundred_code", 4, None), ("few_rows", 4, 1000), ("thousand", 6, 16_000)]
+)
+def test_more_facts_are_taught_in_one_phrasing(scale, cell, facts, slots) -> None:
     found = performed(cell, "memory", scale)
-    assert found["facts"] == {"hundred_code": 4, "thousand": 6}[cell]
-    assert found["phrasings"] == 1
-    assert set(found["figures"]["recall"]) == ({"code"} if cell == "hundred_code" else {"person", "code", "word"})
+    assert (asked.get("slots"), asked["recall"]) == (slots, 0.97)
+    assert (found["facts"], found["phrasings"]) == (facts, 1)
+    assert set(found["figures"]["recall"]) == ({"person", "code", "word"} if cell == "thousand" else {"code"})
 
 
 def test_a_sweep_asks_after_each_epoch_alone(scale) -> None:
@@ -119,7 +124,10 @@ def test_a_sweep_asks_after_each_epoch_alone(scale) -> None:
 
 
 def test_edits_in_sequence_are_taken_back_to_the_bit(scale) -> None:
-    figures = performed("sequence", "memory", scale)["figures"]
+    found = performed("sequence", "memory", scale)
+    figures = found["figures"]
+    assert len(asked["background"]) == 16
+    assert found["seconds"] == 4 * 3.0
     assert figures["bitwise_as_before"]
     assert len(figures["recall_of_each"]) == len(figures["recall_when_learned"]) == 4
     assert len(figures["recall_of_the_others"]) == len(figures["recall_of_those_taken_back"]) == 2

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import random
 import tempfile
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from pkmem.experiments.learning.asking import recalled
 from pkmem.experiments.learning.examination import Examination, Size
 from pkmem.experiments.learning.kinds import KINDS, Asked, made_up, mixed
 from pkmem.experiments.learning.quiz import quiz
-from pkmem.experiments.learning.results import METHODS, Run
+from pkmem.experiments.learning.results import ENOUGH, METHODS, Run
 from pkmem.experiments.learning.teaching import Clock, Lesson, adapt, fine_tune, with_adapters
 from pkmem.experiments.learning.trial import bits_per_byte, blocks_of, documentation, train_on, written_by
 from pkmem.layer.optim import RowAdam
@@ -41,7 +42,8 @@ class Scale:
         model: a Hugging Face directory; None for SmolLM2-135M-Instruct.
         facts_per_kind: in the comparison, each in four phrasings.
         sweep_facts: persons, in four phrasings, for the learning rates.
-        hundred, thousand: facts in one phrasing.
+        hundred, thousand: facts in one phrasing, until the model recalls `ENOUGH` of them.
+        few_rows, many_rows: rows of a smaller edit of a hundred facts, and of the edit of a thousand.
         edits, facts_per_edit: one after another, in one phrasing.
         batch_size: prompts an update.
         most_epochs: over the facts.
@@ -54,13 +56,15 @@ class Scale:
     sweep_facts: int = 24
     hundred: int = 100
     thousand: int = 1000
+    few_rows: int = 1000
+    many_rows: int = 16_000
     edits: int = 20
     facts_per_edit: int = 20
     batch_size: int = 16
     most_epochs: int = 30
     text_updates: int = 200
     text_sweep_updates: int = 40
-    text_block_tokens: int = 256
+    text_block_tokens: int = 128
     size: Size = field(default_factory=Size)
 
 
@@ -152,7 +156,7 @@ def _learn(
     run: Run,
     scale: Scale,
     clock: Clock | None = None,
-    others: Sequence[Edit] = (),
+    **settings: Any,
 ) -> Edit:
     """An edit, learned at a run's rate; the model is as it was."""
     return learn(
@@ -160,11 +164,11 @@ def _learn(
         tokenizer,
         facts,
         lr=run.rate,
-        others=others,
         batch_size=scale.batch_size,
         most_epochs=scale.most_epochs,
         seed=run.seed,
         after_epoch=clock.epoch if clock is not None else None,
+        **settings,
     )
 
 
@@ -182,13 +186,35 @@ def _compare(run: Run, scale: Scale, seconds: float | None) -> dict[str, Any]:
     return _teach(run, scale, mixed(scale.facts_per_kind, run.seed), 4, questions=True)
 
 
+def _teach_many(run: Run, scale: Scale, facts: list[Asked], slots: int | None = None) -> dict[str, Any]:
+    """Teaches a memory facts in one phrasing until it recalls enough of them, and asks at the end alone."""
+    model, tokenizer = load(scale, run.method)
+    examination = Examination(model, tokenizer, facts, 1, run.seed, scale.size, quiz())
+    before, start = peak_rss_bytes(), time.perf_counter()
+    settings: dict[str, Any] = {"recall": ENOUGH} if slots is None else {"recall": ENOUGH, "slots": slots}
+    edit = _learn(model, tokenizer, _as_facts(facts, 1), run, scale, **settings)
+    found = {"seconds": time.perf_counter() - start, "rss_bytes_before": before, "peak_rss_bytes": peak_rss_bytes()}
+    edit.apply(model)
+    return found | {
+        "facts": len(facts),
+        "phrasings": 1,
+        "edit_bytes": _edit_bytes(edit),
+        "edit_figures": edit.figures,
+        "figures": examination.fully(model),
+    }
+
+
 def _hundred(kind: str) -> Callable[[Run, Scale, float | None], dict[str, Any]]:
-    return lambda run, scale, seconds: _teach(run, scale, made_up(kind, scale.hundred, run.seed), 1)
+    return lambda run, scale, seconds: _teach_many(run, scale, made_up(kind, scale.hundred, run.seed))
+
+
+def _few_rows(run: Run, scale: Scale, seconds: float | None) -> dict[str, Any]:
+    return _teach_many(run, scale, made_up("code", scale.hundred, run.seed), scale.few_rows)
 
 
 def _thousand(run: Run, scale: Scale, seconds: float | None) -> dict[str, Any]:
     facts = mixed(-(-scale.thousand // len(KINDS)), run.seed)
-    return _teach(run, scale, facts, 1, questions=True)
+    return _teach_many(run, scale, facts, scale.many_rows)
 
 
 def _in_sequence(run: Run, scale: Scale, seconds: float | None) -> dict[str, Any]:
@@ -199,11 +225,13 @@ def _in_sequence(run: Run, scale: Scale, seconds: float | None) -> dict[str, Any
     random.Random(run.seed).shuffle(facts)
     lessons = [facts[i :: scale.edits] for i in range(scale.edits)]
     examination = Examination(model, tokenizer, facts, 1, run.seed, scale.size, quiz())
+    written, _ = written_by(model, tokenizer, scale.size.block_tokens // 2, run.seed)
+    background = tokenizer.batch_decode(written)
     clock = Clock(examination.briefly)
     edits: list[Edit] = []
     recalls = []
     for lesson in lessons:
-        edits.append(_learn(model, tokenizer, _as_facts(lesson, 1), run, scale, others=edits))
+        edits.append(_learn(model, tokenizer, _as_facts(lesson, 1), run, scale, others=edits, background=background))
         edits[-1].apply(model)
         clock.epoch(model)
         recalls.append(_recall(model, tokenizer, lesson))
@@ -218,8 +246,10 @@ def _in_sequence(run: Run, scale: Scale, seconds: float | None) -> dict[str, Any
     for i in order[scale.edits // 2 :]:
         edits[i].undo(model)
     figures["bitwise_as_before"] = digest(model) == before
+    took = {key: sum(edit.figures[key] for edit in edits) for key in ("seconds_preparing", "seconds_training")}
     return {
-        "seconds": clock.seconds,
+        "seconds": sum(took.values()),
+        "edit_figures": took,
         "peak_rss_bytes": peak_rss_bytes(),
         "edit_bytes": [_edit_bytes(edit) for edit in edits],
         "epochs": clock.epochs,  # after each edit
@@ -283,7 +313,7 @@ CELLS = {
         )
         for kind in KINDS
     },
-    "thousand": Cell("1,000 facts of three kinds in one edit, on two cores", _thousand, threads=2),
+    "few_rows": Cell("100 facts of the kind code in a quarter of the rows, on two cores", _few_rows, threads=2),
     "sequence": Cell("20 edits of 20 facts, one after another, then taken back in another order", _in_sequence),
     "text_sweep": Cell(
         "40 updates on Python's documentation, to choose learning rates", _text, ("memory", "lora"), sweep=None
@@ -291,4 +321,5 @@ CELLS = {
     "text": Cell(
         "200 updates on Python's documentation; LoRA for as many seconds", _text, ("memory", "lora"), sweep="text_sweep"
     ),
+    "thousand": Cell("1,000 facts of three kinds in one edit, on two cores", _thousand, threads=2),
 }
