@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
@@ -47,7 +48,7 @@ class Elsewhere:
         background: Iterable[str] | None,
         seed: int,
     ) -> None:
-        tokens = _own_text(model, tokenizer, seed) if background is None else _blocks(model, tokenizer, background)
+        blocks = None if background is None else _blocks(model, tokenizer, background)
         squares: list[list[Tensor]] = [[] for _ in memories_in(model)]
         hooks = [
             part.register_forward_hook(
@@ -58,13 +59,20 @@ class Elsewhere:
             for part, kept in zip(_mlps(model), squares, strict=True)
         ]
         try:
-            self.background = _reads(model, tokens)
+            with _reads_of(model) as self.background:
+                if blocks is None:
+                    _write(model, tokenizer, seed)
+                else:
+                    _read(model, blocks)
         finally:
             for hook in hooks:
                 hook.remove()
         self.energy = [torch.stack(kept).mean().clamp_min(1e-12) for kept in squares]
         prompts = near_misses([fact.prompts for fact in facts], _NEAR_MISSES, seed)
-        self.near = _reads(model, tokenizer(prompts)["input_ids"]) if prompts else None
+        self.near = None
+        if prompts:
+            with _reads_of(model) as self.near:
+                _read(model, tokenizer(prompts)["input_ids"])
 
     def weight_of_rows(self, place: int, num_rows: int) -> Tensor:
         """The weight with which a token reads each row through the memory at a place, (m,) fp64."""
@@ -96,37 +104,42 @@ def _blocks(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: I
     return blocks[: -(-_MOST_TOKENS // length)]
 
 
-@torch.no_grad()
-def _own_text(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, seed: int) -> list[list[int]]:
-    """What the model writes by itself, drawn from all its tokens, each text after a word drawn at random."""
+def _write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, seed: int) -> None:
+    """Lets the model write by itself, drawn from all its tokens, each text after a word drawn at random."""
     device = next(model.parameters()).device
     draw = torch.Generator().manual_seed(seed)
     words = [token for token in range(len(tokenizer)) if tokenizer.decode([token])[1:].isalpha()]
     starts = torch.tensor(words or range(len(tokenizer)))  # a tokenizer of bytes has no words
     first = starts[torch.randint(len(starts), (_OWN_TEXTS,), generator=draw)]
+    num_tokens = min(_OWN_TOKENS, context_tokens(model)) - 1
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        written = model.generate(
+        model.generate(
             input_ids=first[:, None].to(device),
             attention_mask=torch.ones(_OWN_TEXTS, 1, dtype=torch.int64, device=device),
-            max_new_tokens=min(_OWN_TOKENS, context_tokens(model)) - 1,
+            min_new_tokens=num_tokens,  # so that none ends, and every token read is one written
+            max_new_tokens=num_tokens,
             do_sample=True,
             top_k=0,
             temperature=1.0,
             pad_token_id=tokenizer.eos_token_id,
         )
-    ends = tokenizer.eos_token_id
-    return [text[: text.index(ends) if ends in text else None] for text in written.tolist()]
 
 
-def _reads(model: PreTrainedModel, texts: Sequence[list[int]]) -> list[Reads]:
-    """What each memory reads for the tokens of texts."""
+@contextlib.contextmanager
+def _reads_of(model: PreTrainedModel) -> Iterator[list[Reads]]:
+    """At the end of the block the list has what each memory read within it."""
     found: list[list[Reads]] = [[] for _ in memories_in(model)]
+    together: list[Reads] = []
     with torch.no_grad(), reading(model, lambda place, reads: found[place].append(reads)):
-        for tokens, mask in _padded(texts):
-            given = {"input_ids": tokens.to(model.device), "attention_mask": mask.to(model.device)}
-            model(**given, use_cache=False, **forward_options(model, 1))
-    return [Reads(*(torch.cat(parts) for parts in zip(*reads, strict=True))) for reads in found]
+        yield together
+    together += [Reads(*(torch.cat(parts) for parts in zip(*reads, strict=True))) for reads in found]
+
+
+def _read(model: PreTrainedModel, texts: Sequence[list[int]]) -> None:
+    for tokens, mask in _padded(texts):
+        given = {"input_ids": tokens.to(model.device), "attention_mask": mask.to(model.device)}
+        model(**given, use_cache=False, **forward_options(model, 1))
 
 
 def _padded(texts: Sequence[list[int]]) -> Iterator[tuple[Tensor, Tensor]]:
