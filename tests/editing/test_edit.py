@@ -13,6 +13,7 @@ from lessons import pupil
 from made_edits import FACT, bits_of, made_edit, same_bits
 from pkmem import Edit
 from pkmem.editing.fingerprint import table_names
+from pkmem.editing.rounding import rounded
 
 
 @pytest.mark.parametrize(
@@ -169,16 +170,15 @@ def test_old_values_that_are_all_zero_take_no_room(tmp_path: Path) -> None:
     Edit.load(tmp_path / "minus.edit").apply(model)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_values_that_fit_bf16_take_two_bytes_and_come_back_as_they_were(dtype, tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_values_that_fit_a_byte_take_one_and_come_back_as_they_were(dtype, tmp_path: Path) -> None:
     edit = made_edit(pupil().to(dtype), [1, 8])
     first_table = next(iter(edit.new))
-    short = {name: new.bfloat16().to(dtype) if name == first_table else new for name, new in edit.new.items()}
-    edit = dataclasses.replace(edit, new=short)
+    edit = dataclasses.replace(edit, new=edit.new | {first_table: rounded(edit.new[first_table])})
     edit.save(tmp_path / "my.edit")
     stored = load_file(tmp_path / "my.edit")
     for name, new in edit.new.items():
-        assert stored[f"{name}.new"].dtype == (torch.bfloat16 if name == first_table else dtype)
+        assert stored[f"{name}.new"].dtype == (torch.int8 if name == first_table else dtype)
         read = Edit.load(tmp_path / "my.edit").new[name]
         assert read.dtype == dtype
         assert torch.equal(read, new)
@@ -210,6 +210,13 @@ def first(tensors: dict, part: str) -> str:
     return next(name for name in tensors if name.endswith(f".{part}"))
 
 
+def in_bytes(tensors: dict, notes: dict, whole=None, exponents=None, dtype="float32") -> None:
+    name = first(tensors, "new").removesuffix(".new")
+    tensors[f"{name}.new"] = torch.ones(2, 4, dtype=torch.int8) if whole is None else whole
+    tensors[f"{name}.exponents"] = torch.zeros(2, dtype=torch.int8) if exponents is None else exponents
+    notes["dtypes"] = json.dumps({name: dtype})
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -222,11 +229,13 @@ def first(tensors: dict, part: str) -> str:
         (lambda t, n: n.update(figures="[]"), "its figures no object"),
         (lambda t, n: n.update(figures='{"a": [1]}'), "the figure 'a' is neither a number nor text"),
         (lambda t, n: n.update(dtypes="[]"), "its dtypes are no object"),
-        (lambda t, n: n.update(dtypes='{"a": "float32"}'), "'a' has no values in bf16 that stand for 'float32'"),
-        (
-            lambda t, n: n.update(dtypes=json.dumps({first(t, "new").removesuffix(".new"): "float32"})),
-            "has no values in bf16 that stand for 'float32'",
-        ),
+        (lambda t, n: n.update(dtypes='{"a": "float32"}'), "'a' has no bytes and exponents that stand for 'float32'"),
+        (lambda t, n: in_bytes(t, n, exponents=torch.zeros(3, dtype=torch.int8)), "has no bytes and exponents"),
+        (lambda t, n: in_bytes(t, n, whole=torch.zeros(2, 4)), "has no bytes and exponents"),
+        (lambda t, n: in_bytes(t, n, whole=torch.ones(2, dtype=torch.int8)), "has no bytes and exponents"),
+        (lambda t, n: in_bytes(t, n, dtype="int64"), "has no bytes and exponents that stand for 'int64'"),
+        (lambda t, n: (in_bytes(t, n), n.pop("dtypes")), "it has exponents of no values"),
+        (lambda t, n: in_bytes(t, n, torch.full((2, 4), 127).char(), torch.full((2,), 127).char()), "not finite"),
         (lambda t, n: t.pop(first(t, "rows")), "must have the same tables"),
         (lambda t, n: t.pop(first(t, "new")), "must have the same tables"),
         (lambda t, n: t.clear(), "changes no row"),

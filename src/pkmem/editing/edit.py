@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pkmem.editing.fingerprint import fingerprint, saved_tensors, table_names
+from pkmem.editing.rounding import from_bytes, to_bytes
 from pkmem.text.durable import replacing
 from pkmem.text.facts import Fact
 from pkmem.training.files import LARGEST_DOCUMENT, CheckpointError, parse_json
@@ -21,7 +22,9 @@ from pkmem.training.tensor_file import TensorFile, write_tensor_file
 State = Literal["in", "out", "changed"]
 _VERSION = "1"  # of the file's form
 _PARTS = ("rows", "old", "new")
-_LONG = {"float32": torch.float32, "float64": torch.float64}
+_DTYPES = {
+    str(dtype).removeprefix("torch."): dtype for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+}
 
 
 @final
@@ -166,8 +169,8 @@ class Edit:
     def save(self, path: Path | str) -> None:
         """Writes the edit as a safetensors file, whole or not at all; another file of that name is replaced.
 
-        Old values of a table that are all zero, as before the first edit, are not written; new values that fit bf16, as
-        `pkmem.learn` makes them, take two bytes each.
+        Old values of a table that are all zero, as before the first edit, are not written; new values take a
+        byte each where they fit, as those of `pkmem.learn` do (`pkmem.editing.rounding`).
 
         Args:
             path: the file, in a folder that exists.
@@ -179,11 +182,10 @@ class Edit:
         path = Path(path)
         tensors = {f"{name}.{part}": getattr(self, part)[name] for name in self.rows for part in _PARTS}
         tensors = {name: t for name, t in tensors.items() if not name.endswith(".old") or _bits(t).any()}
-        dtypes = {}  # of what is written shorter
+        dtypes = {}  # of what is written in bytes
         for name, new in self.new.items():
-            short = new.to(torch.bfloat16)
-            if new.dtype in _LONG.values() and torch.equal(_bits(short.to(new.dtype)), _bits(new)):
-                tensors[f"{name}.new"] = short
+            if (short := to_bytes(new)) is not None:
+                tensors[f"{name}.new"], tensors[f"{name}.exponents"] = short
                 dtypes[name] = str(new.dtype).removeprefix("torch.")
         facts = json.dumps([fact.to_dict() for fact in self.facts], ensure_ascii=False)
         notes = {
@@ -221,7 +223,7 @@ class Edit:
     def _read(cls, file: TensorFile) -> Edit:
         if file.notes.get("pkmem_edit") != _VERSION:
             raise ValueError(f"it does not say that it is one of form {_VERSION}")
-        parts: dict[str, dict[str, Tensor]] = {part: {} for part in _PARTS}
+        parts: dict[str, dict[str, Tensor]] = {part: {} for part in (*_PARTS, "exponents")}
         for key in file.stored:
             name, _, part = key.rpartition(".")
             if part not in parts:
@@ -231,10 +233,12 @@ class Edit:
         if not isinstance(dtypes, dict):
             raise ValueError("its dtypes are no object")
         for name, dtype in dtypes.items():
-            new = parts["new"].get(name)
-            if new is None or new.dtype != torch.bfloat16 or dtype not in _LONG:
-                raise ValueError(f"{name!r} has no values in bf16 that stand for {dtype!r}")
-            parts["new"][name] = new.to(_LONG[dtype])
+            whole, exponents = parts["new"].get(name), parts["exponents"].pop(name, None)
+            if whole is None or exponents is None or dtype not in _DTYPES or not _are_bytes(whole, exponents):
+                raise ValueError(f"{name!r} has no bytes and exponents that stand for {dtype!r}")
+            parts["new"][name] = from_bytes(whole, exponents, _DTYPES[dtype])
+        if parts.pop("exponents"):
+            raise ValueError("it has exponents of no values")
         for name in parts["new"].keys() - parts["old"].keys():
             parts["old"][name] = torch.zeros_like(parts["new"][name])
         facts, figures = (parse_json(file.notes.get(note, "").encode(), file.path) for note in ("facts", "figures"))
@@ -274,6 +278,11 @@ def _require_rows(name: str, rows: Tensor, old: Tensor, new: Tensor) -> None:
         )
     if not new.isfinite().all():
         raise ValueError(f"new values of {name!r} are not finite")
+
+
+def _are_bytes(whole: Tensor, exponents: Tensor) -> bool:
+    are_int8 = whole.dtype == exponents.dtype == torch.int8
+    return are_int8 and whole.dim() == 2 and exponents.shape == whole.shape[:1]
 
 
 def _bits(tensor: Tensor) -> Tensor:

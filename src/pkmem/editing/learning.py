@@ -30,11 +30,12 @@ from pkmem.editing.reads import (
     tables_of,
     weight_of_rows,
 )
+from pkmem.editing.rounding import rounded
 from pkmem.layer.config import require
 from pkmem.layer.memory import memories_in
 from pkmem.text.facts import Fact
 
-_ROWS_PER_QUESTION, _FEWEST_ROWS, _MOST_ROWS = 80, 1000, 8000  # more rows learn faster and understand more phrasings
+_ROWS_PER_QUESTION, _FEWEST_ROWS, _MOST_ROWS = 160, 2000, 16_000  # more rows learn faster and understand more phrasings
 _RELAXED = 0.7  # per epoch: facts that are hard to tell from near misses are learned later, with less of a hold
 _CALMED = 0.9  # per epoch, the learning rate: late steps shall not undo what was learned before
 _HELD_DOWN = 1024  # tokens of the background, and of near misses, that an update looks at
@@ -65,8 +66,8 @@ def learn(
         tokenizer: its tokenizer.
         facts: what to teach, each in as many phrasings as it has; with more of them, more others are understood.
         background: texts on which the model shall stay as it is; None lets the model write some.
-        slots: rows to change in all, >= 1; each takes two bytes of the edit for each number of the model's width. None
-            takes 80 for each prompt, but from 1,000 to 8,000.
+        slots: rows to change in all, >= 1; each takes a byte of the edit for each number of the model's width. None
+            takes 160 for each prompt, but from 2,000 to 16,000.
         lr: learning rate of the rows, > 0.
         keep_background: how strongly what the rows add to the background is held down at first, >= 0; less every epoch.
         keep_near: the same for prompts that almost ask for the facts, >= 0. More keeps what the model says about
@@ -114,7 +115,7 @@ def learn(
             while course.num_epochs < most_epochs and reached < recall:
                 course.epoch()
                 if course.progress.share >= recall or course.num_epochs == most_epochs:
-                    course.shorten()
+                    course.round()
                     reached = course.progress.check(model)
                 training += clock.lap()
                 bar.set_description(f"learned {course.progress.share:.0%} of {len(questions)} answers")
@@ -266,11 +267,11 @@ class _Course:
             self.num_updates += 1
         self.num_epochs += 1
 
-    def shorten(self) -> None:
-        """Rounds the change to bf16, as it will be kept: its file is half as long, and a table may be in bf16."""
+    def round(self) -> None:
+        """Rounds the change as it will be kept, a byte for each number."""
         for group in self._optimizer.param_groups:
             for change in group["params"]:
-                change.data = change.data.to(torch.bfloat16).float()
+                change.data = rounded(change.data)
 
     def _added_elsewhere(self) -> Tensor | float:
         """The energy of what the rows add to what shall stay, over that of what is there; weighed less every epoch."""

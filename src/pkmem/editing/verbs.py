@@ -50,7 +50,7 @@ def learn_arguments(parser: Parser) -> None:
         help="text on which the model shall stay as it is, as in `pkmem train --data`; else the model writes some",
     )
     for name, kind, default, text in (
-        ("slots", int | None, None, "rows to change at most; else 80 for each prompt, but from 1,000 to 8,000"),
+        ("slots", int | None, None, "rows to change at most; else 160 for each prompt, but from 2,000 to 16,000"),
         ("recall", float, 1.0, "share of answers at which to stop, in (0, 1]"),
         ("keep_background", float, 200.0, "how strongly other text is kept as it is, >= 0"),
         ("keep_near", float, 20.0, "how strongly answers to prompts like the facts' are kept, >= 0"),
