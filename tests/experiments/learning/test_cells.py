@@ -109,7 +109,7 @@ def test_a_memory_is_taught_by_pkmem_learn(scale, monkeypatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("cell", "facts", "slots"), [("hundred_code", 4, None), ("few_rows", 4, 1000), ("thousand", 6, 16_000)]
+    ("cell", "facts", "slots"), [("hundred_code", 4, None), ("few_rows", 4, 4000), ("thousand", 6, 48_000)]
 )
 def test_more_facts_are_taught_in_one_phrasing(scale, cell, facts, slots) -> None:
     found = performed(cell, "memory", scale)

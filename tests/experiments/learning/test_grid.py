@@ -124,4 +124,4 @@ def test_at_first_only_sweeps_can_be_run() -> None:
 def test_a_dry_run_names_every_cell_and_its_runs() -> None:
     lines = describe(3).splitlines()
     assert [line.split()[0] for line in lines] == list(CELLS)
-    assert "  9 runs of 1 thread: 36 facts" in describe(3, ["compare"])
+    assert "  9 runs of 1 thread: 24 facts" in describe(3, ["compare"])

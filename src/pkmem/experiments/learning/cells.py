@@ -52,12 +52,12 @@ class Scale:
     """
 
     model: str | None = None
-    facts_per_kind: int = 12
+    facts_per_kind: int = 8
     sweep_facts: int = 24
     hundred: int = 100
     thousand: int = 1000
-    few_rows: int = 1000
-    many_rows: int = 16_000
+    few_rows: int = 4000
+    many_rows: int = 48_000
     edits: int = 20
     facts_per_edit: int = 20
     batch_size: int = 16
@@ -305,7 +305,7 @@ CELLS = {
         "24 persons and their cities in four phrasings, to choose learning rates", _sweep, METHODS, sweep=None
     ),
     "compare": Cell(
-        "36 facts of three kinds in four phrasings: memory, full fine-tuning, LoRA", _compare, METHODS, every_seed=True
+        "24 facts of three kinds in four phrasings: memory, full fine-tuning, LoRA", _compare, METHODS, every_seed=True
     ),
     **{
         f"hundred_{kind}": Cell(
