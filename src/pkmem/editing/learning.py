@@ -36,8 +36,8 @@ from pkmem.layer.memory import memories_in
 from pkmem.text.facts import Fact
 
 _ROWS_PER_QUESTION, _FEWEST_ROWS, _MOST_ROWS = 160, 2000, 16_000  # more rows learn faster and understand more phrasings
-_RELAXED = 0.7  # per epoch: facts that are hard to tell from near misses are learned later, with less of a hold
-_CALMED = 0.9  # per epoch, the learning rate: late steps shall not undo what was learned before
+_RELAXED = 0.85  # per epoch: facts that are hard to tell from near misses are learned later, with less of a hold
+_CALMED = 0.95  # per epoch, the learning rate: late steps shall not undo what was learned before
 _HELD_DOWN = 1024  # tokens of the background, and of near misses, that an update looks at
 
 
@@ -48,8 +48,8 @@ def learn(
     *,
     background: Iterable[str] | None = None,
     slots: int | None = None,
-    lr: float = 3e-2,
-    keep_background: float = 200.0,
+    lr: float = 5e-2,
+    keep_background: float = 15.0,
     keep_near: float = 20.0,
     recall: float = 1.0,
     most_epochs: int = 30,

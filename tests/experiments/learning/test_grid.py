@@ -12,7 +12,7 @@ from pkmem.experiments.learning.results import Run, load_found
 
 def made(run: Run) -> dict:
     """A result as if the run had been made: the rate in the middle of each sweep is the best."""
-    loss = abs(run.rate - {"memory": 0.03, "full": 3e-5, "lora": 3e-4}[run.method]) + 1e-3
+    loss = abs(run.rate - {"memory": 0.05, "full": 3e-5, "lora": 3e-4}[run.method]) + 1e-3
     epoch = {"seconds": 3.0, "recall": 1.0, "held_out": 0.5, "near_miss_kl": 1.0, "background_kl": loss}
     figures = {"recall": {"person": 1.0, "code": 0.5}, "held_out_bits_per_byte": loss, "questions": 0.75}
     return (

@@ -12,7 +12,7 @@ from pkmem.training.files import load_json, save_json
 METHODS = ("memory", "full", "lora")
 LABELS = {"memory": "memory", "full": "full fine-tuning", "lora": "LoRA"}
 FIRST_RATES = {  # of each sweep, which goes on where the best of them is the lowest or the highest
-    "sweep": {"memory": (0.01, 0.03, 0.1), "full": (1e-5, 3e-5, 1e-4), "lora": (1e-4, 3e-4, 1e-3)},
+    "sweep": {"memory": (0.02, 0.05, 0.1), "full": (1e-5, 3e-5, 1e-4), "lora": (1e-4, 3e-4, 1e-3)},
     "text_sweep": {"memory": (0.001, 0.003, 0.01), "lora": (3e-4, 1e-3, 3e-3)},
 }
 MOST_RATES = 5
