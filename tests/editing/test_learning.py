@@ -4,7 +4,8 @@ import dataclasses
 import pytest
 import torch
 
-from lessons import FACTS, OF_LESSONS, bits, is_as, pupil, tokenizer
+from lessons import FACTS, OF_LESSONS, pupil, tokenizer
+from made_edits import bits_of, same_bits
 from pkmem import learn
 from pkmem.editing.progress import Progress
 from pkmem.editing.questions import questions_of
@@ -21,11 +22,11 @@ SETTINGS = {"background": TEXT, "lr": 0.1, "keep_background": 1e-3, "keep_near":
 def test_facts_are_learned_in_a_few_rows_and_taken_back_bit_for_bit(family):
     model = pupil(family).train()
     model.base.get_input_embeddings().weight.requires_grad_(False)
-    before, trained = bits(model), [parameter.requires_grad for parameter in model.parameters()]
+    before, trained = bits_of(model), [parameter.requires_grad for parameter in model.parameters()]
     asked = questions_of(FACTS, tokenizer(), model)
     assert Progress(asked, 9, 0).check(model) == 0
     edit = learn(model, tokenizer(), FACTS, slots=300, **SETTINGS)
-    assert is_as(model, before)
+    assert same_bits(bits_of(model), before)
     assert model.training
     assert [parameter.requires_grad for parameter in model.parameters()] == trained
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -34,10 +35,10 @@ def test_facts_are_learned_in_a_few_rows_and_taken_back_bit_for_bit(family):
     assert all(torch.equal(new, rounded(new)) for new in edit.new.values())  # so that it is a small file
     edit.apply(model)
     assert Progress(asked, 9, 0).check(model) == 1.0
-    changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    changed = {name for name, bits in bits_of(model).items() if not torch.equal(bits, before[name])}
     assert changed == set(edit.rows)
     edit.undo(model)
-    assert is_as(model, before)
+    assert same_bits(bits_of(model), before)
 
 
 def test_the_same_seed_teaches_the_same():
@@ -47,19 +48,19 @@ def test_the_same_seed_teaches_the_same():
 
 def test_edits_have_rows_of_their_own_and_go_in_any_order():
     model = pupil(share_values=True)
-    before, edits = bits(model), []
+    before, edits = bits_of(model), []
     for lesson in (FACTS[:2], FACTS[2:4], FACTS[4:]):
         edits.append(learn(model, tokenizer(), lesson, slots=100, others=edits, **SETTINGS))
         edits[-1].apply(model)
     for edit in edits:
         assert not any(edit.overlaps(other) for other in edits if other is not edit)
-    after_two = bits(model)
+    after_two = bits_of(model)
     for place in (1, 0, 2):
         edits[place].undo(model)
-    assert is_as(model, before)
+    assert same_bits(bits_of(model), before)
     for place in (2, 0, 1):
         edits[place].apply(model)
-    assert is_as(model, after_two)
+    assert same_bits(bits_of(model), after_two)
 
 
 def added_to(model, texts):

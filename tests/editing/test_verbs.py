@@ -8,7 +8,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from decoders import decoder
-from lessons import FACTS, VOCAB, edit_of, pupil, tokenizer
+from lessons import FACTS, VOCAB, pupil, tokenizer
+from made_edits import made_edit
 from pkmem.cli import main
 from pkmem.editing.retrofit import spread
 from pkmem.layer.config import MemoryConfig
@@ -93,7 +94,7 @@ def test_what_a_user_gets_wrong_is_one_line_and_changes_nothing(plain, capsys):
     assert not edit.exists()
     (plain / "broken").write_bytes(b"not an edit")
     assert "no edit (" in refuses(capsys, "apply", plain / "model", plain / "broken")
-    edit_of(pupil(), 0).save(plain / "others")
+    made_edit(pupil(), [0, 1, 2]).save(plain / "others")
     assert "belongs to model" in refuses(capsys, "apply", plain / "model", plain / "others")
     assert "neither a file nor an edit" in refuses(capsys, "forget", plain / "model", "nothing")
 
