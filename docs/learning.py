@@ -13,7 +13,16 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from pkmem.experiments.learning.kinds import KINDS
-from pkmem.experiments.learning.results import ENOUGH, LABELS, METHODS, Run, first_with, last_within, load_found
+from pkmem.experiments.learning.results import (
+    ENOUGH,
+    LABELS,
+    METHODS,
+    Run,
+    best_rate,
+    first_with,
+    last_within,
+    load_found,
+)
 
 RESULTS = Path(__file__).parents[1] / "experiments" / "results" / "learn"
 COLORS = {"memory": "#1f5fa8", "full": "#d9730d", "lora": "#2e7d4f"}
@@ -48,9 +57,12 @@ def _table(rows: Sequence[Sequence[str]]) -> str:
 
 
 def runs_of(found: Found, cell: str, method: str) -> list[dict[str, Any]]:
-    """What a cell's runs of a method found, a seed after another."""
-    runs = sorted((run for run in found if (run.cell, run.method) == (cell, method)), key=lambda run: run.seed)
-    return [found[run] for run in runs]
+    """What a cell's runs of a method found, a seed after another; of the comparison, those at the method's best rate."""
+    best = best_rate(found, cell, method) if cell == "compare" else None
+    runs = [
+        run for run in found if (run.cell, run.method) == (cell, method) and (cell != "compare" or run.rate == best)
+    ]
+    return [found[run] for run in sorted(runs, key=lambda run: run.seed)]
 
 
 def at_equal_recall(found: Found) -> list[list[str]]:
@@ -105,13 +117,12 @@ def machine_costs(found: Found) -> list[list[str]]:
         ]
     ]
     for method in METHODS:
-        pairs = [(run, found[run]) for run in found if (run.cell, run.method) == ("compare", method)]
-        if not pairs:
+        runs = runs_of(found, "compare", method)
+        if not runs:
             continue
-        runs = [document for _, document in pairs]
         rows.append([
             LABELS[method],
-            f"{pairs[0][0].rate:g}",
+            f"{runs[0]['rate']:g}",
             _mean([_preparing(run) for run in runs], "{:.0f}"),
             _mean([(run["seconds"] - _preparing(run)) / len(run["epochs"]) for run in runs], "{:.0f}"),
             _mean([run["peak_rss_bytes"] / 1e9 for run in runs], "{:.2f}"),
@@ -170,7 +181,7 @@ def rates(found: Found) -> list[list[str]]:
     """All learning rates that were tried, at the first epoch with enough recall."""
     rows = [["", "learning rate", *(title for title, _ in COSTS.values())]]
     for method in METHODS:
-        tried = [run for run in found if (run.cell, run.method) == ("sweep", method)]
+        tried = [run for run in found if (run.cell, run.method, run.seed) == ("compare", method, 0)]
         for run in sorted(tried, key=lambda run: run.rate):
             epochs = found[run]["epochs"]
             epoch = first_with(epochs, ENOUGH) or (epochs[-1] if epochs else None)

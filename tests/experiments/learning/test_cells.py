@@ -66,7 +66,7 @@ def scale(tmp_path, tokenizer, monkeypatch) -> Scale:  # noqa: F811
     monkeypatch.setattr(cells, "quiz", lambda: trial_quiz)
     monkeypatch.setattr(trial, "read_documents", lambda data, split: [])
     return Scale(
-        model=str(tmp_path / "model"), facts_per_kind=2, sweep_facts=3, hundred=4, thousand=6, edits=4, facts_per_edit=2,
+        model=str(tmp_path / "model"), facts_per_kind=2, hundred=4, thousand=6, edits=4, facts_per_edit=2,
         batch_size=4, most_epochs=2, text_updates=3, text_sweep_updates=2, text_block_tokens=32, size=SIZE,
     )  # fmt: skip
 
@@ -77,7 +77,7 @@ REAL_LEARN = cells._learn
 
 
 def performed(cell: str, method: str, scale: Scale, seconds: float | None = None) -> dict:
-    run = Run(cell, method, 1e-3, threads=torch.get_num_threads())
+    run = Run(cell, method, 1e-3)
     found = perform(run, scale, seconds)
     save_found(path := Path(scale.model), run, found)
     assert json.loads((path / f"{run.name}.json").read_text()) == load_found(path)[run]
@@ -116,11 +116,6 @@ def test_more_facts_are_taught_in_one_phrasing(scale, cell, facts, slots) -> Non
     assert (asked.get("slots"), asked["recall"]) == (slots, 0.97)
     assert (found["facts"], found["phrasings"]) == (facts, 1)
     assert set(found["figures"]["recall"]) == ({"person", "code", "word"} if cell == "thousand" else {"code"})
-
-
-def test_a_sweep_asks_after_each_epoch_alone(scale) -> None:
-    found = performed("sweep", "memory", scale)
-    assert found["figures"] == found["epochs"][-1]
 
 
 def test_edits_in_sequence_are_taken_back_to_the_bit(scale) -> None:

@@ -21,7 +21,7 @@ EPOCHS = [
 ]
 
 
-def swept(losses: dict[float, float | None], sweep: str = "sweep", method: str = "full") -> dict:
+def swept(losses: dict[float, float | None], sweep: str = "compare", method: str = "full") -> dict:
     """Results of a sweep by rate; None for one that recalls too little."""
     return {
         Run(sweep, method, rate): {
@@ -32,16 +32,16 @@ def swept(losses: dict[float, float | None], sweep: str = "sweep", method: str =
 
 
 def test_a_sweep_begins_with_three_rates_and_waits_for_all() -> None:
-    first = list(FIRST_RATES["sweep"]["full"])
-    assert rates_to_try({}, "sweep", "full") == first == [1e-5, 3e-5, 1e-4]
-    assert best_rate({}, "sweep", "full") is None
-    assert best_rate(swept({1e-5: 1, 3e-5: 2}), "sweep", "full") is None
+    first = list(FIRST_RATES["compare"]["full"])
+    assert rates_to_try({}, "compare", "full") == first == [1e-5, 3e-5, 1e-4]
+    assert best_rate({}, "compare", "full") is None
+    assert best_rate(swept({1e-5: 1, 3e-5: 2}), "compare", "full") is None
 
 
 def test_a_sweep_ends_with_its_best_between_two_others() -> None:
     found = swept({1e-5: 3, 3e-5: 1, 1e-4: 2})
-    assert rates_to_try(found, "sweep", "full") == [1e-5, 3e-5, 1e-4]
-    assert best_rate(found, "sweep", "full") == 3e-5
+    assert rates_to_try(found, "compare", "full") == [1e-5, 3e-5, 1e-4]
+    assert best_rate(found, "compare", "full") == 3e-5
 
 
 @pytest.mark.parametrize(
@@ -55,26 +55,26 @@ def test_a_sweep_ends_with_its_best_between_two_others() -> None:
 )
 def test_a_sweep_goes_on_beyond_a_best_at_its_edge(losses, beyond) -> None:
     found = swept(losses)
-    assert rates_to_try(found, "sweep", "full") == [1e-5, 3e-5, 1e-4, *beyond]
-    assert (best_rate(found, "sweep", "full") is None) == (beyond[-1] not in losses)
+    assert rates_to_try(found, "compare", "full") == [1e-5, 3e-5, 1e-4, *beyond]
+    assert (best_rate(found, "compare", "full") is None) == (beyond[-1] not in losses)
 
 
 def test_a_sweep_without_end_ends() -> None:
     losses = {1e-5: 5, 3e-5: 4, 1e-4: 3, 3e-4: 2, 1e-3: 1}
-    assert len(rates_to_try(swept(losses), "sweep", "full")) == MOST_RATES
-    assert best_rate(swept(losses), "sweep", "full") == 1e-3
+    assert len(rates_to_try(swept(losses), "compare", "full")) == MOST_RATES
+    assert best_rate(swept(losses), "compare", "full") == 1e-3
 
 
 def test_a_rate_that_teaches_too_little_is_not_the_best() -> None:
-    assert best_rate(swept({1e-5: None, 3e-5: 9, 1e-4: 10}), "sweep", "full") == 3e-5
+    assert best_rate(swept({1e-5: None, 3e-5: 9, 1e-4: 10}), "compare", "full") == 3e-5
 
 
 def test_a_rate_that_is_gentle_because_it_teaches_one_phrasing_alone_is_not_the_best() -> None:
     found = swept({1e-5: 1, 3e-5: 9, 1e-4: 10})
-    found[Run("sweep", "full", 1e-5)]["epochs"][0]["held_out"] = 0.3
-    assert best_rate(found, "sweep", "full") == 3e-5
-    found[Run("sweep", "full", 1e-5)]["epochs"][0]["held_out"] = 0.45
-    assert rates_to_try(found, "sweep", "full")[-1] == 3e-6
+    found[Run("compare", "full", 1e-5)]["epochs"][0]["held_out"] = 0.3
+    assert best_rate(found, "compare", "full") == 3e-5
+    found[Run("compare", "full", 1e-5)]["epochs"][0]["held_out"] = 0.45
+    assert rates_to_try(found, "compare", "full")[-1] == 3e-6
 
 
 def test_a_rate_for_text_is_chosen_by_its_held_out_bits() -> None:
@@ -91,7 +91,7 @@ def test_epochs_are_found_by_recall_and_by_seconds() -> None:
 
 
 def test_results_are_read_back_and_other_files_refused(tmp_path) -> None:
-    run = Run("compare", "lora", 3e-4, seed=2, threads=1)
+    run = Run("compare", "lora", 3e-4, seed=2)
     save_found(tmp_path, run, {"seconds": 1.5, "figures": {}})
     assert [file.name for file in tmp_path.iterdir()] == ["compare-lora-lr0.0003-seed2.json"]
     ((found, document),) = load_found(tmp_path).items()

@@ -22,7 +22,7 @@ from pkmem.editing.retrofit import retrofit
 from pkmem.experiments.environment import environment
 from pkmem.experiments.learning.asking import recalled
 from pkmem.experiments.learning.examination import Examination, Size
-from pkmem.experiments.learning.kinds import KINDS, Asked, made_up, mixed
+from pkmem.experiments.learning.kinds import KINDS, NUM_TAUGHT, Asked, made_up, mixed
 from pkmem.experiments.learning.quiz import quiz
 from pkmem.experiments.learning.results import ENOUGH, METHODS, Run
 from pkmem.experiments.learning.teaching import Clock, Lesson, adapt, fine_tune, with_adapters
@@ -41,7 +41,6 @@ class Scale:
     Args:
         model: a Hugging Face directory; None for SmolLM2-135M-Instruct.
         facts_per_kind: in the comparison, each in four phrasings.
-        sweep_facts: persons, in four phrasings, for the learning rates.
         hundred, thousand: facts in one phrasing, until the model recalls `ENOUGH` of them.
         few_rows, many_rows: rows of a smaller edit of a hundred facts, and of the edit of a thousand.
         edits, facts_per_edit: one after another, in one phrasing.
@@ -53,7 +52,6 @@ class Scale:
 
     model: str | None = None
     facts_per_kind: int = 8
-    sweep_facts: int = 24
     hundred: int = 100
     thousand: int = 1000
     few_rows: int = 4000
@@ -76,16 +74,14 @@ class Cell:
         about: what it answers, in a line.
         perform: teaches and asks; gets a run, the scale and seconds that it may take or None, returns what was found.
         methods: what is taught.
-        threads: of a run's process.
-        sweep: the cell whose best learning rates it takes; None where it is a sweep itself.
+        sweep: the cell whose best learning rates it takes; None where it is a sweep itself, at seed 0.
         every_seed: whether each seed is run, or seed 0 alone.
     """
 
     about: str
     perform: Callable[[Run, Scale, float | None], dict[str, Any]]
     methods: tuple[str, ...] = ("memory",)
-    threads: int = 1
-    sweep: str | None = "sweep"
+    sweep: str | None = "compare"
     every_seed: bool = False
 
 
@@ -96,7 +92,7 @@ def perform(run: Run, scale: Scale, seconds: float | None = None) -> dict[str, A
         `seconds` of teaching, `peak_rss_bytes` up to its end, `epochs`, `figures`, `environment`, and more by cell.
     """
     logging.disable_progress_bar()
-    torch.set_num_threads(run.threads)
+    torch.set_num_threads(1)  # another run has the other core
     return CELLS[run.cell].perform(run, scale, seconds) | {"environment": environment()}
 
 
@@ -121,19 +117,17 @@ def _as_facts(facts: list[Asked], phrasings: int) -> list[Fact]:
     return [Fact(fact.taught[:phrasings], fact.answer) for fact in facts]
 
 
-def _teach(
-    run: Run, scale: Scale, facts: list[Asked], phrasings: int, questions: bool = False, fully: bool = True
-) -> dict[str, Any]:
+def _compare(run: Run, scale: Scale, seconds: float | None) -> dict[str, Any]:
     """Teaches facts by the run's method, asks after every epoch, and at the end everything."""
+    facts = mixed(scale.facts_per_kind, run.seed)
     model, tokenizer = load(scale, run.method)
-    general = quiz() if questions else []
-    examination = Examination(model, tokenizer, facts, phrasings, run.seed, scale.size, general)
-    found: dict[str, Any] = {"facts": len(facts), "phrasings": phrasings, "rss_bytes_before": peak_rss_bytes()}
+    examination = Examination(model, tokenizer, facts, NUM_TAUGHT, run.seed, scale.size, quiz())
+    found: dict[str, Any] = {"facts": len(facts), "phrasings": NUM_TAUGHT, "rss_bytes_before": peak_rss_bytes()}
     clock = Clock(examination.briefly)
     taught: nn.Module = model
     if run.method == "memory":
         clock.start()
-        edit = _learn(model, tokenizer, _as_facts(facts, phrasings), run, scale, clock)
+        edit = _learn(model, tokenizer, _as_facts(facts, NUM_TAUGHT), run, scale, clock)
         clock.stop()
         found["edit_bytes"] = _edit_bytes(edit)
         found["edit_figures"] = edit.figures
@@ -146,7 +140,7 @@ def _teach(
     found |= {"seconds": clock.seconds, "peak_rss_bytes": peak_rss_bytes(), "epochs": clock.epochs}
     if run.method == "memory":
         edit.apply(model)
-    return found | {"figures": examination.fully(taught) if fully else (clock.epochs or [{}])[-1]}
+    return found | {"figures": examination.fully(taught)}
 
 
 def _learn(
@@ -176,14 +170,6 @@ def _edit_bytes(edit: Edit) -> int:
     with tempfile.TemporaryDirectory() as folder:
         edit.save(Path(folder) / "edit.safetensors")
         return (Path(folder) / "edit.safetensors").stat().st_size
-
-
-def _sweep(run: Run, scale: Scale, seconds: float | None) -> dict[str, Any]:
-    return _teach(run, scale, made_up("person", scale.sweep_facts, run.seed), 4, fully=False)
-
-
-def _compare(run: Run, scale: Scale, seconds: float | None) -> dict[str, Any]:
-    return _teach(run, scale, mixed(scale.facts_per_kind, run.seed), 4, questions=True)
 
 
 def _teach_many(run: Run, scale: Scale, facts: list[Asked], **settings: Any) -> dict[str, Any]:
@@ -300,25 +286,21 @@ def _text(run: Run, scale: Scale, seconds: float | None) -> dict[str, Any]:
 
 
 CELLS = {
-    "sweep": Cell(
-        "24 persons and their cities in four phrasings, to choose learning rates", _sweep, METHODS, sweep=None
-    ),
     "compare": Cell(
-        "24 facts of three kinds in four phrasings: memory, full fine-tuning, LoRA", _compare, METHODS, every_seed=True
+        "24 facts of three kinds in four phrasings: memory, full fine-tuning, LoRA; at seed 0 several learning rates",
+        _compare,
+        METHODS,
+        sweep=None,
+        every_seed=True,
     ),
-    **{
-        f"hundred_{kind}": Cell(
-            f"100 facts of the kind {kind} in one phrasing, on two cores", _hundred(kind), threads=2
-        )
-        for kind in KINDS
-    },
-    "few_rows": Cell("100 facts of the kind code in a quarter of the rows, on two cores", _few_rows, threads=2),
+    **{f"hundred_{kind}": Cell(f"100 facts of the kind {kind} in one phrasing", _hundred(kind)) for kind in KINDS},
+    "few_rows": Cell("100 facts of the kind code in a quarter of the rows", _few_rows),
     "sequence": Cell("20 edits of 20 facts, one after another, then taken back in another order", _in_sequence),
+    "thousand": Cell("1,000 facts of three kinds in one edit", _thousand),
     "text_sweep": Cell(
         "40 updates on Python's documentation, to choose learning rates", _text, ("memory", "lora"), sweep=None
     ),
     "text": Cell(
         "200 updates on Python's documentation; LoRA for as many seconds", _text, ("memory", "lora"), sweep="text_sweep"
     ),
-    "thousand": Cell("1,000 facts of three kinds in one edit", _thousand),
 }

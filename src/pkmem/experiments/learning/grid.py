@@ -20,12 +20,12 @@ NUM_CORES = 2
 def experiment_learn(out: Path, seeds: int = 3, cells: list[str] | None = None, scale: Scale | None = None) -> None:
     """Teaches models facts and text, by memories, full fine-tuning and LoRA; a file per run in `out`.
 
-    Runs of one thread are made two at a time, and runs of two threads alone. Finished runs are kept and skipped.
+    Two runs are made at a time, each on one core. Finished runs are kept and skipped.
 
     Args:
         out: the folder of the results.
         seeds: seeds 0 .. seeds - 1 of the comparison, >= 1.
-        cells: some of `CELLS`, with the sweeps that they need; None runs all.
+        cells: some of `CELLS`; the sweeps that they need come first. None runs all.
         scale: how much is taught; None for what the documentation reports.
 
     Raises:
@@ -41,13 +41,11 @@ def experiment_learn(out: Path, seeds: int = 3, cells: list[str] | None = None, 
     with ProcessPoolExecutor(NUM_CORES, spawn, max_tasks_per_child=1) as pool:
         while True:
             found = load_found(out)
-            free = NUM_CORES - sum(run.threads for run in running.values())
             for run in planned(found, seeds, wanted):
                 if run in failed or run in running.values():
                     continue
-                if run.threads > free:
+                if len(running) == NUM_CORES:
                     break
-                free -= run.threads
                 print(f"{time.strftime('%H:%M:%S')} {run.name}", file=sys.stderr, flush=True)
                 running[pool.submit(perform, run, scale or Scale(), seconds_for(run, found))] = run
             if not running:
@@ -67,39 +65,38 @@ def experiment_learn(out: Path, seeds: int = 3, cells: list[str] | None = None, 
 
 
 def wanted_cells(names: list[str] | None) -> list[str]:
-    """The cells, and the sweeps they need, in the order of `CELLS`.
+    """The cells asked for, in the order of `CELLS`; None asks for all.
 
     Raises:
         ValueError: there is no such cell; the message lists those there are.
     """
     for name in names or ():
         check_known(name, list(CELLS), "cell of learn")
-    chosen = set(names or CELLS)
-    chosen |= {sweep for name in chosen if (sweep := CELLS[name].sweep) is not None}
-    return [name for name in CELLS if name in chosen]
+    return [name for name in CELLS if name in (names or CELLS)]
 
 
 def planned(found: dict[Run, dict[str, Any]], seeds: int, cells: list[str]) -> Iterator[Run]:
     """The runs that have no result and can be made now: a sweep comes before what takes its best rates."""
-    for name in cells:
-        cell = CELLS[name]
-        for seed in range(seeds if cell.every_seed else 1):
+    for name, cell in CELLS.items():
+        for seed in range(seeds if name in cells and cell.every_seed else 1):
             for method in methods_of(name, cells):
-                if cell.sweep is None:
+                if cell.sweep is None and seed == 0:
                     rates: list[float] = rates_to_try(found, name, method)
                 else:
-                    best = best_rate(found, cell.sweep, method)
+                    best = best_rate(found, cell.sweep or name, method)
                     rates = [] if best is None else [best]
                 for rate in rates:
-                    run = Run(name, method, rate, seed, cell.threads)
+                    run = Run(name, method, rate, seed)
                     if run not in found and not (needs_seconds(run) and seconds_for(run, found) is None):
                         yield run
 
 
 def methods_of(name: str, cells: list[str]) -> tuple[str, ...]:
-    """What a cell teaches; a sweep only what the other cells take its rates for, if they take any."""
+    """What a cell teaches: if it is not asked for, what those that are take its rates for."""
+    if name in cells:
+        return CELLS[name].methods
     taken = {method for other in cells if CELLS[other].sweep == name for method in CELLS[other].methods}
-    return tuple(method for method in CELLS[name].methods if method in taken or not taken)
+    return tuple(method for method in CELLS[name].methods if method in taken)
 
 
 def needs_seconds(run: Run) -> bool:
@@ -134,10 +131,10 @@ def describe(seeds: int = 3, cells: list[str] | None = None) -> str:
     """
     lines = []
     wanted = wanted_cells(cells)
-    for name in wanted:
-        cell, methods = CELLS[name], methods_of(name, wanted)
-        num = (seeds if cell.every_seed else 1) * len(methods)
-        if cell.sweep is None:
-            num = sum(len(FIRST_RATES[name][method]) for method in methods)
-        lines.append(f"{name:16} {num:3} runs of {cell.threads} thread{'s' * (cell.threads > 1)}: {cell.about}")
+    for name, cell in CELLS.items():
+        methods = methods_of(name, wanted)
+        num = ((seeds if cell.every_seed and name in wanted else 1) - (cell.sweep is None)) * len(methods)
+        num += sum(len(FIRST_RATES[name][method]) for method in methods if cell.sweep is None)
+        if num:
+            lines.append(f"{name:16} {num:3} run{'s' * (num > 1)}: {cell.about}")
     return "\n".join(lines)

@@ -12,7 +12,7 @@ from pkmem.training.files import load_json, save_json
 METHODS = ("memory", "full", "lora")
 LABELS = {"memory": "memory", "full": "full fine-tuning", "lora": "LoRA"}
 FIRST_RATES = {  # of each sweep, which goes on where the best of them is the lowest or the highest
-    "sweep": {"memory": (0.02, 0.05, 0.1), "full": (1e-5, 3e-5, 1e-4), "lora": (1e-4, 3e-4, 1e-3)},
+    "compare": {"memory": (0.02, 0.05, 0.1), "full": (1e-5, 3e-5, 1e-4), "lora": (1e-4, 3e-4, 1e-3)},
     "text_sweep": {"memory": (0.001, 0.003, 0.01), "lora": (3e-4, 1e-3, 3e-3)},
 }
 MOST_RATES = 5
@@ -29,14 +29,12 @@ class Run:
         method: one of `METHODS`.
         rate: learning rate.
         seed: of facts, order and whatever is drawn.
-        threads: of the process.
     """
 
     cell: str
     method: str
     rate: float
     seed: int = 0
-    threads: int = 1
 
     @property
     def name(self) -> str:
@@ -88,7 +86,7 @@ def best_rate(found: dict[Run, dict[str, Any]], sweep: str, method: str) -> floa
 
 
 def _losses(found: dict[Run, dict[str, Any]], sweep: str, method: str) -> dict[float, tuple[float, ...]]:
-    """What a sweep makes small, by rate.
+    """What a sweep makes small, by rate; a sweep is of seed 0.
 
     Of text, the held-out bits per byte. Of facts, what else changed at the first epoch with enough recall: the product
     of both KL, so that neither outweighs the other. A rate that lets the model understand clearly fewer phrasings than
