@@ -1,5 +1,6 @@
 """What a user types to teach a model, and what goes wrong in one line that names the fix."""
 
+import inspect
 import json
 import shutil
 
@@ -7,14 +8,17 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+import pkmem
 from decoders import decoder
 from lessons import FACTS, VOCAB, pupil, tokenizer
 from made_edits import made_edit
 from pkmem.cli import main
 from pkmem.editing.retrofit import spread
+from pkmem.editing.verbs import learn_arguments
 from pkmem.layer.config import MemoryConfig
 from pkmem.lm.build import build_model
 from pkmem.lm.config import ModelConfig
+from pkmem.training.reading import Parser
 
 SETTINGS = ["--lr", "0.1", "--keep_background", "0.001", "--keep_near", "0.001", "--most_epochs", "30"]
 MEMORY = ["memory.num_sub_keys=24", "memory.query_dim=8", "memory.knn=3"]
@@ -129,3 +133,12 @@ def test_a_run_directory_is_found_its_model(plain, capsys):
     shutil.rmtree(plain / "run" / "model")
     decoder("llama").save_pretrained(plain / "run" / "model")
     assert "has no memories" in refuses(capsys, "edits", plain / "run")
+
+
+def test_the_defaults_on_the_command_line_are_those_in_python():
+    parser = Parser()
+    learn_arguments(parser)
+    defaults = parser.get_defaults()
+    in_python = {name: one.default for name, one in inspect.signature(pkmem.learn).parameters.items()}
+    shared = {"slots", "recall", "keep_background", "keep_near", "lr", "most_epochs", "seed"}
+    assert {name: defaults[name] for name in shared} == {name: in_python[name] for name in shared}
