@@ -1,10 +1,12 @@
 """fingerprint.py: edits leave it, everything else changes it, and a saved model has it like the loaded one."""
 
+import dataclasses
+
 import pytest
 import torch
 
 from decoders import FAMILIES, decoder, reloaded, with_memories
-from lessons import pupil
+from lessons import OF_LESSONS, pupil
 from made_edits import made_edit
 from pkmem.editing.directory import SavedModel
 from pkmem.editing.fingerprint import fingerprint, saved_tensors, table_names
@@ -45,6 +47,20 @@ def test_edits_leave_it_and_every_other_tensor_changes_it() -> None:
 def test_names_shapes_and_dtypes_count() -> None:
     prints = [fingerprint(model) for model in (pupil(), pupil("gpt2"), pupil().half(), decoder("llama"))]
     assert len(set(prints)) == len(prints)
+
+
+def test_how_memories_read_counts_and_how_they_train_does_not() -> None:
+    prints = {
+        what: fingerprint(pupil(memory=dataclasses.replace(OF_LESSONS, **what_changes)))
+        for what, what_changes in {
+            "": {},
+            "knn": {"knn": OF_LESSONS.knn - 1},
+            "norm": {"query_norm": "rms"},
+            "dropout": {"dropout": 0.5},
+        }.items()
+    }
+    assert prints[""] == prints["dropout"]
+    assert len({prints["knn"], prints["norm"], prints[""]}) == 3
 
 
 def test_a_tensor_under_several_names_counts_once_under_the_first() -> None:

@@ -66,7 +66,7 @@ class SavedModel:
             if file is None or name not in files[file].stored:
                 raise ValueError(f"{self.folder} lacks the weight {name!r}: save the model again")
             tensors[name] = files[file][name]
-        self.fingerprint = fingerprint_of(tensors, tables)
+        self.fingerprint = fingerprint_of(tensors, model)
         self.tables: dict[str, Tensor] = {name: tensors[name] for name in tables}
 
     def reopen(self) -> None:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
+from pkmem.layer.memory import memories_in
 from pkmem.layer.values import tables_in
 from pkmem.training.tensor_file import name_of
 
+_IN_TRAINING = ("query_dropout", "dropout")  # settings of a memory that change nothing of how it answers
 _MOST_SAMPLES = 256  # of a tensor: each may cost a page of the file that holds it
 
 
@@ -21,10 +23,10 @@ def fingerprint(model: nn.Module) -> str:
         model: on any device.
 
     Returns:
-        16 hex digits of a hash over names, shapes and dtypes of all weights and saved buffers, and over up to 256
-        numbers of each but the tables, evenly spaced.
+        16 hex digits of a hash over how the memories read, over names, shapes and dtypes of all weights and saved
+        buffers, and over up to 256 numbers of each but the tables, evenly spaced.
     """
-    return fingerprint_of(saved_tensors(model), table_names(model))
+    return fingerprint_of(saved_tensors(model), model)
 
 
 def saved_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -40,9 +42,12 @@ def table_names(model: nn.Module) -> list[str]:
     return [name for name, parameter in model.named_parameters() if id(parameter) in weights]
 
 
-def fingerprint_of(tensors: Mapping[str, Tensor], tables: Collection[str]) -> str:
-    """The fingerprint of the model that has these tensors, of which some are tables."""
-    digest = hashlib.sha256()
+def fingerprint_of(tensors: Mapping[str, Tensor], model: nn.Module) -> str:
+    """The fingerprint of a model that has these tensors instead of its own, which may be on no device."""
+    digest, tables = hashlib.sha256(), table_names(model)
+    for name, memory in memories_in(model).items():
+        settings = {key: setting for key, setting in memory.config.to_dict().items() if key not in _IN_TRAINING}
+        digest.update(f"{name} {sorted(settings.items())}\n".encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {name_of(tensor.dtype)} {list(tensor.shape)}\n".encode())
         if name not in tables:
