@@ -9,7 +9,7 @@ from pkmem.experiments.learning import grid
 def test_a_dry_run_says_what_would_be_run(capsys) -> None:
     cli.main(["experiment", "learn", "--dry_run", "--seeds", "3", "--cells", "compare"])
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[:2] for line in lines] == [["sweep", "9"], ["compare", "9"]]
+    assert [line.split()[:2] for line in lines] == [["compare", "15"]]
 
 
 def test_results_go_to_a_folder_of_their_own(tmp_path, monkeypatch, capsys) -> None:
