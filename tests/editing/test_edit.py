@@ -233,6 +233,7 @@ def in_bytes(tensors: dict, notes: dict, whole=None, exponents=None, dtype="floa
         (lambda t, n: in_bytes(t, n, exponents=torch.zeros(3, dtype=torch.int8)), "has no bytes and exponents"),
         (lambda t, n: in_bytes(t, n, whole=torch.zeros(2, 4)), "has no bytes and exponents"),
         (lambda t, n: in_bytes(t, n, whole=torch.ones(2, dtype=torch.int8)), "has no bytes and exponents"),
+        (lambda t, n: in_bytes(t, n, dtype=[]), "has no bytes and exponents that stand for"),
         (lambda t, n: in_bytes(t, n, dtype="int64"), "has no bytes and exponents that stand for 'int64'"),
         (lambda t, n: (in_bytes(t, n), n.pop("dtypes")), "it has exponents of no values"),
         (lambda t, n: in_bytes(t, n, torch.full((2, 4), 127).char(), torch.full((2,), 127).char()), "not finite"),

@@ -234,9 +234,10 @@ class Edit:
             raise ValueError("its dtypes are no object")
         for name, dtype in dtypes.items():
             whole, exponents = parts["new"].get(name), parts["exponents"].pop(name, None)
-            if whole is None or exponents is None or dtype not in _DTYPES or not _are_bytes(whole, exponents):
+            table_dtype = _DTYPES.get(dtype) if isinstance(dtype, str) else None
+            if whole is None or exponents is None or table_dtype is None or not _are_bytes(whole, exponents):
                 raise ValueError(f"{name!r} has no bytes and exponents that stand for {dtype!r}")
-            parts["new"][name] = from_bytes(whole, exponents, _DTYPES[dtype])
+            parts["new"][name] = from_bytes(whole, exponents, table_dtype)
         if parts.pop("exponents"):
             raise ValueError("it has exponents of no values")
         for name in parts["new"].keys() - parts["old"].keys():

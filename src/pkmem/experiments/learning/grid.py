@@ -133,8 +133,9 @@ def describe(seeds: int = 3, cells: list[str] | None = None) -> str:
     wanted = wanted_cells(cells)
     for name, cell in CELLS.items():
         methods = methods_of(name, wanted)
-        num = ((seeds if cell.every_seed and name in wanted else 1) - (cell.sweep is None)) * len(methods)
-        num += sum(len(FIRST_RATES[name][method]) for method in methods if cell.sweep is None)
+        num_seeds = seeds if cell.every_seed and name in wanted else 1
+        at_first = sum(len(FIRST_RATES[name][method]) if cell.sweep is None else 1 for method in methods)
+        num = at_first + (num_seeds - 1) * len(methods)
         if num:
             lines.append(f"{name:16} {num:3} run{'s' * (num > 1)}: {cell.about}")
     return "\n".join(lines)
