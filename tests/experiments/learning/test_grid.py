@@ -1,5 +1,11 @@
 """The runs of the experiment: sweeps first, two at a time or one of two threads alone, kept and skipped, failures named."""
 
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
 from concurrent.futures import Future
 
 import pytest
@@ -124,3 +130,37 @@ def test_a_dry_run_names_every_cell_and_its_runs() -> None:
         ["compare", "3"],
         ["few_rows", "1"],
     ]
+
+
+STARTER = """
+import multiprocessing, time
+from pkmem.experiments.learning.grid import _end_with_parent
+
+def work():
+    _end_with_parent()
+    time.sleep(600)
+
+child = multiprocessing.get_context("fork").Process(target=work)
+child.start()
+print(child.pid, flush=True)
+child.join()
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork") or shutil.which("ps") is None, reason="forks, and asks ps")
+def test_a_run_ends_with_the_process_that_started_it() -> None:
+    with subprocess.Popen([sys.executable, "-c", STARTER], stdout=subprocess.PIPE, text=True) as starter:
+        child = int(starter.stdout.readline())
+        starter.send_signal(signal.SIGKILL)
+    for _ in range(600):
+        if not is_running(child):
+            return
+        time.sleep(0.05)
+    os.kill(child, signal.SIGKILL)
+    pytest.fail("the run went on without the process that started it")
+
+
+def is_running(process: int) -> bool:
+    """One that has ended but that nobody asked about is not running."""
+    found = subprocess.run(["ps", "-o", "stat=", "-p", str(process)], capture_output=True, text=True)
+    return found.stdout.strip()[:1] not in ("", "Z")

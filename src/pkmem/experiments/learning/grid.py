@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -38,7 +40,7 @@ def experiment_learn(out: Path, seeds: int = 3, cells: list[str] | None = None, 
     failed: dict[Run, str] = {}
     running: dict[Future[dict[str, Any]], Run] = {}
     spawn = multiprocessing.get_context("spawn")  # nothing of this process's memory is counted there
-    with ProcessPoolExecutor(NUM_CORES, spawn, max_tasks_per_child=1) as pool:
+    with ProcessPoolExecutor(NUM_CORES, spawn, _end_with_parent, max_tasks_per_child=1) as pool:
         while True:
             found = load_found(out)
             for run in planned(found, seeds, wanted):
@@ -62,6 +64,18 @@ def experiment_learn(out: Path, seeds: int = 3, cells: list[str] | None = None, 
     if failed:
         run, why = next(iter(failed.items()))
         raise ValueError(f"{len(failed)} runs have no result; run this again for {run.name}: {why}")
+
+
+def _end_with_parent() -> None:
+    """Ends this process when the one that started it is gone, even if that was killed."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def wait_and_end() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait_and_end, daemon=True).start()
 
 
 def wanted_cells(names: list[str] | None) -> list[str]:
