@@ -81,12 +81,13 @@ def at_equal_seconds(found: Found) -> list[list[str]]:
 
 def _compared(found: Found, choose: Callable[[list[dict[str, float]]], dict[str, float] | None]) -> list[list[str]]:
     rows = [["", *(title for title, _ in COSTS.values())]]
-    for method in METHODS:
-        epochs = [choose(run["epochs"]) for run in runs_of(found, "compare", method)]
+    compared = {("compare", method): LABELS[method] for method in METHODS}
+    for (cell, method), name in (compared | {("kept", "full"): "full fine-tuning, near misses kept"}).items():
+        epochs = [choose(run["epochs"]) for run in runs_of(found, cell, method)]
         reached = [epoch for epoch in epochs if epoch is not None]
         if not epochs:
             continue
-        label = LABELS[method] if len(reached) == len(epochs) else f"{LABELS[method]} ({len(reached)} of {len(epochs)})"
+        label = name if len(reached) == len(epochs) else f"{name} ({len(reached)} of {len(epochs)})"
         rows.append([label, *(_mean([epoch[key] for epoch in reached], form) for key, (_, form) in COSTS.items())])
     return rows
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from lessons import FACTS, OF_LESSONS, pupil, tokenizer
-from made_edits import bits_of, same_bits
+from made_edits import bits_of, made_edit, same_bits
 from pkmem import learn
 from pkmem.editing.progress import Progress
 from pkmem.editing.questions import questions_of
@@ -15,7 +15,7 @@ from pkmem.text.facts import Fact
 
 TEXT = ["the cat sat on a mat and saw two dogs", "Rome is far from Oslo"]
 # A tiny random decoder's MLPs give next to nothing, so next to nothing is held down.
-SETTINGS = {"background": TEXT, "lr": 0.1, "keep_background": 1e-3, "keep_near": 1e-3, "most_epochs": 30, "seed": 1}
+SETTINGS = {"background": TEXT, "lr": 0.1, "keep_background": 1e-3, "keep_near": 1e-3, "most_epochs": 60, "seed": 1}
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -146,6 +146,6 @@ def test_what_cannot_be_is_refused(option, words):
 
 def test_rows_that_are_all_others_are_refused():
     model = pupil()
-    one = learn(model, tokenizer(), [Fact(("one",), "two")], slots=10**6, **SETTINGS | {"most_epochs": 1})
+    every = made_edit(model, list(range(OF_LESSONS.num_slots)))
     with pytest.raises(ValueError, match="every row that these facts read belongs to another edit: forget one"):
-        learn(model, tokenizer(), [Fact(("one",), "two")], others=[one], **SETTINGS)
+        learn(model, tokenizer(), [Fact(("one",), "two")], others=[every], **SETTINGS)

@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from pkmem.editing.kept_answers import KeptAnswers
 from pkmem.editing.near_misses import near_misses
-from pkmem.editing.questions import forward_options
+from pkmem.editing.questions import Question, as_questions, forward_options
 from pkmem.editing.reads import Reads, reading, weight_of_rows
 from pkmem.layer.memory import memories_in
 from pkmem.lm.huggingface import context_tokens
@@ -36,7 +37,9 @@ class Elsewhere:
         seed: of near misses and of what the model writes.
 
     Attributes:
-        background, near: of each memory, its reads; `near` is None where no near misses can be made.
+        texts: the background, as tokens.
+        background, near: of each memory, its reads.
+        near_answers: what the model says to near misses; it and `near` are None where none can be made.
         energy: of each memory, the mean square norm of what it and its MLP give on the background.
     """
 
@@ -61,18 +64,19 @@ class Elsewhere:
         try:
             with _reads_of(model) as self.background:
                 if blocks is None:
-                    _write(model, tokenizer, seed)
+                    self.texts = _write(model, tokenizer, seed)
                 else:
+                    self.texts = blocks
                     _read(model, blocks)
         finally:
             for hook in hooks:
                 hook.remove()
         self.energy = [torch.stack(kept).mean().clamp_min(1e-12) for kept in squares]
-        prompts = near_misses([fact.prompts for fact in facts], _NEAR_MISSES, seed)
-        self.near = None
-        if prompts:
+        near = near_questions(model, tokenizer, facts, seed)
+        self.near = self.near_answers = None
+        if near:
             with _reads_of(model) as self.near:
-                _read(model, tokenizer(prompts)["input_ids"])
+                self.near_answers = KeptAnswers(model, near)
 
     def weight_of_rows(self, place: int, num_rows: int) -> Tensor:
         """The weight with which a token reads each row through the memory at a place, (m,) fp64."""
@@ -80,6 +84,15 @@ class Elsewhere:
         if self.near is not None:
             weight += weight_of_rows(self.near[place], num_rows) / len(self.near[place].slots)
         return weight
+
+
+def near_questions(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, facts: Sequence[Fact], seed: int
+) -> list[Question]:
+    """Near misses of facts, but for those that are longer than the context; none where none can be made."""
+    near = near_misses(facts, _NEAR_MISSES, seed)
+    made = as_questions(near, tokenizer) if near else []
+    return [question for question in made if len(question.prompt) + len(question.answer) <= context_tokens(model)]
 
 
 def _mlps(model: PreTrainedModel) -> list[MemoryMLP]:
@@ -104,7 +117,7 @@ def _blocks(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: I
     return blocks[: -(-_MOST_TOKENS // length)]
 
 
-def _write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, seed: int) -> None:
+def _write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, seed: int) -> list[list[int]]:
     """Lets the model write by itself, drawn from all its tokens, each text after a word drawn at random."""
     device = next(model.parameters()).device
     draw = torch.Generator().manual_seed(seed)
@@ -114,7 +127,7 @@ def _write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, seed: int
     num_tokens = min(_OWN_TOKENS, context_tokens(model)) - 1
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model.generate(
+        written: Tensor = model.generate(
             input_ids=first[:, None].to(device),
             attention_mask=torch.ones(_OWN_TEXTS, 1, dtype=torch.int64, device=device),
             min_new_tokens=num_tokens,  # so that none ends, and every token read is one written
@@ -124,6 +137,7 @@ def _write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, seed: int
             temperature=1.0,
             pad_token_id=tokenizer.eos_token_id,
         )
+    return written.tolist()
 
 
 @contextlib.contextmanager

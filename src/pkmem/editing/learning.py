@@ -20,7 +20,7 @@ from pkmem.editing.edit import Edit
 from pkmem.editing.elsewhere import Elsewhere
 from pkmem.editing.fingerprint import fingerprint
 from pkmem.editing.progress import Progress
-from pkmem.editing.questions import Question, answer_losses, batches, questions_of
+from pkmem.editing.questions import Question, answer_losses, as_questions, batches, questions_of
 from pkmem.editing.reads import (
     Reads,
     RowsInTraining,
@@ -31,14 +31,18 @@ from pkmem.editing.reads import (
     weight_of_rows,
 )
 from pkmem.editing.rounding import rounded
+from pkmem.editing.surroundings import surrounded
 from pkmem.layer.config import require
 from pkmem.layer.memory import memories_in
+from pkmem.lm.huggingface import context_tokens
 from pkmem.text.facts import Fact
 
 _ROWS_PER_QUESTION, _FEWEST_ROWS, _MOST_ROWS = 160, 2000, 16_000  # more rows learn faster and understand more phrasings
 _RELAXED = 0.85  # per epoch: facts that are hard to tell from near misses are learned later, with less of a hold
 _CALMED = 0.95  # per epoch, the learning rate: late steps shall not undo what was learned before
-_HELD_DOWN = 1024  # tokens of the background, and of near misses, that an update looks at
+_SURROUNDINGS = 4  # pieces of other text that each prompt is taught behind, half of the time
+_HELD_DOWN = 1024  # tokens of the background that an update looks at
+_NATS = 0.03  # a nat by which an answer to a near miss has changed, in units of what near misses read added
 
 
 def learn(
@@ -50,7 +54,7 @@ def learn(
     slots: int | None = None,
     lr: float = 5e-2,
     keep_background: float = 20.0,
-    keep_near: float = 30.0,
+    keep_near: float = 10.0,
     recall: float = 1.0,
     most_epochs: int = 30,
     batch_size: int = 25,
@@ -70,8 +74,7 @@ def learn(
             takes 160 for each prompt, but from 2,000 to 16,000.
         lr: learning rate of the rows, > 0.
         keep_background: how strongly what the rows add to the background is held down at first, >= 0; less every epoch.
-        keep_near: the same for prompts that almost ask for the facts, >= 0. More keeps what the model says about
-            unknown subjects; less lets it understand more phrasings that were not taught.
+        keep_near: how strongly what the model says to prompts that almost ask for the facts is kept, >= 0.
         recall: the share of questions at which to stop, in (0, 1].
         most_epochs: passes over the facts, >= 1.
         batch_size: questions of an update, >= 1.
@@ -110,7 +113,10 @@ def learn(
         parts = {name: RowsInTraining(tables[name], chosen) for name, chosen in rows.items()}
         preparing = clock.lap()
         with in_place_of_tables(model, parts):
-            course = _Course(model, questions, elsewhere, lr, keep_background, keep_near, batch_size, seed)
+            surroundings = _in_other_text(model, tokenizer, facts, questions, elsewhere, seed)
+            course = _Course(
+                model, questions, surroundings, elsewhere, lr, keep_background, keep_near, batch_size, seed
+            )
             training, reached = 0.0, 0.0
             while course.num_epochs < most_epochs and reached < recall:
                 course.epoch()
@@ -139,6 +145,27 @@ def learn(
         },
         fingerprint=fingerprint(model),
     )
+
+
+def _in_other_text(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    facts: Sequence[Fact],
+    questions: Sequence[Question],
+    elsewhere: Elsewhere,
+    seed: int,
+) -> list[list[Question]]:
+    """Each question again and again, in other text; as it stands where that is too long for the context."""
+    longest = context_tokens(model)
+    made = []
+    for place in range(_SURROUNDINGS):
+        of_facts = surrounded(facts, elsewhere.texts, tokenizer, seed * _SURROUNDINGS + place)
+        others = as_questions(of_facts, tokenizer)
+        made.append([
+            other if len(other.prompt) + len(other.answer) <= longest else question
+            for other, question in zip(others, questions, strict=True)
+        ])  # fmt: skip
+    return made
 
 
 def _bar(progress: bool) -> tqdm:
@@ -228,7 +255,8 @@ class _Course:
 
     Args:
         model: whose memories read through `RowsInTraining`.
-        questions: to be answered.
+        questions: n, to be answered.
+        surroundings: lists of n, the same in other text.
         elsewhere: what shall stay.
         lr, keep_background, keep_near, batch_size, seed: see `learn`.
     """
@@ -237,6 +265,7 @@ class _Course:
         self,
         model: PreTrainedModel,
         questions: Sequence[Question],
+        surroundings: Sequence[Sequence[Question]],
         elsewhere: Elsewhere,
         lr: float,
         keep_background: float,
@@ -247,10 +276,12 @@ class _Course:
         self.num_epochs = self.num_updates = 0
         self.progress = Progress(questions, batch_size, seed)
         self._model, self._lr = model, lr
-        self._tokens = torch.Generator().manual_seed(seed)
+        self._asked = [questions] * len(surroundings) + list(surroundings)  # half of the time as they stand
+        self._draw = torch.Generator().manual_seed(seed)
         self._kept = [(keep_background, elsewhere.background)]
         if elsewhere.near is not None:
             self._kept.append((keep_near, elsewhere.near))
+        self._keep_near, self._near = keep_near, elsewhere.near_answers
         self._energy = elsewhere.energy
         self._parts: list[nn.Module] = [memory.values for memory in memories_in(model).values()]
         trained = dict.fromkeys(part for part in self._parts if isinstance(part, RowsInTraining))
@@ -261,7 +292,10 @@ class _Course:
         for group in self._optimizer.param_groups:
             group["lr"] = self._lr * _CALMED**self.num_epochs
         for places in self.progress.epoch():
-            (self.progress.ask(self._model, places).mean() + self._added_elsewhere()).backward()
+            ways = torch.randint(len(self._asked), (len(places),), generator=self._draw).tolist()
+            asked = [self._asked[way][place] for way, place in zip(ways, places, strict=True)]
+            losses = self.progress.ask(self._model, places, asked)
+            (losses.mean() + self._added_elsewhere() + self._near_misses()).backward()
             self._optimizer.step()
             self._optimizer.zero_grad()
             self.num_updates += 1
@@ -280,7 +314,13 @@ class _Course:
             weight = first_weight * _RELAXED**self.num_epochs
             for part, reads, energy in zip(self._parts, kept, self._energy, strict=True):
                 if weight and isinstance(part, RowsInTraining):
-                    some = torch.randint(len(reads.slots), (_HELD_DOWN,), generator=self._tokens).to(reads.slots.device)
+                    some = torch.randint(len(reads.slots), (_HELD_DOWN,), generator=self._draw).to(reads.slots.device)
                     there = part.changed(reads.slots[some], reads.weights[some])
                     added = added + weight * there.square().sum(-1).mean() / energy
         return added
+
+    def _near_misses(self) -> Tensor | float:
+        """How far what the model says to some near misses is from what it said."""
+        if self._near is None or not self._keep_near:
+            return 0.0
+        return _NATS * self._keep_near * self._near.divergence_of_some(self._model, self._draw)

@@ -7,40 +7,45 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 
+from pkmem.text.facts import Fact
+
 _PIECE = re.compile(r"\w+|\W+")
 _SHARE_OF_SHARED_WORDS = 0.1  # of the facts: a word in more of them is of the phrasing, not of the fact
 
 
-def near_misses(facts: Sequence[Sequence[str]], num: int, seed: int) -> list[str]:
+def near_misses(facts: Sequence[Fact], num: int, seed: int) -> list[Fact]:
     """Prompts with the facts' own words crossed: the first half of one with the last half of another of its kind.
 
     Args:
-        facts: the prompts of each fact.
+        facts: what they shall nearly ask for.
         num: how many to make, at most; fewer where there are few facts, none where there is one.
         seed: of the choices.
 
     Returns:
-        prompts, none of them among the facts'.
+        a prompt each, none of them among the facts', with the answer that would be wrong.
     """
     if len(facts) < 2:  # which of its words are its own cannot be told
         return []
     draw = random.Random(seed)
-    found = Counter(word for prompts in facts for word in {piece for text in prompts for piece in _PIECE.findall(text)})
+    found = Counter(
+        word for fact in facts for word in {piece for text in fact.prompts for piece in _PIECE.findall(text)}
+    )
     most = max(1, int(_SHARE_OF_SHARED_WORDS * len(facts)))
     own = [word for word, count in found.items() if count <= most and word[0].isalnum()]
     alike: dict[tuple[bool, bool], list[str]] = {}
     for word in own:
         alike.setdefault(_kind(word), []).append(word)
-    known = {text for prompts in facts for text in prompts}
-    made: dict[str, None] = {}
+    known = {text for fact in facts for text in fact.prompts}
+    made: dict[str, Fact] = {}
     for _ in range(4 * num):
         if len(made) == num:
             break
-        pieces = _PIECE.findall(draw.choice(draw.choice(facts)))
+        fact = draw.choice(facts)
+        pieces = _PIECE.findall(draw.choice(fact.prompts))
         crossed = "".join(_crossed(piece, alike, draw) if found[piece] <= most else piece for piece in pieces)
         if crossed not in known:
-            made[crossed] = None
-    return list(made)
+            made[crossed] = Fact((crossed,), fact.completion)
+    return list(made.values())
 
 
 def _kind(word: str) -> tuple[bool, bool]:

@@ -46,9 +46,15 @@ class Progress:
         for first in range(0, len(asked), self._batch_size):
             yield asked[first : first + self._batch_size]
 
-    def ask(self, model: Any, places: Sequence[int]) -> Tensor:
-        """Asks some questions; returns their answers' losses, nats per token, differentiable."""
-        losses, is_right = answer_losses(model, [self._questions[place] for place in places])
+    def ask(self, model: Any, places: Sequence[int], instead: Sequence[Question] | None = None) -> Tensor:
+        """Asks some questions; returns their answers' losses, nats per token, differentiable.
+
+        Args:
+            model: to be asked.
+            places: of the questions.
+            instead: what to ask instead of each, for the same answer; None asks as it stands.
+        """
+        losses, is_right = answer_losses(model, instead or [self._questions[place] for place in places])
         for place, loss, right in zip(places, losses.tolist(), is_right.tolist(), strict=True):
             (self._right.add if right else self._right.discard)(place)
             (self._sure.add if right and loss < _SURE else self._sure.discard)(place)

@@ -38,21 +38,27 @@ def questions_of(facts: Sequence[Fact], tokenizer: PreTrainedTokenizerBase, mode
     """
     if not facts:
         raise ValueError("there are no facts: give at least one")
+    made = as_questions(facts, tokenizer)
+    of_facts = [place for place, fact in enumerate(facts) for _ in fact.prompts]
+    longest = context_tokens(model)
+    for place, question in zip(of_facts, made, strict=True):
+        length = len(question.prompt) + len(question.answer)
+        if length > longest:
+            raise ValueError(
+                f"fact {place + 1}, {facts[place].prompts[0][:40]!r}..., takes {length} tokens but the model's context is "
+                f"{longest}: shorten it"
+            )
+    return made
+
+
+def as_questions(facts: Sequence[Fact], tokenizer: PreTrainedTokenizerBase) -> list[Question]:
+    """A question for each phrasing of each fact, however long."""
     asked = [(prompt, place) for place, fact in enumerate(facts) for prompt in fact.prompts]
     # A space before the answer is the answer's, as in running text, where tokens begin with one.
     prompts = tokenizer([prompt.rstrip(" ") for prompt, _ in asked])["input_ids"]
     spaced = [f" {fact.answer}" if fact.prompts[0].endswith(" ") else fact.answer for fact in facts]
     answers = tokenizer(spaced, add_special_tokens=False)["input_ids"]
-    longest = context_tokens(model)
-    made = []
-    for (text, place), prompt in zip(asked, prompts, strict=True):
-        length = len(prompt) + len(answers[place])
-        if length > longest:
-            raise ValueError(
-                f"fact {place + 1}, {text[:40]!r}..., takes {length} tokens but the model's context is {longest}: shorten it"
-            )
-        made.append(Question(prompt, answers[place]))
-    return made
+    return [Question(prompt, answers[place]) for (_, place), prompt in zip(asked, prompts, strict=True)]
 
 
 def answer_logits(model: nn.Module, questions: Sequence[Question]) -> tuple[Tensor, Tensor]:

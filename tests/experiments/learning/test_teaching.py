@@ -1,11 +1,13 @@
 """Fine-tuning and adapters learn what they are taught, on a clock that stops while they are asked."""
 
 import time
+from dataclasses import replace
 
 import pytest
 import torch
 
-from pkmem.experiments.learning.asking import recalled
+from pkmem.editing.kept_answers import KeptAnswers
+from pkmem.experiments.learning.asking import as_questions, recalled
 from pkmem.experiments.learning.teaching import Clock, Lesson, adapt, fine_tune, with_adapters
 from taught import llama, tokenizer  # noqa: F401
 
@@ -42,6 +44,20 @@ def test_it_learns_and_stops_when_it_knows_enough(method, tokenizer) -> None:  #
     assert len(clock.epochs) > 1
     assert len(clock.epochs) < 120
     assert clock.epochs[-1]["seconds"] == pytest.approx(clock.seconds, abs=0.1)
+
+
+def test_answers_that_are_kept_change_less(tokenizer) -> None:  # noqa: F811
+    asked = as_questions(tokenizer, [("four is", " d"), ("five is", " e")])
+    moved = {}
+    for keep in (False, True):
+        torch.manual_seed(0)
+        model = llama()
+        near = KeptAnswers(model, asked)
+        fine_tune(model, tokenizer, replace(lesson(), near=near if keep else None), Clock(lambda model: {}))
+        with torch.no_grad():
+            assert recalled(model, tokenizer, PAIRS) == [True] * 3
+            moved[keep] = near.divergence(model, [0, 1]).item()
+    assert 0 < moved[True] < 0.1 * moved[False]
 
 
 def test_it_ends_after_so_many_epochs_at_most(tokenizer) -> None:  # noqa: F811

@@ -17,6 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.utils import logging
 
 from pkmem.editing.edit import Edit
+from pkmem.editing.elsewhere import near_questions
+from pkmem.editing.kept_answers import KeptAnswers
 from pkmem.editing.learning import learn
 from pkmem.editing.retrofit import retrofit
 from pkmem.experiments.environment import environment
@@ -132,7 +134,12 @@ def _compare(run: Run, scale: Scale, seconds: float | None) -> dict[str, Any]:
         found["edit_bytes"] = _edit_bytes(edit)
         found["edit_figures"] = edit.figures
     else:
-        lesson = Lesson(examination.taught(), run.rate, scale.batch_size, scale.most_epochs, run.seed)
+        near = None
+        if run.cell == "kept":
+            asked = near_questions(model, tokenizer, _as_facts(facts, NUM_TAUGHT), run.seed)
+            with in_eval_mode(model):
+                near = KeptAnswers(model, asked)
+        lesson = Lesson(examination.taught(), run.rate, scale.batch_size, scale.most_epochs, run.seed, near)
         if run.method == "full":
             found["edit_bytes"] = fine_tune(model, tokenizer, lesson, clock)
         else:
@@ -291,6 +298,12 @@ CELLS = {
         _compare,
         METHODS,
         sweep=None,
+        every_seed=True,
+    ),
+    "kept": Cell(
+        "the comparison again, for full fine-tuning that is held to its answers to near misses, as a memory is",
+        _compare,
+        ("full",),
         every_seed=True,
     ),
     **{f"hundred_{kind}": Cell(f"100 facts of the kind {kind} in one phrasing", _hundred(kind)) for kind in KINDS},

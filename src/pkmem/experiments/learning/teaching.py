@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from pkmem.editing.kept_answers import KeptAnswers
 from pkmem.editing.progress import Progress
 from pkmem.experiments.learning.asking import Pair, as_questions
 
@@ -58,6 +59,7 @@ class Lesson:
         batch_size: pairs an update.
         most_epochs: at most; it ends earlier, once all pairs are recalled.
         seed: of the order.
+        near: what is kept of what the model says to near misses: their divergence is added to the loss.
     """
 
     pairs: list[Pair]
@@ -65,6 +67,7 @@ class Lesson:
     batch_size: int
     most_epochs: int
     seed: int
+    near: KeptAnswers | None = None
 
 
 def fine_tune(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, lesson: Lesson, clock: Clock) -> int:
@@ -105,6 +108,7 @@ def _teach(model: nn.Module, tokenizer: PreTrainedTokenizerBase, lesson: Lesson,
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=lesson.rate, weight_decay=0.0)
     progress = Progress(as_questions(tokenizer, lesson.pairs), lesson.batch_size, lesson.seed)
+    draw = torch.Generator().manual_seed(lesson.seed)
     clock.start()
     for _ in range(lesson.most_epochs):
         for places in progress.epoch():
@@ -113,7 +117,10 @@ def _teach(model: nn.Module, tokenizer: PreTrainedTokenizerBase, lesson: Lesson,
             if not losses.isfinite().all():
                 clock.stop()
                 return
-            losses.mean().backward()
+            loss = losses.mean()
+            if lesson.near is not None:
+                loss = loss + lesson.near.divergence_of_some(model, draw)
+            loss.backward()
             optimizer.step()
             optimizer.zero_grad()
         is_over = progress.share == 1 and progress.check(model) == 1
