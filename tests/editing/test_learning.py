@@ -7,6 +7,9 @@ import torch
 from lessons import FACTS, OF_LESSONS, pupil, tokenizer
 from made_edits import bits_of, made_edit, same_bits
 from pkmem import learn
+from pkmem.editing import learning
+from pkmem.editing.elsewhere import near_questions
+from pkmem.editing.kept_answers import KeptAnswers
 from pkmem.editing.progress import Progress
 from pkmem.editing.questions import questions_of
 from pkmem.editing.rounding import rounded
@@ -149,3 +152,27 @@ def test_rows_that_are_all_others_are_refused():
     every = made_edit(model, list(range(OF_LESSONS.num_slots)))
     with pytest.raises(ValueError, match="every row that these facts read belongs to another edit: forget one"):
         learn(model, tokenizer(), [Fact(("one",), "two")], others=[every], **SETTINGS)
+
+
+def test_what_is_said_to_near_misses_is_kept(monkeypatch):
+    changed = {}
+    for nats in (0.0, 1e6):  # a tiny random decoder says nearly the same to everything
+        monkeypatch.setattr(learning, "_NATS", nats)
+        model = pupil()
+        near = KeptAnswers(model, near_questions(model, tokenizer(), FACTS, SETTINGS["seed"]))
+        edit = learn(model, tokenizer(), FACTS, **SETTINGS | {"lr": 0.02})
+        assert edit.figures["recall"] == 1
+        edit.apply(model)
+        with torch.no_grad():
+            changed[nats] = near.divergence(model, range(len(near))).item()
+    assert 0 < changed[1e6] < 0.6 * changed[0.0]
+
+
+def test_near_misses_longer_than_the_context_are_left_out():
+    """A name of many tokens in a prompt that just fits."""
+    facts = [Fact((f"Home of {name}",), "Rome") for name in ("Alda Kirosa", "Boris " + "xq" * 27)]
+    model = pupil()
+    questions_of(facts, tokenizer(), model)
+    asked = near_questions(model, tokenizer(), facts, 0)
+    assert all(len(question.prompt) + len(question.answer) <= 64 for question in asked)
+    learn(model, tokenizer(), facts, **SETTINGS | {"most_epochs": 1})

@@ -1,8 +1,9 @@
 """Teaching a model facts: a few rows of its value tables change, nothing else.
 
 The rows are those that matter for the answers and that other text reads least. While they learn, what they add to other
-text and to prompts that almost ask for the facts is held down. What those read is read off once: queries and keys stay
-as they are, and what is held down changes little of what later memories read.
+text is held down, and what the model says to prompts that almost ask for the facts is kept. What all these read is read
+off once: queries and keys stay as they are, and what is held down changes little of what later memories read. Half of the
+time a prompt stands in other text, so that its answer does not hang on the phrasing alone.
 """
 
 from __future__ import annotations
