@@ -153,7 +153,7 @@ def _reads_of(model: PreTrainedModel) -> Iterator[list[Reads]]:
 def _read(model: PreTrainedModel, texts: Sequence[list[int]]) -> None:
     for tokens, mask in _padded(texts):
         given = {"input_ids": tokens.to(model.device), "attention_mask": mask.to(model.device)}
-        model(**given, use_cache=False, **forward_options(model, 1))
+        model(**given, use_cache=False, **forward_options(model, tokens.new_zeros(1).to(model.device)))
 
 
 def _padded(texts: Sequence[list[int]]) -> Iterator[tuple[Tensor, Tensor]]:

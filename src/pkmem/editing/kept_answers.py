@@ -46,8 +46,10 @@ class KeptAnswers:
         return len(self._questions)
 
     def divergence_of_some(self, model: PreTrainedModel, draw: torch.Generator) -> Tensor:
-        """The divergence for a few of the questions, drawn."""
-        return self.divergence(model, torch.randint(len(self._questions), (_ASKED_AT_ONCE,), generator=draw).tolist())
+        """The divergence for a few of the questions, drawn; they are of a like length, so that little is padded."""
+        num = len(self._questions)
+        first = int(torch.randint(num, (), generator=draw))
+        return self.divergence(model, [place % num for place in range(first, first + min(_ASKED_AT_ONCE, num))])
 
     def divergence(self, model: PreTrainedModel, places: Sequence[int]) -> Tensor:
         """How far what a model says is from what was said: KL in nats per answer, summed over its tokens, () differentiable.

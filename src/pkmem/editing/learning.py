@@ -42,6 +42,7 @@ _ROWS_PER_QUESTION, _FEWEST_ROWS, _MOST_ROWS = 160, 2000, 16_000  # more rows le
 _RELAXED = 0.85  # per epoch: facts that are hard to tell from near misses are learned later, with less of a hold
 _CALMED = 0.95  # per epoch, the learning rate: late steps shall not undo what was learned before
 _SURROUNDINGS = 4  # pieces of other text that each prompt is taught behind, half of the time
+_CHECKED = 0.9  # of the recall wanted: from then on everything is asked after each epoch, as it stands
 _HELD_DOWN = 1024  # tokens of the background that an update looks at
 _NATS = 0.03  # a nat by which an answer to a near miss has changed, in units of what near misses read added
 
@@ -121,7 +122,7 @@ def learn(
             training, reached = 0.0, 0.0
             while course.num_epochs < most_epochs and reached < recall:
                 course.epoch()
-                if course.progress.share >= recall or course.num_epochs == most_epochs:
+                if course.progress.share >= _CHECKED * recall or course.num_epochs == most_epochs:
                     course.round()
                     reached = course.progress.check(model)
                 training += clock.lap()
@@ -277,7 +278,7 @@ class _Course:
         self.num_epochs = self.num_updates = 0
         self.progress = Progress(questions, batch_size, seed)
         self._model, self._lr = model, lr
-        self._asked = [questions] * len(surroundings) + list(surroundings)  # half of the time as they stand
+        self._surroundings = surroundings
         self._draw = torch.Generator().manual_seed(seed)
         self._kept = [(keep_background, elsewhere.background)]
         if elsewhere.near is not None:
@@ -293,14 +294,23 @@ class _Course:
         for group in self._optimizer.param_groups:
             group["lr"] = self._lr * _CALMED**self.num_epochs
         for places in self.progress.epoch():
-            ways = torch.randint(len(self._asked), (len(places),), generator=self._draw).tolist()
-            asked = [self._asked[way][place] for way, place in zip(ways, places, strict=True)]
-            losses = self.progress.ask(self._model, places, asked)
-            (losses.mean() + self._added_elsewhere() + self._near_misses()).backward()
+            (self._ask(places).mean() + self._added_elsewhere() + self._near_misses()).backward()
             self._optimizer.step()
             self._optimizer.zero_grad()
             self.num_updates += 1
         self.num_epochs += 1
+
+    def _ask(self, places: Sequence[int]) -> Tensor:
+        """The losses of some questions: about half of them as they stand, the others in other text, which are longer."""
+        in_text = torch.rand(len(places), generator=self._draw) < 0.5
+        losses = []
+        for way in (False, True):
+            some = [place for place, is_in_text in zip(places, in_text.tolist(), strict=True) if is_in_text == way]
+            if some:
+                which = int(torch.randint(len(self._surroundings), (), generator=self._draw))
+                asked = [self._surroundings[which][place] for place in some] if way else None
+                losses.append(self.progress.ask(self._model, some, asked))
+        return torch.cat(losses)
 
     def round(self) -> None:
         """Rounds the change as it will be kept, a byte for each number."""

@@ -83,10 +83,11 @@ def answer_logits(model: nn.Module, questions: Sequence[Question]) -> tuple[Tens
         tokens[row, :stop] = torch.tensor(prompt + answer)
         labels[row, start:stop] = tokens[row, start:stop]
         mask[row, :stop] = 1
-    # Where a decoder can leave out logits, it computes those from the first answer on: they are the largest product.
-    options = forward_options(model, length - first)
+    # Where a decoder can leave out logits, it computes those that predict answers: they are the largest product.
+    places = torch.arange(first, length - 1, device=device)
+    options = forward_options(model, places)
     logits = model(input_ids=tokens.to(device), attention_mask=mask.to(device), use_cache=False, **options).logits
-    return logits[:, -(length - first) : -1].float(), labels[:, first + 1 :].to(device)
+    return (logits if options else logits[:, places]).float(), labels[:, first + 1 :].to(device)
 
 
 def answer_losses(model: nn.Module, questions: Sequence[Question]) -> tuple[Tensor, Tensor]:
@@ -113,6 +114,9 @@ def batches(questions: Sequence[Question], size: int = BATCH_QUESTIONS) -> Itera
         yield questions[first : first + size]
 
 
-def forward_options(model: nn.Module, num_logits: int) -> dict[str, int]:
-    """What lets a decoder compute the logits of the last tokens alone, where it can."""
-    return {"logits_to_keep": num_logits} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+def forward_options(model: nn.Module, places: Tensor) -> dict[str, Tensor]:
+    """What lets a decoder compute the logits at some places alone, where it can.
+
+    The places as a tensor: a number of the last ones would be a slice, which torch multiplies text by text.
+    """
+    return {"logits_to_keep": places} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}

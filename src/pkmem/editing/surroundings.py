@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from pkmem.text.facts import Fact
 
-_FEWEST_TOKENS, _MOST_TOKENS = 2, 8  # of other text: short, for every token costs time
+_FEWEST_TOKENS, _MOST_TOKENS = 2, 6  # of other text: short, for every token costs time
 
 
 def surrounded(

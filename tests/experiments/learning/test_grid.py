@@ -83,7 +83,8 @@ def test_all_is_run_once_and_nothing_again(pool, tmp_path, capsys) -> None:
     assert pool.calls == []
     experiment_learn(tmp_path, seeds=3)
     assert [run.name for run, _ in pool.calls] == [
-        "compare-memory-lr0.05-seed2", "compare-full-lr3e-05-seed2", "compare-lora-lr0.0003-seed2"
+        "compare-memory-lr0.05-seed2", "compare-full-lr3e-05-seed2", "compare-lora-lr0.0003-seed2",
+        "kept-full-lr3e-05-seed2",
     ]  # fmt: skip
 
 

@@ -46,7 +46,7 @@ class Scale:
         hundred, thousand: facts in one phrasing, until the model recalls `ENOUGH` of them.
         few_rows, many_rows: rows of a smaller edit of a hundred facts, and of the edit of a thousand.
         edits, facts_per_edit: one after another, in one phrasing.
-        batch_size: prompts an update.
+        batch_size: prompts an update, in the comparison; `pkmem.learn`'s own elsewhere.
         most_epochs: over the facts.
         text_updates, text_sweep_updates, text_block_tokens: of the trial on text; an update has two blocks.
         size: of what is asked.
@@ -129,7 +129,7 @@ def _compare(run: Run, scale: Scale, seconds: float | None) -> dict[str, Any]:
     taught: nn.Module = model
     if run.method == "memory":
         clock.start()
-        edit = _learn(model, tokenizer, _as_facts(facts, NUM_TAUGHT), run, scale, clock)
+        edit = _learn(model, tokenizer, _as_facts(facts, NUM_TAUGHT), run, scale, clock, batch_size=scale.batch_size)
         clock.stop()
         found["edit_bytes"] = _edit_bytes(edit)
         found["edit_figures"] = edit.figures
@@ -165,7 +165,6 @@ def _learn(
         tokenizer,
         facts,
         lr=run.rate,
-        batch_size=scale.batch_size,
         most_epochs=scale.most_epochs,
         seed=run.seed,
         after_epoch=clock.epoch if clock is not None else None,

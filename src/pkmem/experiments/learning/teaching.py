@@ -81,7 +81,7 @@ def adapt(
 ) -> tuple[nn.Module, int]:
     """Teaches LoRA adapters of all linear layers but the head by AdamW; returns their model, and their file's bytes."""
     adapted = with_adapters(model, lesson.seed)
-    _teach(adapted, tokenizer, lesson, clock)
+    _teach(adapted.get_base_model(), tokenizer, lesson, clock)  # whose forward can leave out logits
     with tempfile.TemporaryDirectory() as folder:
         adapted.save_pretrained(folder)
         return adapted, (Path(folder) / "adapter_model.safetensors").stat().st_size
