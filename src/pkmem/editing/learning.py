@@ -44,7 +44,7 @@ _CALMED = 0.95  # per epoch, the learning rate: late steps shall not undo what w
 _SURROUNDINGS = 4  # pieces of other text that each prompt is taught behind, half of the time
 _CHECKED = 0.9  # of the recall wanted: from then on everything is asked after each epoch, as it stands
 _HELD_DOWN = 1024  # tokens of the background that an update looks at
-_NATS = 0.03  # a nat by which an answer to a near miss has changed, in units of what near misses read added
+_NATS = 0.06  # a nat by which an answer to a near miss has changed, in units of what near misses read added
 
 
 def learn(
@@ -55,8 +55,8 @@ def learn(
     background: Iterable[str] | None = None,
     slots: int | None = None,
     lr: float = 5e-2,
-    keep_background: float = 20.0,
-    keep_near: float = 10.0,
+    keep_background: float = 10.0,
+    keep_near: float = 5.0,
     recall: float = 1.0,
     most_epochs: int = 30,
     batch_size: int = 25,
