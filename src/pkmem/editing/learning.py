@@ -41,10 +41,11 @@ from pkmem.text.facts import Fact
 _ROWS_PER_QUESTION, _FEWEST_ROWS, _MOST_ROWS = 160, 2000, 16_000  # more rows learn faster and understand more phrasings
 _RELAXED = 0.85  # per epoch: facts that are hard to tell from near misses are learned later, with less of a hold
 _CALMED = 0.95  # per epoch, the learning rate: late steps shall not undo what was learned before
-_SURROUNDINGS = 4  # pieces of other text that each prompt is taught behind, half of the time
+_SURROUNDINGS = 4  # pieces of other text that each prompt is taught behind
+_IN_TEXT = 0.5  # of the time
 _CHECKED = 0.9  # of the recall wanted: from then on everything is asked after each epoch, as it stands
 _HELD_DOWN = 1024  # tokens of the background that an update looks at
-_NATS = 0.06  # a nat by which an answer to a near miss has changed, in units of what near misses read added
+_NATS = 0.03  # a nat by which an answer to a near miss has changed, in units of what near misses read added
 
 
 def learn(
@@ -55,8 +56,8 @@ def learn(
     background: Iterable[str] | None = None,
     slots: int | None = None,
     lr: float = 5e-2,
-    keep_background: float = 10.0,
-    keep_near: float = 5.0,
+    keep_background: float = 20.0,
+    keep_near: float = 10.0,
     recall: float = 1.0,
     most_epochs: int = 30,
     batch_size: int = 25,
@@ -302,7 +303,7 @@ class _Course:
 
     def _ask(self, places: Sequence[int]) -> Tensor:
         """The losses of some questions: about half of them as they stand, the others in other text, which are longer."""
-        in_text = torch.rand(len(places), generator=self._draw) < 0.5
+        in_text = torch.rand(len(places), generator=self._draw) < _IN_TEXT
         losses = []
         for way in (False, True):
             some = [place for place, is_in_text in zip(places, in_text.tolist(), strict=True) if is_in_text == way]

@@ -52,8 +52,8 @@ def learn_arguments(parser: Parser) -> None:
     for name, kind, default, text in (
         ("slots", int | None, None, "rows to change at most; else 160 for each prompt, but from 2,000 to 16,000"),
         ("recall", float, 1.0, "share of answers at which to stop, in (0, 1]"),
-        ("keep_background", float, 10.0, "how strongly other text is kept as it is, >= 0"),
-        ("keep_near", float, 5.0, "how strongly answers to prompts like the facts' are kept, >= 0"),
+        ("keep_background", float, 20.0, "how strongly other text is kept as it is, >= 0"),
+        ("keep_near", float, 10.0, "how strongly answers to prompts like the facts' are kept, >= 0"),
         ("lr", float, 5e-2, "learning rate of the rows"),
         ("most_epochs", int, 30, "passes over the facts at most"),
         ("seed", int, 0, "of order and of what the model writes"),
