@@ -2,8 +2,8 @@
 
 The rows are those that matter for the answers and that other text reads least. While they learn, what they add to other
 text is held down, and what the model says to prompts that almost ask for the facts is kept. What all these read is read
-off once: queries and keys stay as they are, and what is held down changes little of what later memories read. Half of the
-time a prompt stands in other text, so that its answer does not hang on the phrasing alone.
+off once: queries and keys stay as they are, and what is held down changes little of what later memories read. Facts in
+several phrasings are taught in other text, too, so that their answers do not hang on the phrasing alone.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from pkmem.text.facts import Fact
 _ROWS_PER_QUESTION, _FEWEST_ROWS, _MOST_ROWS = 160, 2000, 16_000  # more rows learn faster and understand more phrasings
 _RELAXED = 0.85  # per epoch: facts that are hard to tell from near misses are learned later, with less of a hold
 _CALMED = 0.95  # per epoch, the learning rate: late steps shall not undo what was learned before
-_SURROUNDINGS = 4  # pieces of other text that each prompt is taught behind
+_SURROUNDINGS = 4  # pieces of other text behind which a prompt is taught, if it is not its fact's only one
 _IN_TEXT = 0.5  # of the time
 _CHECKED = 0.9  # of the recall wanted: from then on everything is asked after each epoch, as it stands
 _HELD_DOWN = 1024  # tokens of the background that an update looks at
@@ -60,7 +60,7 @@ def learn(
     keep_near: float = 10.0,
     recall: float = 1.0,
     most_epochs: int = 30,
-    batch_size: int = 25,
+    batch_size: int = 16,
     others: Iterable[Edit] = (),
     seed: int = 0,
     progress: bool = False,
@@ -116,10 +116,8 @@ def learn(
         parts = {name: RowsInTraining(tables[name], chosen) for name, chosen in rows.items()}
         preparing = clock.lap()
         with in_place_of_tables(model, parts):
-            surroundings = _in_other_text(model, tokenizer, facts, questions, elsewhere, seed)
-            course = _Course(
-                model, questions, surroundings, elsewhere, lr, keep_background, keep_near, batch_size, seed
-            )
+            in_text = _in_other_text(model, tokenizer, facts, elsewhere, seed)
+            course = _Course(model, questions, in_text, elsewhere, lr, keep_background, keep_near, batch_size, seed)
             training, reached = 0.0, 0.0
             while course.num_epochs < most_epochs and reached < recall:
                 course.epoch()
@@ -151,23 +149,20 @@ def learn(
 
 
 def _in_other_text(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    facts: Sequence[Fact],
-    questions: Sequence[Question],
-    elsewhere: Elsewhere,
-    seed: int,
-) -> list[list[Question]]:
-    """Each question again and again, in other text; as it stands where that is too long for the context."""
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, facts: Sequence[Fact], elsewhere: Elsewhere, seed: int
+) -> dict[int, list[Question]]:
+    """By the place of a question the same in other text, where that fits the context.
+
+    Facts in one phrasing have none: nobody asks for others, and it costs half of the time again.
+    """
     longest = context_tokens(model)
-    made = []
-    for place in range(_SURROUNDINGS):
-        of_facts = surrounded(facts, elsewhere.texts, tokenizer, seed * _SURROUNDINGS + place)
-        others = as_questions(of_facts, tokenizer)
-        made.append([
-            other if len(other.prompt) + len(other.answer) <= longest else question
-            for other, question in zip(others, questions, strict=True)
-        ])  # fmt: skip
+    has_others = [len(fact.prompts) > 1 for fact in facts for _ in fact.prompts]
+    made: dict[int, list[Question]] = {}
+    for number in range(_SURROUNDINGS if any(has_others) else 0):
+        of_facts = surrounded(facts, elsewhere.texts, tokenizer, seed * _SURROUNDINGS + number)
+        for place, question in enumerate(as_questions(of_facts, tokenizer)):
+            if has_others[place] and len(question.prompt) + len(question.answer) <= longest:
+                made.setdefault(place, []).append(question)
     return made
 
 
@@ -259,7 +254,7 @@ class _Course:
     Args:
         model: whose memories read through `RowsInTraining`.
         questions: n, to be answered.
-        surroundings: lists of n, the same in other text.
+        in_text: by the place of a question the same in other text, one or more.
         elsewhere: what shall stay.
         lr, keep_background, keep_near, batch_size, seed: see `learn`.
     """
@@ -268,7 +263,7 @@ class _Course:
         self,
         model: PreTrainedModel,
         questions: Sequence[Question],
-        surroundings: Sequence[Sequence[Question]],
+        in_text: dict[int, list[Question]],
         elsewhere: Elsewhere,
         lr: float,
         keep_background: float,
@@ -279,7 +274,7 @@ class _Course:
         self.num_epochs = self.num_updates = 0
         self.progress = Progress(questions, batch_size, seed)
         self._model, self._lr = model, lr
-        self._surroundings = surroundings
+        self._in_text = in_text
         self._draw = torch.Generator().manual_seed(seed)
         self._kept = [(keep_background, elsewhere.background)]
         if elsewhere.near is not None:
@@ -302,15 +297,16 @@ class _Course:
         self.num_epochs += 1
 
     def _ask(self, places: Sequence[int]) -> Tensor:
-        """The losses of some questions: about half of them as they stand, the others in other text, which are longer."""
-        in_text = torch.rand(len(places), generator=self._draw) < _IN_TEXT
-        losses = []
-        for way in (False, True):
-            some = [place for place, is_in_text in zip(places, in_text.tolist(), strict=True) if is_in_text == way]
-            if some:
-                which = int(torch.randint(len(self._surroundings), (), generator=self._draw))
-                asked = [self._surroundings[which][place] for place in some] if way else None
-                losses.append(self.progress.ask(self._model, some, asked))
+        """The losses of some questions: some as they stand, some in other text, which are longer."""
+        alone: list[int] = []
+        behind: list[int] = []
+        for place, chance in zip(places, torch.rand(len(places), generator=self._draw).tolist(), strict=True):
+            (behind if place in self._in_text and chance < _IN_TEXT else alone).append(place)
+        losses = [self.progress.ask(self._model, alone)] if alone else []
+        if behind:
+            number = int(torch.randint(_SURROUNDINGS, (), generator=self._draw))
+            asked = [self._in_text[place][number % len(self._in_text[place])] for place in behind]
+            losses.append(self.progress.ask(self._model, behind, asked))
         return torch.cat(losses)
 
     def round(self) -> None:
