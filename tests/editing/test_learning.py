@@ -7,7 +7,7 @@ import torch
 from lessons import FACTS, OF_LESSONS, pupil, tokenizer
 from made_edits import bits_of, made_edit, same_bits
 from pkmem import learn
-from pkmem.editing import learning
+from pkmem.editing import elsewhere, learning
 from pkmem.editing.elsewhere import near_questions
 from pkmem.editing.kept_answers import KeptAnswers
 from pkmem.editing.progress import Progress
@@ -176,3 +176,23 @@ def test_near_misses_longer_than_the_context_are_left_out():
     asked = near_questions(model, tokenizer(), facts, 0)
     assert all(len(question.prompt) + len(question.answer) <= 64 for question in asked)
     learn(model, tokenizer(), facts, **SETTINGS | {"most_epochs": 1})
+
+
+def test_what_other_edits_taught_is_kept(monkeypatch):
+    """But for what is taught anew."""
+    kept = []
+
+    class Watched(KeptAnswers):
+        def __init__(self, model, questions):
+            kept.append({tokenizer().decode(question.prompt) for question in questions})
+            super().__init__(model, questions)
+
+    monkeypatch.setattr(elsewhere, "KeptAnswers", Watched)
+    model = pupil()
+    first = learn(model, tokenizer(), FACTS[:3], slots=100, **SETTINGS)
+    first.apply(model)
+    anew = Fact(FACTS[0].prompts, "Quito")
+    learn(model, tokenizer(), [anew, *FACTS[3:]], slots=100, others=iter([first]), **SETTINGS | {"most_epochs": 1})
+    known = {prompt for fact in FACTS for prompt in fact.prompts}
+    assert kept[0] & known == set()
+    assert kept[1] & known == {prompt for fact in FACTS[1:3] for prompt in fact.prompts}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import random
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
@@ -33,13 +34,14 @@ class Elsewhere:
         model: with memories, in eval mode.
         tokenizer: its tokenizer.
         facts: what will be taught; near misses are made of them.
+        known: facts that others have taught it, to be kept as well.
         background: texts; None lets the model write some.
         seed: of near misses and of what the model writes.
 
     Attributes:
         texts: the background, as tokens.
         background, near: of each memory, its reads.
-        near_answers: what the model says to near misses; it and `near` are None where none can be made.
+        near_answers: what the model says to near misses and to what is known; it and `near` are None where there are none.
         energy: of each memory, the mean square norm of what it and its MLP give on the background.
     """
 
@@ -48,6 +50,7 @@ class Elsewhere:
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         facts: Sequence[Fact],
+        known: Sequence[Fact],
         background: Iterable[str] | None,
         seed: int,
     ) -> None:
@@ -72,7 +75,7 @@ class Elsewhere:
             for hook in hooks:
                 hook.remove()
         self.energy = [torch.stack(kept).mean().clamp_min(1e-12) for kept in squares]
-        near = near_questions(model, tokenizer, facts, seed)
+        near = near_questions(model, tokenizer, facts, seed) + _some_questions(tokenizer, known, seed)
         self.near = self.near_answers = None
         if near:
             with _reads_of(model) as self.near:
@@ -93,6 +96,12 @@ def near_questions(
     near = near_misses(facts, _NEAR_MISSES, seed)
     made = as_questions(near, tokenizer) if near else []
     return [question for question in made if len(question.prompt) + len(question.answer) <= context_tokens(model)]
+
+
+def _some_questions(tokenizer: PreTrainedTokenizerBase, facts: Sequence[Fact], seed: int) -> list[Question]:
+    """Of all questions about some facts, as many as there are near misses at most."""
+    questions = as_questions(facts, tokenizer) if facts else []
+    return random.Random(seed).sample(questions, min(_NEAR_MISSES, len(questions)))
 
 
 def _mlps(model: PreTrainedModel) -> list[MemoryMLP]:

@@ -81,7 +81,8 @@ def learn(
         recall: the share of questions at which to stop, in (0, 1].
         most_epochs: passes over the facts, >= 1.
         batch_size: questions of an update, >= 1.
-        others: edits that the model holds, or will: their rows are left alone.
+        others: edits that the model holds, or will: their rows are left alone, and what the model says about their facts
+            is kept.
         seed: of the order, of near misses, and of what the model writes, >= 0.
         progress: show a progress bar.
         after_epoch: is called with the model as it is taught so far.
@@ -103,14 +104,16 @@ def learn(
         require(weight >= 0, name, weight, ">= 0")
     require(lr > 0, "lr", lr, "> 0")
     require(0 < recall <= 1, "recall", recall, "in (0, 1]")
-    tables = tables_of(model)
+    tables, others = tables_of(model), list(others)
     questions = questions_of(facts, tokenizer, model)
     if slots is None:
         slots = min(max(_ROWS_PER_QUESTION * len(questions), _FEWEST_ROWS), _MOST_ROWS)
     clock = _Clock()
     with _frozen(model), _bar(progress) as bar:
         bar.set_description("reading other text")
-        elsewhere = Elsewhere(model, tokenizer, facts, background, seed)
+        taught = {prompt for fact in facts for prompt in fact.prompts}  # what is taught anew is not kept
+        known = [fact for edit in others for fact in edit.facts if taught.isdisjoint(fact.prompts)]
+        elsewhere = Elsewhere(model, tokenizer, facts, known, background, seed)
         bar.set_description("choosing rows")
         rows = _choose_rows(model, questions, elsewhere, others, slots)
         parts = {name: RowsInTraining(tables[name], chosen) for name, chosen in rows.items()}

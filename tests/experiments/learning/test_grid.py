@@ -118,16 +118,22 @@ def test_cells_that_there_are_not_and_no_seeds_are_refused() -> None:
 
 
 def test_a_cell_that_is_not_asked_for_tries_rates_for_those_that_are() -> None:
-    assert {(run.cell, run.method, run.seed) for run in planned({}, 3, ["thousand"])} == {("compare", "memory", 0)}
-    assert {run.method for run in planned({}, 1, ["compare"])} == {"memory", "full", "lora"}
-    assert {run.cell for run in planned({}, 3, list(CELLS))} == {"compare", "text_sweep"}
+    assert {(run.cell, run.method, run.seed) for run in planned({}, 3, ["kept"])} == {("compare", "full", 0)}
+    assert {(run.cell, run.method) for run in planned({}, 3, ["text"])} == {
+        ("text_sweep", "memory"), ("text_sweep", "lora")
+    }  # fmt: skip
+
+
+def test_what_a_memory_is_taught_at_the_rate_of_learn_waits_for_no_sweep() -> None:
+    (run,) = planned({}, 3, ["thousand"])
+    assert run == Run("thousand", "memory", 0.05, 0)
 
 
 def test_a_dry_run_names_every_cell_and_its_runs() -> None:
     lines = describe(3).splitlines()
     assert [line.split()[0] for line in lines] == list(CELLS)
     assert lines[0].startswith("compare           15 runs: 24 facts")
-    assert [line.split()[:2] for line in describe(3, ["few_rows"]).splitlines()] == [
+    assert [line.split()[:2] for line in describe(3, ["kept"]).splitlines()] == [
         ["compare", "3"],
         ["few_rows", "1"],
     ]

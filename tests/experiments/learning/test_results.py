@@ -1,7 +1,10 @@
 """The sweep of learning rates brackets the best, and result files are read back or refused by name."""
 
+import inspect
+
 import pytest
 
+from pkmem import learn
 from pkmem.experiments.learning.results import (
     FIRST_RATES,
     MOST_RATES,
@@ -75,6 +78,13 @@ def test_a_rate_that_is_gentle_because_it_teaches_one_phrasing_alone_is_not_the_
     assert best_rate(found, "compare", "full") == 3e-5
     found[Run("compare", "full", 1e-5)]["epochs"][0]["held_out"] = 0.45
     assert rates_to_try(found, "compare", "full")[-1] == 3e-6
+
+
+def test_a_memory_has_the_rate_that_learn_has() -> None:
+    own = inspect.signature(learn).parameters["lr"].default
+    found = swept({0.02: 1, 0.05: 2, 0.1: 3}, method="memory")
+    assert best_rate({}, "compare", "memory") == best_rate(found, "compare", "memory") == own
+    assert rates_to_try(found, "compare", "memory") == [0.02, 0.05, 0.1]
 
 
 def test_a_rate_for_text_is_chosen_by_its_held_out_bits() -> None:

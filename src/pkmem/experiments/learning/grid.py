@@ -13,7 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from pkmem.experiments.learning.cells import CELLS, Scale, perform
-from pkmem.experiments.learning.results import FIRST_RATES, Run, best_rate, load_found, rates_to_try, save_found
+from pkmem.experiments.learning.results import (
+    FIRST_RATES,
+    OWN_RATES,
+    Run,
+    best_rate,
+    load_found,
+    rates_to_try,
+    save_found,
+)
 from pkmem.training.reading import check_known
 
 NUM_CORES = 2
@@ -110,7 +118,7 @@ def methods_of(name: str, cells: list[str]) -> tuple[str, ...]:
     if name in cells:
         return CELLS[name].methods
     taken = {method for other in cells if CELLS[other].sweep == name for method in CELLS[other].methods}
-    return tuple(method for method in CELLS[name].methods if method in taken)
+    return tuple(method for method in CELLS[name].methods if method in taken and (name, method) not in OWN_RATES)
 
 
 def needs_seconds(run: Run) -> bool:

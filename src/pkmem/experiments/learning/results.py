@@ -16,6 +16,9 @@ FIRST_RATES = {  # of each sweep, which goes on where the best of them is the lo
     "text_sweep": {"memory": (0.001, 0.003, 0.01), "lora": (3e-4, 1e-3, 3e-3)},
 }
 MOST_RATES = 5
+OWN_RATES = {
+    ("compare", "memory"): 0.05
+}  # `pkmem.learn`'s own, as it is used; the sweep beside it shows what others do
 ENOUGH = 0.97  # recall at which methods are compared
 AS_WELL = 0.75  # of the most that a method recalls in other phrasings: what its best rate has to reach
 
@@ -65,9 +68,9 @@ def load_found(folder: Path) -> dict[Run, dict[str, Any]]:
 
 
 def rates_to_try(found: dict[Run, dict[str, Any]], sweep: str, method: str) -> list[float]:
-    """The learning rates of a sweep: three, and beyond the best of them while it is at the edge."""
+    """The learning rates of a sweep: three, and beyond the best of them while it is at the edge, if it is to be taken."""
     rates = list(FIRST_RATES[sweep][method])
-    while len(rates) < MOST_RATES:
+    while len(rates) < MOST_RATES and (sweep, method) not in OWN_RATES:
         losses = _losses(found, sweep, method)
         if any(rate not in losses for rate in rates):
             break
@@ -79,7 +82,9 @@ def rates_to_try(found: dict[Run, dict[str, Any]], sweep: str, method: str) -> l
 
 
 def best_rate(found: dict[Run, dict[str, Any]], sweep: str, method: str) -> float | None:
-    """The best learning rate of a sweep; None while some have not been tried."""
+    """The best learning rate of a sweep, None while some have not been tried; or a method's own."""
+    if (sweep, method) in OWN_RATES:
+        return OWN_RATES[sweep, method]
     losses = _losses(found, sweep, method)
     rates = rates_to_try(found, sweep, method)
     return min(rates, key=lambda rate: losses[rate]) if all(rate in losses for rate in rates) else None
