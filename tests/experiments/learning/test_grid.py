@@ -135,7 +135,7 @@ def test_a_dry_run_names_every_cell_and_its_runs() -> None:
     assert lines[0].startswith("compare           15 runs: 24 facts")
     assert [line.split()[:2] for line in describe(3, ["kept"]).splitlines()] == [
         ["compare", "3"],
-        ["few_rows", "1"],
+        ["kept", "3"],
     ]
 
 
