@@ -40,6 +40,7 @@ from pkmem.text.facts import Fact
 
 _ROWS_PER_QUESTION, _FEWEST_ROWS, _MOST_ROWS = 160, 2000, 16_000  # more rows learn faster and understand more phrasings
 _RELAXED = 0.85  # per epoch: facts that are hard to tell from near misses are learned later, with less of a hold
+_FEWEST_UPDATES = 6  # of an epoch: a short lesson is gone through several times
 _CALMED = 0.95  # per epoch, the learning rate: late steps shall not undo what was learned before
 _SURROUNDINGS = 4  # pieces of other text behind which a prompt is taught, if it is not its fact's only one
 _IN_TEXT = 0.5  # of the time
@@ -79,7 +80,7 @@ def learn(
         keep_background: how strongly what the rows add to the background is held down at first, >= 0; less every epoch.
         keep_near: how strongly what the model says to prompts that almost ask for the facts is kept, >= 0.
         recall: the share of questions at which to stop, in (0, 1].
-        most_epochs: passes over the facts, >= 1.
+        most_epochs: epochs, >= 1; each passes over the facts once, or more often where they are few.
         batch_size: questions of an update, >= 1.
         others: edits that the model holds, or will: their rows are left alone, and what the model says about their facts
             is kept.
@@ -278,6 +279,7 @@ class _Course:
         self.progress = Progress(questions, batch_size, seed)
         self._model, self._lr = model, lr
         self._in_text = in_text
+        self._times = -(-_FEWEST_UPDATES // -(-len(questions) // batch_size))
         self._draw = torch.Generator().manual_seed(seed)
         self._kept = [(keep_background, elsewhere.background)]
         if elsewhere.near is not None:
@@ -292,11 +294,12 @@ class _Course:
         """An update for each batch of what is still to be learned."""
         for group in self._optimizer.param_groups:
             group["lr"] = self._lr * _CALMED**self.num_epochs
-        for places in self.progress.epoch():
-            (self._ask(places).mean() + self._added_elsewhere() + self._near_misses()).backward()
-            self._optimizer.step()
-            self._optimizer.zero_grad()
-            self.num_updates += 1
+        for _ in range(self._times):
+            for places in self.progress.epoch():
+                (self._ask(places).mean() + self._added_elsewhere() + self._near_misses()).backward()
+                self._optimizer.step()
+                self._optimizer.zero_grad()
+                self.num_updates += 1
         self.num_epochs += 1
 
     def _ask(self, places: Sequence[int]) -> Tensor:
