@@ -45,7 +45,7 @@ _CALMED = 0.95  # per epoch, the learning rate: late steps shall not undo what w
 _SURROUNDINGS = 4  # pieces of other text behind which a prompt is taught, if it is not its fact's only one
 _IN_TEXT = 0.5  # of the time
 _CHECKED = 0.9  # of the recall wanted: from then on everything is asked after each epoch, as it stands
-_HELD_DOWN = 1024  # tokens of the background that an update looks at
+_HELD_DOWN = 1024  # tokens of the background, and of near misses, whose reads an update looks at
 _NATS = 0.03  # a nat by which an answer to a near miss has changed, in units of what near misses read added
 
 

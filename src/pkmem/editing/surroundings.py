@@ -22,6 +22,9 @@ def surrounded(
         texts: where the pieces come from, as tokens; one or more.
         tokenizer: of these tokens.
         seed: of the choices, >= 0.
+
+    Returns:
+        n facts, in their order, with as many prompts and the same completions.
     """
     draw = random.Random(seed)
 

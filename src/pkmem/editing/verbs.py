@@ -55,7 +55,7 @@ def learn_arguments(parser: Parser) -> None:
         ("keep_background", float, 20.0, "how strongly other text is kept as it is, >= 0"),
         ("keep_near", float, 10.0, "how strongly answers to prompts like the facts' are kept, >= 0"),
         ("lr", float, 5e-2, "learning rate of the rows"),
-        ("most_epochs", int, 30, "passes over the facts at most"),
+        ("most_epochs", int, 30, "epochs at most, each of all that is not learned yet"),
         ("seed", int, 0, "of order and of what the model writes"),
     ):
         parser.add_argument(f"--{name}", type=kind, default=default, help=text)

@@ -47,7 +47,7 @@ class Scale:
         few_rows, many_rows: rows of a smaller edit of a hundred facts, and of the edit of a thousand.
         edits, facts_per_edit: one after another, in one phrasing.
         batch_size: prompts an update, in the comparison; `pkmem.learn`'s own elsewhere.
-        most_epochs: over the facts.
+        most_epochs: at most, each of all that is not learned yet.
         text_updates, text_sweep_updates, text_block_tokens: of the trial on text; an update has two blocks.
         size: of what is asked.
     """

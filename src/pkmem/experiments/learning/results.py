@@ -16,9 +16,8 @@ FIRST_RATES = {  # of each sweep, which goes on where the best of them is the lo
     "text_sweep": {"memory": (0.001, 0.003, 0.01), "lora": (3e-4, 1e-3, 3e-3)},
 }
 MOST_RATES = 5
-OWN_RATES = {
-    ("compare", "memory"): 0.05
-}  # `pkmem.learn`'s own, as it is used; the sweep beside it shows what others do
+# `pkmem.learn`'s own, as it is used; the sweep beside it shows what others do.
+OWN_RATES = {("compare", "memory"): 0.05}
 ENOUGH = 0.97  # recall at which methods are compared
 AS_WELL = 0.75  # of the most that a method recalls in other phrasings: what its best rate has to reach
 

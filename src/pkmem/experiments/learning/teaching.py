@@ -18,6 +18,7 @@ from pkmem.editing.progress import Progress
 from pkmem.experiments.learning.asking import Pair, as_questions
 
 LORA_RANK = 16
+NEAR_WEIGHT = 0.3  # of near misses that are kept, as `pkmem.learn` weighs them
 
 
 class Clock:
@@ -59,7 +60,7 @@ class Lesson:
         batch_size: pairs an update.
         most_epochs: at most; it ends earlier, once all pairs are recalled.
         seed: of the order.
-        near: what is kept of what the model says to near misses: their divergence is added to the loss.
+        near: what is kept of what the model says to near misses: their divergence is added to the loss, times `NEAR_WEIGHT`.
     """
 
     pairs: list[Pair]
@@ -119,7 +120,7 @@ def _teach(model: nn.Module, tokenizer: PreTrainedTokenizerBase, lesson: Lesson,
                 return
             loss = losses.mean()
             if lesson.near is not None:
-                loss = loss + lesson.near.divergence_of_some(model, draw)
+                loss = loss + NEAR_WEIGHT * lesson.near.divergence_of_some(model, draw)
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
