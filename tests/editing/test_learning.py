@@ -1,5 +1,6 @@
 import copy
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from pkmem.editing.elsewhere import near_questions
 from pkmem.editing.kept_answers import KeptAnswers
 from pkmem.editing.progress import Progress
 from pkmem.editing.questions import questions_of
+from pkmem.editing.rehearsal import Rehearsal
 from pkmem.editing.rounding import rounded
 from pkmem.layer.memory import memories_in
 from pkmem.text.facts import Fact
@@ -178,21 +180,76 @@ def test_near_misses_longer_than_the_context_are_left_out():
     learn(model, tokenizer(), facts, **SETTINGS | {"most_epochs": 1})
 
 
-def test_what_other_edits_taught_is_kept(monkeypatch):
+def test_what_other_edits_taught_is_rehearsed(monkeypatch):
     """But for what is taught anew."""
-    kept = []
+    rehearsed = []
 
-    class Watched(KeptAnswers):
-        def __init__(self, model, questions):
-            kept.append({tokenizer().decode(question.prompt) for question in questions})
-            super().__init__(model, questions)
+    class Watched(Rehearsal):
+        def __init__(self, model, tokenizer, lessons, seed):
+            rehearsed.append(lessons)
+            super().__init__(model, tokenizer, lessons, seed)
 
-    monkeypatch.setattr(elsewhere, "KeptAnswers", Watched)
+    monkeypatch.setattr(elsewhere, "Rehearsal", Watched)
     model = pupil()
     first = learn(model, tokenizer(), FACTS[:3], slots=100, **SETTINGS)
-    first.apply(model)
+    assert not rehearsed
+    assert "recall_of_others" not in first.figures
     anew = Fact(FACTS[0].prompts, "Quito")
-    learn(model, tokenizer(), [anew, *FACTS[3:]], slots=100, others=iter([first]), **SETTINGS | {"most_epochs": 1})
-    known = {prompt for fact in FACTS for prompt in fact.prompts}
-    assert kept[0] & known == set()
-    assert kept[1] & known == {prompt for fact in FACTS[1:3] for prompt in fact.prompts}
+    second = learn(model, tokenizer(), [anew, *FACTS[3:]], slots=100, others=iter([first]), **SETTINGS)
+    assert rehearsed == [[FACTS[1:3]]]
+    assert second.figures["recall_of_others"] == 1.0
+
+
+def recalled(model, facts):
+    return Progress(questions_of(facts, tokenizer(), model), 9, 0).check(model)
+
+
+def test_what_is_learned_holds_with_and_without_the_other_edits():
+    model = pupil()
+    before, lessons, edits = bits_of(model), (FACTS[:2], FACTS[2:4], FACTS[4:]), []
+    for lesson in lessons:
+        edits.append(learn(model, tokenizer(), lesson, slots=150, others=edits, **SETTINGS))
+        edits[-1].apply(model)
+    for which in itertools.product([False, True], repeat=3):
+        for edit, wanted in zip(edits, which, strict=True):
+            if edit.is_in(model) != wanted:
+                (edit.apply if wanted else edit.undo)(model)
+        assert [recalled(model, lesson) for lesson, is_in in zip(lessons, which, strict=True) if is_in] == [
+            1.0 for is_in in which if is_in
+        ]
+    for edit in edits:
+        edit.undo(model)
+    assert same_bits(bits_of(model), before)
+
+
+def test_edits_that_are_not_in_yet_are_learned_beside():
+    """And stay out, even if learning ends in an error."""
+    model = pupil()
+    before = bits_of(model)
+    first = learn(model, tokenizer(), FACTS[:3], slots=150, **SETTINGS)
+
+    def broken(taught):
+        assert taught is model
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        learn(model, tokenizer(), FACTS[3:], slots=150, others=[first], **SETTINGS, after_epoch=broken)
+    assert same_bits(bits_of(model), before)
+    second = learn(model, tokenizer(), FACTS[3:], slots=150, others=[first], **SETTINGS)
+    assert same_bits(bits_of(model), before)
+    second.apply(model)
+    assert recalled(model, FACTS[3:]) == 1.0
+    first.apply(model)
+    assert recalled(model, FACTS) == 1.0
+
+
+def test_other_edits_must_be_of_the_model_and_whole():
+    model = pupil()
+    first = learn(model, tokenizer(), FACTS[:3], slots=50, **SETTINGS | {"most_epochs": 1})
+    second = learn(model, tokenizer(), FACTS[:3], slots=50, **SETTINGS | {"most_epochs": 1, "lr": 0.01})
+    before = bits_of(model)
+    with pytest.raises(ValueError, match="neither in nor out"):
+        learn(model, tokenizer(), FACTS[3:], others=[first, second], **SETTINGS)
+    assert same_bits(bits_of(model), before)
+    with pytest.raises(ValueError, match="belongs to model"):
+        learn(pupil("gpt2"), tokenizer(), FACTS[3:], others=[first], **SETTINGS)

@@ -57,3 +57,30 @@ def test_a_check_finds_what_was_forgotten_and_has_it_asked_again(answered):
     assert asking.share == 1
     assert asking.check(decoder()) == asking.share == 0.5
     assert set(range(3, 103)) <= {place for batch in asking.epoch() for place in batch}
+
+
+def test_what_is_right_must_be_so_in_all_circumstances(answered):
+    asking, losses, rights = answered
+
+    def circumstances():
+        rights[7] = False
+        yield
+        rights[7], losses[9] = True, 0.1
+        yield
+        losses[9] = 0.01
+        yield
+
+    assert asking.check(decoder(), circumstances()) == asking.share == 199 / 200
+    assert {7, 9} <= {place for batch in asking.epoch() for place in batch}
+
+
+def test_what_is_not_sure_comes_next(answered):
+    asking, losses, _ = answered
+    losses[3:6] = [0.1] * 3
+    asking.check(decoder())
+    among = [2, 3, 5, 8, 9]
+    assert set(asking.next(among, 3)) >= {3, 5}
+    assert set(asking.next(among, 3)) <= set(among)
+    assert set(asking.next(among, 1)) <= {3, 5}
+    assert sorted(asking.next(among, 9)) == among
+    assert asking.next([], 3) == []

@@ -92,7 +92,9 @@ class Edit:
             ValueError: it is another model, the edit is in already, or rows of it have been changed; the model is as
                 it was.
         """
-        self._write(self._tables(model), "out", self.new)
+        tables = self._tables(model)
+        self.require_state(self.state_in(tables), "out")
+        self.write(tables, self.new)
 
     def undo(self, model: nn.Module) -> None:
         """Takes the edit out of a model, in place: its rows are as they were before, bit for bit.
@@ -101,7 +103,9 @@ class Edit:
             ValueError: it is another model, the edit is not in, or rows of it have been changed since; the model is
                 as it was.
         """
-        self._write(self._tables(model), "in", self.old)
+        tables = self._tables(model)
+        self.require_state(self.state_in(tables), "in")
+        self.write(tables, self.old)
 
     def is_in(self, model: nn.Module) -> bool:
         """Whether a model is the edit's own and all rows have the new values, bit for bit."""
@@ -257,8 +261,13 @@ class Edit:
         tensors = saved_tensors(model)
         return {name: tensors[name] for name in table_names(model)}
 
-    def _write(self, tables: dict[str, Tensor], before: State, values: dict[str, Tensor]) -> None:
-        self.require_state(self.state_in(tables), before)
+    def write(self, tables: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+        """Writes its old or its new values into a model's tables, whatever these hold now.
+
+        Args:
+            tables: weights by name.
+            values: `old` or `new`.
+        """
         with torch.no_grad():
             for name, rows in self.rows.items():
                 table = tables[name]  # detached, and with the weight's own version counter

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import random
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
@@ -15,6 +14,7 @@ from pkmem.editing.kept_answers import KeptAnswers
 from pkmem.editing.near_misses import near_misses
 from pkmem.editing.questions import Question, as_questions, forward_options
 from pkmem.editing.reads import Reads, reading, weight_of_rows
+from pkmem.editing.rehearsal import Rehearsal
 from pkmem.layer.memory import memories_in
 from pkmem.lm.huggingface import context_tokens
 from pkmem.lm.placement import MemoryMLP
@@ -34,14 +34,15 @@ class Elsewhere:
         model: with memories, in eval mode.
         tokenizer: its tokenizer.
         facts: what will be taught; near misses are made of them.
-        known: facts that others have taught it, to be kept as well.
+        known: of each other edit, which is in, the facts that it has taught, to be kept as well.
         background: texts; None lets the model write some.
         seed: of near misses and of what the model writes.
 
     Attributes:
         texts: the background, as tokens.
-        background, near: of each memory, its reads.
-        near_answers: what the model says to near misses and to what is known; it and `near` are None where there are none.
+        background, near: of each memory, its reads; `near` is of near misses and of what is known, None without any.
+        near_answers: what the model says to near misses; None where there are none.
+        known: questions about what is known; None where there are none.
         energy: of each memory, the mean square norm of what it and its MLP give on the background.
     """
 
@@ -50,7 +51,7 @@ class Elsewhere:
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         facts: Sequence[Fact],
-        known: Sequence[Fact],
+        known: Sequence[Sequence[Fact]],
         background: Iterable[str] | None,
         seed: int,
     ) -> None:
@@ -75,11 +76,12 @@ class Elsewhere:
             for hook in hooks:
                 hook.remove()
         self.energy = [torch.stack(kept).mean().clamp_min(1e-12) for kept in squares]
-        near = near_questions(model, tokenizer, facts, seed) + _some_questions(tokenizer, known, seed)
-        self.near = self.near_answers = None
-        if near:
+        near = near_questions(model, tokenizer, facts, seed)
+        self.near = self.near_answers = self.known = None
+        if near or any(known):
             with _reads_of(model) as self.near:
-                self.near_answers = KeptAnswers(model, near)
+                self.near_answers = KeptAnswers(model, near) if near else None
+                self.known = Rehearsal(model, tokenizer, known, seed) if any(known) else None
 
     def weight_of_rows(self, place: int, num_rows: int) -> Tensor:
         """The weight with which a token reads each row through the memory at a place, (m,) fp64."""
@@ -96,12 +98,6 @@ def near_questions(
     near = near_misses(facts, _NEAR_MISSES, seed)
     made = as_questions(near, tokenizer) if near else []
     return [question for question in made if len(question.prompt) + len(question.answer) <= context_tokens(model)]
-
-
-def _some_questions(tokenizer: PreTrainedTokenizerBase, facts: Sequence[Fact], seed: int) -> list[Question]:
-    """Of all questions about some facts, as many as there are near misses at most."""
-    questions = as_questions(facts, tokenizer) if facts else []
-    return random.Random(seed).sample(questions, min(_NEAR_MISSES, len(questions)))
 
 
 def _mlps(model: PreTrainedModel) -> list[MemoryMLP]:

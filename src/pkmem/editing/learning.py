@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from pkmem.editing.edit import Edit
 from pkmem.editing.elsewhere import Elsewhere
 from pkmem.editing.fingerprint import fingerprint
+from pkmem.editing.others import Others, all_in
 from pkmem.editing.progress import Progress
 from pkmem.editing.questions import Question, answer_losses, as_questions, batches, questions_of
 from pkmem.editing.reads import (
@@ -82,8 +83,8 @@ def learn(
         recall: the share of questions at which to stop, in (0, 1].
         most_epochs: epochs, >= 1; each passes over the facts once, or more often where they are few.
         batch_size: questions of an update, >= 1.
-        others: edits that the model holds, or will: their rows are left alone, and what the model says about their facts
-            is kept.
+        others: edits that the model holds, or will: their rows are left alone, what the model says about their facts is
+            kept, and the new facts are learned with and without them.
         seed: of the order, of near misses, and of what the model writes, >= 0.
         progress: show a progress bar.
         after_epoch: is called with the model as it is taught so far.
@@ -110,10 +111,10 @@ def learn(
     if slots is None:
         slots = min(max(_ROWS_PER_QUESTION * len(questions), _FEWEST_ROWS), _MOST_ROWS)
     clock = _Clock()
-    with _frozen(model), _bar(progress) as bar:
+    with _frozen(model), all_in(model, others) as company, _bar(progress) as bar:
         bar.set_description("reading other text")
         taught = {prompt for fact in facts for prompt in fact.prompts}  # what is taught anew is not kept
-        known = [fact for edit in others for fact in edit.facts if taught.isdisjoint(fact.prompts)]
+        known = [[fact for fact in edit.facts if taught.isdisjoint(fact.prompts)] for edit in others]
         elsewhere = Elsewhere(model, tokenizer, facts, known, background, seed)
         bar.set_description("choosing rows")
         rows = _choose_rows(model, questions, elsewhere, others, slots)
@@ -121,17 +122,20 @@ def learn(
         preparing = clock.lap()
         with in_place_of_tables(model, parts):
             in_text = _in_other_text(model, tokenizer, facts, elsewhere, seed)
-            course = _Course(model, questions, in_text, elsewhere, lr, keep_background, keep_near, batch_size, seed)
-            training, reached = 0.0, 0.0
-            while course.num_epochs < most_epochs and reached < recall:
+            course = _Course(
+                model, questions, in_text, elsewhere, company, lr, keep_background, keep_near, batch_size, seed
+            )
+            training, reached, kept = 0.0, 0.0, 1.0
+            while course.num_epochs < most_epochs and min(reached, kept) < recall:
                 course.epoch()
                 if course.progress.share >= _CHECKED * recall or course.num_epochs == most_epochs:
                     course.round()
-                    reached = course.progress.check(model)
+                    reached, kept = course.check()
                 training += clock.lap()
                 bar.set_description(f"learned {course.progress.share:.0%} of {len(questions)} answers")
                 bar.update()
                 if after_epoch is not None:
+                    company.hold_all()
                     after_epoch(model)
                 clock.lap()
     old = {name: tables[name].weight.detach()[part.rows].cpu() for name, part in parts.items()}
@@ -142,6 +146,7 @@ def learn(
         facts=list(facts),
         figures={
             "recall": reached,
+            **({"recall_of_others": kept} if others else {}),
             "questions": len(questions),
             "epochs": course.num_epochs,
             "updates": course.num_updates,
@@ -260,6 +265,7 @@ class _Course:
         questions: n, to be answered.
         in_text: by the place of a question the same in other text, one or more.
         elsewhere: what shall stay.
+        others: edits with and without which the questions shall be answered.
         lr, keep_background, keep_near, batch_size, seed: see `learn`.
     """
 
@@ -269,6 +275,7 @@ class _Course:
         questions: Sequence[Question],
         in_text: dict[int, list[Question]],
         elsewhere: Elsewhere,
+        others: Others,
         lr: float,
         keep_background: float,
         keep_near: float,
@@ -285,6 +292,7 @@ class _Course:
         if elsewhere.near is not None:
             self._kept.append((keep_near, elsewhere.near))
         self._keep_near, self._near = keep_near, elsewhere.near_answers
+        self._others, self._known = others, elsewhere.known
         self._energy = elsewhere.energy
         self._parts: list[nn.Module] = [memory.values for memory in memories_in(model).values()]
         trained = dict.fromkeys(part for part in self._parts if isinstance(part, RowsInTraining))
@@ -296,7 +304,9 @@ class _Course:
             group["lr"] = self._lr * _CALMED**self.num_epochs
         for _ in range(self._times):
             for places in self.progress.epoch():
-                (self._ask(places).mean() + self._added_elsewhere() + self._near_misses()).backward()
+                inside = self._others.hold_some(self._draw)
+                known = self._known.ask_some(self._model, inside) if self._known is not None else 0.0
+                (self._ask(places).mean() + known + self._added_elsewhere() + self._near_misses()).backward()
                 self._optimizer.step()
                 self._optimizer.zero_grad()
                 self.num_updates += 1
@@ -314,6 +324,11 @@ class _Course:
             asked = [self._in_text[place][number % len(self._in_text[place])] for place in behind]
             losses.append(self.progress.ask(self._model, behind, asked))
         return torch.cat(losses)
+
+    def check(self) -> tuple[float, float]:
+        """The share of questions that are answered whichever of the other edits are in, and that of what those taught."""
+        reached = self.progress.check(self._model, self._others.in_turn(self._draw))
+        return reached, self._known.check(self._model) if self._known is not None else 1.0
 
     def round(self) -> None:
         """Rounds the change as it will be kept, a byte for each number."""

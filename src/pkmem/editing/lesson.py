@@ -39,11 +39,11 @@ def learn_saved(path: Path, facts_file: Path, out: Path, background: str | None,
     edit = learn(model, tokenizer, facts, background=texts, others=inside, progress=True, **settings)
     edit.save(out)
     figures = edit.figures
-    fix = (
-        "not all: give --slots or --most_epochs more, or --keep_near less\n"
-        if figures["recall"] < settings["recall"]
-        else ""
-    )
+    fix = ""
+    if figures["recall"] < settings["recall"]:
+        fix += "not all: give --slots or --most_epochs more, or --keep_near less\n"
+    if (kept := figures.get("recall_of_others", 1.0)) < settings["recall"]:
+        fix += f"with it {kept:.1%} of what the edits in {path} taught is still answered: give --most_epochs more\n"
     return (
         f"{figures['recall']:.1%} of {figures['questions']:,} answers learned in {figures['seconds_training']:.0f} s "
         f"(and {figures['seconds_preparing']:.0f} s before, to see what is read elsewhere)\n{fix}"

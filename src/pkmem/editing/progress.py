@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -46,6 +46,11 @@ class Progress:
         for first in range(0, len(asked), self._batch_size):
             yield asked[first : first + self._batch_size]
 
+    def next(self, among: Sequence[int], num: int) -> list[int]:
+        """So many of some places at most, drawn: those without a sure answer, and then others."""
+        drawn = self._draw.sample(among, len(among))
+        return sorted(drawn, key=lambda place: place in self._sure)[:num]
+
     def ask(self, model: Any, places: Sequence[int], instead: Sequence[Question] | None = None) -> Tensor:
         """Asks some questions; returns their answers' losses, nats per token, differentiable.
 
@@ -60,10 +65,20 @@ class Progress:
             (self._sure.add if right and loss < _SURE else self._sure.discard)(place)
         return losses
 
-    def check(self, model: Any) -> float:
-        """Asks all questions, so that what was forgotten meanwhile is taught again; returns the share of right answers."""
+    def check(self, model: Any, circumstances: Iterable[None] = (None,)) -> float:
+        """Asks all questions, so that what was forgotten meanwhile is taught again; returns the share of right answers.
+
+        Args:
+            model: to be asked.
+            circumstances: brings them about one after another; an answer is right if it is in each of them.
+        """
         order = sorted(range(len(self._questions)), key=lambda place: len(self._questions[place].prompt))
-        with in_eval_mode(model):
-            for first in range(0, len(order), BATCH_QUESTIONS):
-                self.ask(model, order[first : first + BATCH_QUESTIONS])
+        right, sure = set(order), set(order)
+        for _ in circumstances:
+            with in_eval_mode(model):
+                for first in range(0, len(order), BATCH_QUESTIONS):
+                    self.ask(model, order[first : first + BATCH_QUESTIONS])
+            right &= self._right
+            sure &= self._sure
+        self._right, self._sure = right, sure
         return self.share

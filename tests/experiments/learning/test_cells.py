@@ -124,6 +124,7 @@ def test_edits_in_sequence_are_taken_back_to_the_bit(scale) -> None:
     assert len(asked["background"]) == 16
     assert found["seconds"] == 4 * 3.0
     assert figures["bitwise_as_before"]
+    assert figures["half_bitwise_as_if_the_others_had_never_been_in"]
     assert len(figures["recall_of_each"]) == len(figures["recall_when_learned"]) == 4
     assert len(figures["recall_of_the_others"]) == len(figures["recall_of_those_taken_back"]) == 2
 

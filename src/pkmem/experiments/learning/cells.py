@@ -59,7 +59,7 @@ class Scale:
     few_rows: int = 4000
     many_rows: int = 48_000
     edits: int = 20
-    facts_per_edit: int = 20
+    facts_per_edit: int = 10
     batch_size: int = 16
     most_epochs: int = 30
     text_updates: int = 200
@@ -234,9 +234,13 @@ def _in_sequence(run: Run, scale: Scale, seconds: float | None) -> dict[str, Any
         edits[i].undo(model)
     figures["recall_of_the_others"] = {str(i): _recall(model, tokenizer, lessons[i]) for i in left}
     figures["recall_of_those_taken_back"] = {str(i): _recall(model, tokenizer, lessons[i]) for i in sorted(gone)}
+    half = digest(model)
     for i in order[scale.edits // 2 :]:
         edits[i].undo(model)
     figures["bitwise_as_before"] = digest(model) == before
+    for i in left:
+        edits[i].apply(model)
+    figures["half_bitwise_as_if_the_others_had_never_been_in"] = digest(model) == half
     took = {key: sum(edit.figures[key] for edit in edits) for key in ("seconds_preparing", "seconds_training")}
     return {
         "seconds": sum(took.values()),
@@ -307,7 +311,7 @@ CELLS = {
     ),
     **{f"hundred_{kind}": Cell(f"100 facts of the kind {kind} in one phrasing", _hundred(kind)) for kind in KINDS},
     "few_rows": Cell("100 facts of the kind code in a quarter of the rows", _few_rows),
-    "sequence": Cell("20 edits of 20 facts, one after another, then taken back in another order", _in_sequence),
+    "sequence": Cell("20 edits of 10 facts, one after another, then taken back in another order", _in_sequence),
     "thousand": Cell("1,000 facts of three kinds in one edit", _thousand),
     "text_sweep": Cell(
         "40 updates on Python's documentation, to choose learning rates", _text, ("memory", "lora"), sweep=None

@@ -1,0 +1,89 @@
+"""The other edits of a model while one is learned: some of them in, so that each holds with and without the others."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import nn
+
+from pkmem.editing.edit import Edit
+from pkmem.editing.fingerprint import saved_tensors, table_names
+
+_DRAWN = 4  # times that some are drawn to see whether answers hold
+
+
+class Others:
+    """Edits of a model, of which it has those that it is told to have.
+
+    Args:
+        model: theirs.
+        edits: n of them.
+
+    Attributes:
+        inside: (n,) which of them the model has.
+    """
+
+    def __init__(self, model: nn.Module, edits: Sequence[Edit]) -> None:
+        self.inside = [edit.is_in(model) for edit in edits]
+        self._edits = edits
+        tensors = saved_tensors(model)
+        self._tables = {name: tensors[name] for name in table_names(model)}
+
+    def check_in(self, model: nn.Module) -> None:
+        """Puts in those that are not.
+
+        Raises:
+            ValueError: one is of another model, or is neither in nor out: rows of it have been changed since.
+        """
+        for place, edit in enumerate(self._edits):
+            if not self.inside[place]:
+                edit.apply(model)
+                self.inside[place] = True
+
+    def hold(self, which: Sequence[bool]) -> None:
+        """Lets the model have these, (n,), and no other."""
+        for place, (edit, wanted) in enumerate(zip(self._edits, which, strict=True)):
+            if wanted != self.inside[place]:
+                edit.write(self._tables, edit.new if wanted else edit.old)
+                self.inside[place] = wanted
+
+    def hold_all(self) -> None:
+        """Lets the model have all of them."""
+        self.hold([True] * len(self._edits))
+
+    def in_turn(self, draw: torch.Generator) -> Iterator[None]:
+        """The model without any, with some of them, drawn a few times, and with all; where there are none, as it is."""
+        if self._edits:
+            self.hold([False] * len(self._edits))
+            yield
+            for _ in range(_DRAWN if len(self._edits) > 1 else 0):
+                self.hold_some(draw)
+                yield
+        self.hold_all()
+        yield
+
+    def hold_some(self, draw: torch.Generator) -> list[int]:
+        """Lets the model have some, drawn, of which there may be none or all as well; returns their places."""
+        if not self._edits:
+            return []
+        share = torch.rand((), generator=draw)
+        self.hold((torch.rand(len(self._edits), generator=draw) < share).tolist())
+        return [place for place, is_in in enumerate(self.inside) if is_in]
+
+
+@contextlib.contextmanager
+def all_in(model: nn.Module, edits: Sequence[Edit]) -> Iterator[Others]:
+    """Within the block a model has all of some edits; then it has those that it had before.
+
+    Raises:
+        ValueError: see `Others.check_in`.
+    """
+    others = Others(model, edits)
+    before = list(others.inside)
+    try:
+        others.check_in(model)
+        yield others
+    finally:
+        others.hold(before)

@@ -1,0 +1,65 @@
+import pytest
+import torch
+
+from lessons import pupil
+from made_edits import bits_of, made_edit, same_bits
+from pkmem.editing.others import Others, all_in
+
+
+def with_edits():
+    """A model that has the first of two edits."""
+    model = pupil()
+    edits = [made_edit(model, [1, 2]), made_edit(model, [3, 5])]
+    edits[0].apply(model)
+    return model, edits
+
+
+def held(model, edits):
+    return [edit.is_in(model) for edit in edits]
+
+
+def test_all_are_in_and_afterwards_those_that_were():
+    model, edits = with_edits()
+    before = bits_of(model)
+    with all_in(model, edits) as others:
+        assert held(model, edits) == [True, True]
+        others.hold([False, True])
+        assert held(model, edits) == [False, True]
+        others.hold_all()
+        assert held(model, edits) == [True, True]
+        others.hold([False, False])
+    assert same_bits(bits_of(model), before)
+
+
+def test_in_turn_there_are_none_some_and_all():
+    model, edits = with_edits()
+    draw = torch.Generator().manual_seed(0)
+    none, *_, every = [held(model, edits) for _ in Others(model, edits).in_turn(draw)]
+    assert (none, every) == ([False, False], [True, True])
+    assert len(list(Others(model, edits[:1]).in_turn(draw))) == 2
+    assert len(list(Others(model, []).in_turn(draw))) == 1
+
+
+def test_some_are_drawn_from_none_to_all():
+    model, edits = with_edits()
+    others, draw, seen = Others(model, edits), torch.Generator().manual_seed(0), set()
+    for _ in range(40):
+        inside = others.hold_some(draw)
+        assert [place in inside for place in range(2)] == held(model, edits)
+        seen.add(tuple(inside))
+    assert seen == {(), (0,), (1,), (0, 1)}
+
+
+def test_without_other_edits_nothing_is_drawn():
+    draw = torch.Generator().manual_seed(0)
+    before = draw.get_state()
+    assert Others(pupil(), []).hold_some(draw) == []
+    assert torch.equal(draw.get_state(), before)
+
+
+def test_edits_that_share_rows_cannot_all_be_in():
+    model, edits = with_edits()
+    before = bits_of(model)
+    with pytest.raises(ValueError, match="neither in nor out"), all_in(model, [edits[1], made_edit(model, [5, 7])]):
+        pass
+    assert same_bits(bits_of(model), before)
