@@ -1,5 +1,6 @@
-from lessons import FACTS, tokenizer
-from pkmem.editing.surroundings import surrounded
+from lessons import FACTS, pupil, tokenizer
+from pkmem.editing.questions import as_questions, questions_of
+from pkmem.editing.surroundings import in_other_text, surrounded
 from pkmem.text.facts import Fact
 
 WORDS = "Alda Boris Celia Dario Edna Felix They live with Home of"
@@ -37,3 +38,25 @@ def test_what_ends_in_the_middle_of_a_character_is_cut():
 def test_white_space_at_the_end_of_a_prompt_stays():
     (made,) = surrounded([Fact(("Home of Alda is ",), "Rome")], TEXTS, tokenizer(), 0)
     assert made.prompts[0].endswith("Home of Alda is ")
+
+
+def test_questions_in_several_phrasings_are_asked_in_other_text():
+    model, facts = pupil(), [FACTS[0], Fact(("Home of Boris Venudo",), "Oslo"), FACTS[2]]
+    asked = questions_of(facts, tokenizer(), model)
+    made = in_other_text(model, tokenizer(), facts, TEXTS, 0)
+    assert set(made) == {0, 1, 3, 4}  # the third stands alone
+    for place, questions in made.items():
+        assert len(questions) == 4
+        for question in questions:
+            assert question.answer == asked[place].answer
+            assert question.prompt != asked[place].prompt
+
+
+def test_what_would_be_longer_than_the_context_is_left_out():
+    model = pupil()
+    long = "Home of "
+    while sum(map(len, as_questions([Fact((long,), "Rome")], tokenizer())[0])) < 64:
+        long += "x"
+    questions_of([Fact((long,), "Rome")], tokenizer(), model)  # it just fits
+    made = in_other_text(model, tokenizer(), [Fact((long, "They live with xq"), "Rome")], [[10, 11, 12, 13]], 0)
+    assert set(made) == {1}

@@ -12,42 +12,25 @@ import contextlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from pkmem.editing.choosing import choose_rows
+from pkmem.editing.course import Course
 from pkmem.editing.edit import Edit
 from pkmem.editing.elsewhere import Elsewhere
 from pkmem.editing.fingerprint import fingerprint
-from pkmem.editing.others import Others, all_in
-from pkmem.editing.progress import Progress
-from pkmem.editing.questions import Question, answer_losses, as_questions, batches, questions_of
-from pkmem.editing.reads import (
-    Reads,
-    RowsInTraining,
-    in_place_of_tables,
-    reading,
-    rows_to_teach,
-    tables_of,
-    weight_of_rows,
-)
-from pkmem.editing.rounding import rounded
-from pkmem.editing.surroundings import surrounded
+from pkmem.editing.holding import Hold
+from pkmem.editing.others import all_in
+from pkmem.editing.questions import questions_of
+from pkmem.editing.reads import RowsInTraining, in_place_of_tables, tables_of
+from pkmem.editing.surroundings import in_other_text
 from pkmem.layer.config import require
-from pkmem.layer.memory import memories_in
-from pkmem.lm.huggingface import context_tokens
 from pkmem.text.facts import Fact
 
 _ROWS_PER_QUESTION, _FEWEST_ROWS, _MOST_ROWS = 160, 2000, 16_000  # more rows learn faster and understand more phrasings
-_RELAXED = 0.85  # per epoch: facts that are hard to tell from near misses are learned later, with less of a hold
-_FEWEST_UPDATES = 6  # of an epoch: a short lesson is gone through several times
-_CALMED = 0.95  # per epoch, the learning rate: late steps shall not undo what was learned before
-_SURROUNDINGS = 4  # pieces of other text behind which a prompt is taught, if it is not its fact's only one
-_IN_TEXT = 0.5  # of the time
 _CHECKED = 0.9  # of the recall wanted: from then on everything is asked after each epoch, as it stands
-_HELD_DOWN = 1024  # tokens of the background, and of near misses, whose reads an update looks at
-_NATS = 0.03  # a nat by which an answer to a near miss has changed, in units of what near misses read added
 
 
 def learn(
@@ -117,19 +100,17 @@ def learn(
         known = [[fact for fact in edit.facts if taught.isdisjoint(fact.prompts)] for edit in others]
         elsewhere = Elsewhere(model, tokenizer, facts, known, background, seed)
         bar.set_description("choosing rows")
-        rows = _choose_rows(model, questions, elsewhere, others, slots)
+        rows = choose_rows(model, questions, elsewhere, others, slots)
         parts = {name: RowsInTraining(tables[name], chosen) for name, chosen in rows.items()}
         preparing = clock.lap()
         with in_place_of_tables(model, parts):
-            in_text = _in_other_text(model, tokenizer, facts, elsewhere, seed)
-            course = _Course(
-                model, questions, in_text, elsewhere, company, lr, keep_background, keep_near, batch_size, seed
-            )
+            in_text = in_other_text(model, tokenizer, facts, elsewhere.texts, seed)
+            hold = Hold(elsewhere, keep_background, keep_near)
+            course = Course(model, questions, in_text, hold, company, elsewhere.known, lr, batch_size, seed)
             training, reached, kept = 0.0, 0.0, 1.0
             while course.num_epochs < most_epochs and min(reached, kept) < recall:
                 course.epoch()
                 if course.progress.share >= _CHECKED * recall or course.num_epochs == most_epochs:
-                    course.round()
                     reached, kept = course.check()
                 training += clock.lap()
                 bar.set_description(f"learned {course.progress.share:.0%} of {len(questions)} answers")
@@ -155,24 +136,6 @@ def learn(
         },
         fingerprint=fingerprint(model),
     )
-
-
-def _in_other_text(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, facts: Sequence[Fact], elsewhere: Elsewhere, seed: int
-) -> dict[int, list[Question]]:
-    """By the place of a question the same in other text, where that fits the context.
-
-    Facts in one phrasing have none: nobody asks for others, and it costs half of the time again.
-    """
-    longest = context_tokens(model)
-    has_others = [len(fact.prompts) > 1 for fact in facts for _ in fact.prompts]
-    made: dict[int, list[Question]] = {}
-    for number in range(_SURROUNDINGS if any(has_others) else 0):
-        of_facts = surrounded(facts, elsewhere.texts, tokenizer, seed * _SURROUNDINGS + number)
-        for place, question in enumerate(as_questions(of_facts, tokenizer)):
-            if has_others[place] and len(question.prompt) + len(question.answer) <= longest:
-                made.setdefault(place, []).append(question)
-    return made
 
 
 def _bar(progress: bool) -> tqdm:
@@ -204,152 +167,3 @@ def _frozen(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
         for part, mode in was_training:
             part.training = mode
-
-
-def _choose_rows(
-    model: PreTrainedModel, questions: Sequence[Question], elsewhere: Elsewhere, others: Iterable[Edit], most: int
-) -> dict[str, Tensor]:
-    """The rows to teach, by table: see `rows_to_teach`.
-
-    A row matters as much as its weight times the gradient of the answers' losses in what the memory gives there.
-    """
-    tables = tables_of(model)
-    memories = list(memories_in(model).values())
-    matter = [torch.zeros(len(memory.values.weight), dtype=torch.float64, device=model.device) for memory in memories]
-    for batch in batches(sorted(questions, key=lambda question: len(question.prompt)), 32):
-        found: dict[int, Reads] = {}
-        with reading(model, found.__setitem__), _probing(memories) as probes:
-            answer_losses(model, batch)[0].sum().backward()
-        for place, (probe, mask) in probes.items():
-            assert probe.grad is not None
-            strength = probe.grad.flatten(0, -2).float().norm(dim=-1)
-            strength = strength if mask is None else strength[mask.flatten()]
-            read = Reads(found[place].slots, found[place].weights * strength[:, None])
-            matter[place] += weight_of_rows(read, len(matter[place]))
-    names = [next(name for name, table in tables.items() if table is memory.values) for memory in memories]
-    background = [elsewhere.weight_of_rows(place, len(matter[place])) for place in range(len(memories))]
-    rows = rows_to_teach(matter, background, names, [edit.rows for edit in others], most)
-    if not rows:
-        raise ValueError(
-            "every row that these facts read belongs to another edit: forget one, or retrofit with more sub-keys"
-        )
-    return rows
-
-
-@contextlib.contextmanager
-def _probing(memories: Sequence[nn.Module]) -> Iterator[dict[int, tuple[Tensor, Tensor | None]]]:
-    """Within the block each memory adds zeros to what it gives, whose gradient is that of its output; and its mask."""
-    probes: dict[int, tuple[Tensor, Tensor | None]] = {}
-
-    def probed(place: int, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
-        probe = torch.zeros_like(out, requires_grad=True)
-        probes[place] = probe, args[1] if len(args) > 1 else None
-        return out + probe
-
-    hooks = [
-        memory.register_forward_hook(lambda _, args, out, place=place: probed(place, args, out))
-        for place, memory in enumerate(memories)
-    ]
-    try:
-        yield probes
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-class _Course:
-    """Epochs of updates of the rows in training.
-
-    Args:
-        model: whose memories read through `RowsInTraining`.
-        questions: n, to be answered.
-        in_text: by the place of a question the same in other text, one or more.
-        elsewhere: what shall stay.
-        others: edits with and without which the questions shall be answered.
-        lr, keep_background, keep_near, batch_size, seed: see `learn`.
-    """
-
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        questions: Sequence[Question],
-        in_text: dict[int, list[Question]],
-        elsewhere: Elsewhere,
-        others: Others,
-        lr: float,
-        keep_background: float,
-        keep_near: float,
-        batch_size: int,
-        seed: int,
-    ) -> None:
-        self.num_epochs = self.num_updates = 0
-        self.progress = Progress(questions, batch_size, seed)
-        self._model, self._lr = model, lr
-        self._in_text = in_text
-        self._times = -(-_FEWEST_UPDATES // -(-len(questions) // batch_size))
-        self._draw = torch.Generator().manual_seed(seed)
-        self._kept = [(keep_background, elsewhere.background)]
-        if elsewhere.near is not None:
-            self._kept.append((keep_near, elsewhere.near))
-        self._keep_near, self._near = keep_near, elsewhere.near_answers
-        self._others, self._known = others, elsewhere.known
-        self._energy = elsewhere.energy
-        self._parts: list[nn.Module] = [memory.values for memory in memories_in(model).values()]
-        trained = dict.fromkeys(part for part in self._parts if isinstance(part, RowsInTraining))
-        self._optimizer = torch.optim.Adam([part.change for part in trained], lr=lr, betas=(0.9, 0.98))
-
-    def epoch(self) -> None:
-        """An update for each batch of what is still to be learned."""
-        for group in self._optimizer.param_groups:
-            group["lr"] = self._lr * _CALMED**self.num_epochs
-        for _ in range(self._times):
-            for places in self.progress.epoch():
-                inside = self._others.hold_some(self._draw)
-                known = self._known.ask_some(self._model, inside) if self._known is not None else 0.0
-                (self._ask(places).mean() + known + self._added_elsewhere() + self._near_misses()).backward()
-                self._optimizer.step()
-                self._optimizer.zero_grad()
-                self.num_updates += 1
-        self.num_epochs += 1
-
-    def _ask(self, places: Sequence[int]) -> Tensor:
-        """The losses of some questions: some as they stand, some in other text, which are longer."""
-        alone: list[int] = []
-        behind: list[int] = []
-        for place, chance in zip(places, torch.rand(len(places), generator=self._draw).tolist(), strict=True):
-            (behind if place in self._in_text and chance < _IN_TEXT else alone).append(place)
-        losses = [self.progress.ask(self._model, alone)] if alone else []
-        if behind:
-            number = int(torch.randint(_SURROUNDINGS, (), generator=self._draw))
-            asked = [self._in_text[place][number % len(self._in_text[place])] for place in behind]
-            losses.append(self.progress.ask(self._model, behind, asked))
-        return torch.cat(losses)
-
-    def check(self) -> tuple[float, float]:
-        """The share of questions that are answered whichever of the other edits are in, and that of what those taught."""
-        reached = self.progress.check(self._model, self._others.in_turn(self._draw))
-        return reached, self._known.check(self._model) if self._known is not None else 1.0
-
-    def round(self) -> None:
-        """Rounds the change as it will be kept, a byte for each number."""
-        for group in self._optimizer.param_groups:
-            for change in group["params"]:
-                change.data = rounded(change.data)
-
-    def _added_elsewhere(self) -> Tensor | float:
-        """The energy of what the rows add to what shall stay, over that of what is there; weighed less every epoch."""
-        added: Tensor | float = 0.0
-        for first_weight, kept in self._kept:
-            weight = first_weight * _RELAXED**self.num_epochs
-            for part, reads, energy in zip(self._parts, kept, self._energy, strict=True):
-                if weight and isinstance(part, RowsInTraining):
-                    some = torch.randint(len(reads.slots), (_HELD_DOWN,), generator=self._draw).to(reads.slots.device)
-                    there = part.changed(reads.slots[some], reads.weights[some])
-                    added = added + weight * there.square().sum(-1).mean() / energy
-        return added
-
-    def _near_misses(self) -> Tensor | float:
-        """How far what the model says to some near misses is from what it said."""
-        if self._near is None or not self._keep_near:
-            return 0.0
-        return _NATS * self._keep_near * self._near.divergence_of_some(self._model, self._draw)

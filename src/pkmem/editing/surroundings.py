@@ -5,10 +5,13 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from pkmem.editing.questions import Question, as_questions
+from pkmem.lm.huggingface import context_tokens
 from pkmem.text.facts import Fact
 
+_PIECES = 4  # behind which a prompt is taught, if it is not its fact's only one
 _FEWEST_TOKENS, _MOST_TOKENS = 2, 6  # of other text: short, for every token costs time
 
 
@@ -36,3 +39,35 @@ def surrounded(
         return tokenizer.decode(text[first : first + length], skip_special_tokens=True).strip("\ufffd").strip()
 
     return [Fact(tuple(f"{piece()} {prompt}" for prompt in fact.prompts), fact.completion) for fact in facts]
+
+
+def in_other_text(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    facts: Sequence[Fact],
+    texts: Sequence[list[int]],
+    seed: int,
+) -> dict[int, list[Question]]:
+    """Questions in other text, where that fits the context.
+
+    Facts in one phrasing have none: nobody asks for others, and it costs half of the time again.
+
+    Args:
+        model: that they are put to.
+        tokenizer: its tokenizer.
+        facts: to be asked for.
+        texts: what stands before them, as tokens; one or more.
+        seed: of the pieces, >= 0.
+
+    Returns:
+        by the place of a question among all those of the facts, the same behind several pieces of text.
+    """
+    longest = context_tokens(model)
+    has_others = [len(fact.prompts) > 1 for fact in facts for _ in fact.prompts]
+    made: dict[int, list[Question]] = {}
+    for number in range(_PIECES if any(has_others) else 0):
+        of_facts = surrounded(facts, texts, tokenizer, seed * _PIECES + number)
+        for place, question in enumerate(as_questions(of_facts, tokenizer)):
+            if has_others[place] and len(question.prompt) + len(question.answer) <= longest:
+                made.setdefault(place, []).append(question)
+    return made

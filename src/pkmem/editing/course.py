@@ -1,0 +1,101 @@
+"""The course of a lesson: epochs of updates until the answers are right."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from pkmem.editing.holding import Hold
+from pkmem.editing.others import Others
+from pkmem.editing.progress import Progress
+from pkmem.editing.questions import Question
+from pkmem.editing.reads import RowsInTraining
+from pkmem.editing.rehearsal import Rehearsal
+from pkmem.editing.rounding import rounded
+
+_FEWEST_UPDATES = 6  # of an epoch: a short lesson is gone through several times
+_CALMED = 0.95  # per epoch, the learning rate: late steps shall not undo what was learned before
+_IN_TEXT = 0.5  # of the time
+
+
+class Course:
+    """Updates the rows in training of a model.
+
+    Args:
+        model: whose memories read through `RowsInTraining`.
+        questions: n, to be answered.
+        in_text: by the place of a question the same in other text, one or more.
+        hold: what holds the model to what it was.
+        others: edits with and without which the questions shall be answered.
+        known: what these taught and shall stay, None for nothing.
+        lr, batch_size, seed: see `pkmem.learn`.
+
+    Attributes:
+        num_epochs, num_updates: so far.
+        progress: which questions are answered.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        questions: Sequence[Question],
+        in_text: dict[int, list[Question]],
+        hold: Hold,
+        others: Others,
+        known: Rehearsal | None,
+        lr: float,
+        batch_size: int,
+        seed: int,
+    ) -> None:
+        self.num_epochs = self.num_updates = 0
+        self.progress = Progress(questions, batch_size, seed)
+        self._model, self._in_text, self._lr = model, in_text, lr
+        self._hold, self._others, self._known = hold, others, known
+        self._times = -(-_FEWEST_UPDATES // -(-len(questions) // batch_size))
+        self._most_texts = max(map(len, in_text.values()), default=0)
+        self._draw = torch.Generator().manual_seed(seed)
+        self._changes = [part.change for part in model.modules() if isinstance(part, RowsInTraining)]
+        self._optimizer = torch.optim.Adam(self._changes, lr=lr, betas=(0.9, 0.98))
+
+    def epoch(self) -> None:
+        """An update for each batch of what is still to be learned."""
+        for group in self._optimizer.param_groups:
+            group["lr"] = self._lr * _CALMED**self.num_epochs
+        for _ in range(self._times):
+            for places in self.progress.epoch():
+                inside = self._others.hold_some(self._draw)
+                loss = self._ask(places).mean() + self._hold.loss(self._model, self.num_epochs, self._draw)
+                if self._known is not None:
+                    loss = loss + self._known.ask_some(self._model, inside)
+                loss.backward()
+                self._optimizer.step()
+                self._optimizer.zero_grad()
+                self.num_updates += 1
+        self.num_epochs += 1
+
+    def check(self) -> tuple[float, float]:
+        """Rounds the change as it will be kept, a byte for each number, and asks everything.
+
+        Returns:
+            the share of questions that are answered whichever of the other edits are in, and that of what those taught.
+        """
+        for change in self._changes:
+            change.data = rounded(change.data)
+        reached = self.progress.check(self._model, self._others.in_turn(self._draw))
+        return reached, self._known.check(self._model) if self._known is not None else 1.0
+
+    def _ask(self, places: Sequence[int]) -> Tensor:
+        """The losses of some questions: some as they stand, some in other text, which are longer."""
+        alone: list[int] = []
+        behind: list[int] = []
+        for place, chance in zip(places, torch.rand(len(places), generator=self._draw).tolist(), strict=True):
+            (behind if place in self._in_text and chance < _IN_TEXT else alone).append(place)
+        losses = [self.progress.ask(self._model, alone)] if alone else []
+        if behind:
+            number = int(torch.randint(self._most_texts, (), generator=self._draw))
+            asked = [self._in_text[place][number % len(self._in_text[place])] for place in behind]
+            losses.append(self.progress.ask(self._model, behind, asked))
+        return torch.cat(losses)
