@@ -42,7 +42,7 @@ COSTS = {  # of an epoch: key, title, form
 def tables() -> dict[str, str]:
     """Every table by name, as Markdown."""
     found = load_found(RESULTS)
-    made = (at_equal_recall, at_equal_seconds, by_kind, machine_costs, more_facts, on_text, rates)
+    made = (at_equal_recall, at_equal_seconds, by_kind, machine_costs, more_facts, in_sequence, on_text, rates)
     return {f"learn_{table.__name__}": _or_not_yet(table, found) for table in made}
 
 
@@ -161,6 +161,23 @@ def more_facts(found: Found) -> list[list[str]]:
                 f"{run['edit_figures']['seconds_training']:.0f}",
                 f"{(sum(size) if isinstance(size, list) else size) / 1e6:.1f}",
             ])  # fmt: skip
+    return rows
+
+
+def in_sequence(found: Found) -> list[list[str]]:
+    """What edits one after another recall, and what is left of it when half of them are taken back."""
+    rows = [["recall of an edit's facts", "mean", "lowest"]]
+    labels = {
+        "recall_when_learned": "when it was learned",
+        "recall_of_each": "when all had been learned",
+        "recall_of_the_others": "of those that stayed, when half were taken back",
+        "recall_of_those_taken_back": "of those that were taken back",
+    }
+    for run in runs_of(found, "sequence", "memory"):
+        for name, label in labels.items():
+            of_each = run["figures"][name]
+            shares = list(of_each.values()) if isinstance(of_each, dict) else of_each
+            rows.append([label, f"{statistics.mean(shares):.1%}", f"{min(shares):.0%}"])
     return rows
 
 

@@ -39,7 +39,10 @@ def results(tmp_path, monkeypatch):
             for i, rate in enumerate(tried if seed == 0 else [tried[1]]):  # the one in the middle is the best
                 worse = [one | {"recall": one["recall"] - 0.2} for one in epochs] if seed == 0 and i != 1 else epochs
                 save_found(tmp_path, Run("compare", method, rate, seed), found | {"epochs": worse})
-    save_found(tmp_path, Run("sequence", "memory", 1e-3), found | {"edit_bytes": [1e6, 2e6]})
+    of_edits = {"recall_when_learned": [1.0, 0.9], "recall_of_each": [0.9, 0.8]}
+    of_edits |= {"recall_of_the_others": {"1": 0.7}, "recall_of_those_taken_back": {"0": 0.0}}
+    sequence = found | {"edit_bytes": [1e6, 2e6], "figures": figures | of_edits}
+    save_found(tmp_path, Run("sequence", "memory", 1e-3), sequence)
     for place, method in enumerate(("memory", "lora")):
         bits = {"held_out_bits_per_byte": 1.1 + place, "unrelated_bits_per_byte": 1.2 + place}
         bits |= {f"{name}_before": 1.0 for name in bits}
@@ -62,6 +65,12 @@ def test_tables_have_the_figures_of_the_runs() -> None:
     assert ["LoRA, word", "75%", "75%", "75%", "75%"] in tables["learn_by_kind"]
     assert ["memory", "0.05", "6", "7", "1.50", "3.0", "70%"] in tables["learn_machine_costs"]
     assert ["20 edits of 10 facts", "75%", "1.00", "0.5000", "6", "14", "3.0"] in tables["learn_more_facts"]
+    assert [row[1:] for row in tables["learn_in_sequence"][2:]] == [
+        ["95.0%", "90%"],
+        ["85.0%", "80%"],
+        ["70.0%", "70%"],
+        ["0.0%", "0%"],
+    ]
     assert ["before", "0", "0", "1.000", "1.000"] in tables["learn_on_text"]
     assert ["LoRA", "7", "9", "2.100", "2.200"] in tables["learn_on_text"]
     assert len(tables["learn_rates"]) == 2 + 9
