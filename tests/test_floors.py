@@ -20,7 +20,7 @@ ORDER = {  # folders from the ground up, each with its files in order: a file im
     "lm": "config evaluation speed padding signature placement huggingface modeling_pkmem build smollm2 recall inspection autoload",
     "training": "recipe reading files tensor_file together state shards checkpoint named_state saver "
     "screening export saved start journal trainer processes prepare parallel run",
-    "editing": "fingerprint rounding edit directory listing near_misses questions surroundings kept_answers progress rehearsal reads elsewhere others choosing holding course learning lesson retrofit verbs",
+    "editing": "fingerprint rounding edit directory listing near_misses questions surroundings kept_answers progress rehearsal reads others elsewhere choosing holding course learning lesson retrofit verbs",
     "experiments": "benchmarks environment plots page family results costs claims grid report demo",
     "experiments.learning": "kinds quiz asking examination teaching trial results cells grid",
     "experiments ": "verb",

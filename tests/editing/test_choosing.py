@@ -5,6 +5,7 @@ from lessons import FACTS, OF_LESSONS, pupil, tokenizer
 from made_edits import made_edit
 from pkmem.editing.choosing import choose_rows
 from pkmem.editing.elsewhere import Elsewhere
+from pkmem.editing.others import Others
 from pkmem.editing.questions import questions_of
 from pkmem.editing.reads import reading, tables_of
 
@@ -13,7 +14,7 @@ TEXT = ["the cat sat on a mat and saw two dogs", "Rome is far from Oslo"]
 
 def chosen(model, others, most):
     model.requires_grad_(False)
-    elsewhere = Elsewhere(model, tokenizer(), FACTS, [], TEXT, 0)
+    elsewhere = Elsewhere(model, tokenizer(), FACTS, Others(model, []), [], TEXT, 0)
     return choose_rows(model, questions_of(FACTS, tokenizer(), model), elsewhere, others, most)
 
 

@@ -20,7 +20,7 @@ def made():
     model = pupil()
     model.requires_grad_(False)
     facts = FACTS[:2]
-    elsewhere = Elsewhere(model, tokenizer(), facts, [], TEXT, 0)
+    elsewhere = Elsewhere(model, tokenizer(), facts, Others(model, []), [], TEXT, 0)
     in_text = in_other_text(model, tokenizer(), facts, elsewhere.texts, 0)
     parts = {name: RowsInTraining(table, torch.arange(len(table.weight))) for name, table in tables_of(model).items()}
     with in_place_of_tables(model, parts):

@@ -4,6 +4,7 @@ import torch
 from lessons import FACTS, pupil, tokenizer
 from pkmem.editing.elsewhere import Elsewhere
 from pkmem.editing.holding import Hold
+from pkmem.editing.others import Others
 from pkmem.editing.reads import RowsInTraining, in_place_of_tables, tables_of
 
 TEXT = ["the cat sat on a mat and saw two dogs", "Rome is far from Oslo"]
@@ -13,7 +14,7 @@ def loss(keep_background, keep_near, size, facts=FACTS, epochs=0):
     """Of a model all of whose rows were changed by numbers of a size."""
     model = pupil()
     model.requires_grad_(False)
-    elsewhere = Elsewhere(model, tokenizer(), facts, [], TEXT, 0)
+    elsewhere = Elsewhere(model, tokenizer(), facts, Others(model, []), [], TEXT, 0)
     parts = {name: RowsInTraining(table, torch.arange(len(table.weight))) for name, table in tables_of(model).items()}
     draw = torch.Generator().manual_seed(0)
     for part in parts.values():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
@@ -12,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pkmem.editing.kept_answers import KeptAnswers
 from pkmem.editing.near_misses import near_misses
+from pkmem.editing.others import Others
 from pkmem.editing.questions import Question, as_questions, forward_options
 from pkmem.editing.reads import Reads, reading, weight_of_rows
 from pkmem.editing.rehearsal import Rehearsal
@@ -33,8 +35,9 @@ class Elsewhere:
     Args:
         model: with memories, in eval mode.
         tokenizer: its tokenizer.
-        facts: what will be taught; near misses are made of them.
-        known: of each other edit, which is in, the facts that it has taught, to be kept as well.
+        facts: what will be taught.
+        others: edits; what shall stay is what the model says without them, so that their harm does not add up.
+        known: of each of these the facts that it taught, which shall stay as well.
         background: texts; None lets the model write some.
         seed: of near misses and of what the model writes.
 
@@ -51,10 +54,12 @@ class Elsewhere:
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         facts: Sequence[Fact],
+        others: Others,
         known: Sequence[Sequence[Fact]],
         background: Iterable[str] | None,
         seed: int,
     ) -> None:
+        others.hold_none()
         blocks = None if background is None else _blocks(model, tokenizer, background)
         squares: list[list[Tensor]] = [[] for _ in memories_in(model)]
         hooks = [
@@ -76,11 +81,12 @@ class Elsewhere:
             for hook in hooks:
                 hook.remove()
         self.energy = [torch.stack(kept).mean().clamp_min(1e-12) for kept in squares]
-        near = near_questions(model, tokenizer, facts, seed)
+        near = near_questions(model, tokenizer, [*facts, *itertools.chain(*known)], seed)
         self.near = self.near_answers = self.known = None
         if near or any(known):
             with _reads_of(model) as self.near:
                 self.near_answers = KeptAnswers(model, near) if near else None
+                others.hold_all()
                 self.known = Rehearsal(model, tokenizer, known, seed) if any(known) else None
 
     def weight_of_rows(self, place: int, num_rows: int) -> Tensor:

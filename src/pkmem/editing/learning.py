@@ -98,7 +98,8 @@ def learn(
         bar.set_description("reading other text")
         taught = {prompt for fact in facts for prompt in fact.prompts}  # what is taught anew is not kept
         known = [[fact for fact in edit.facts if taught.isdisjoint(fact.prompts)] for edit in others]
-        elsewhere = Elsewhere(model, tokenizer, facts, known, background, seed)
+        elsewhere = Elsewhere(model, tokenizer, facts, company, known, background, seed)
+        company.hold_all()
         bar.set_description("choosing rows")
         rows = choose_rows(model, questions, elsewhere, others, slots)
         parts = {name: RowsInTraining(tables[name], chosen) for name, chosen in rows.items()}

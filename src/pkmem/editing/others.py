@@ -49,6 +49,10 @@ class Others:
                 edit.write(self._tables, edit.new if wanted else edit.old)
                 self.inside[place] = wanted
 
+    def hold_none(self) -> None:
+        """Lets the model have none of them."""
+        self.hold([False] * len(self._edits))
+
     def hold_all(self) -> None:
         """Lets the model have all of them."""
         self.hold([True] * len(self._edits))
@@ -56,7 +60,7 @@ class Others:
     def in_turn(self, draw: torch.Generator) -> Iterator[None]:
         """The model without any, with some of them, drawn a few times, and with all; where there are none, as it is."""
         if self._edits:
-            self.hold([False] * len(self._edits))
+            self.hold_none()
             yield
             for _ in range(_DRAWN if len(self._edits) > 1 else 0):
                 self.hold_some(draw)

@@ -214,7 +214,9 @@ def _in_sequence(run: Run, scale: Scale, seconds: float | None) -> dict[str, Any
     before = digest(model)
     facts = mixed(-(-scale.edits * scale.facts_per_edit // len(KINDS)), run.seed)
     random.Random(run.seed).shuffle(facts)
-    lessons = [facts[i :: scale.edits] for i in range(scale.edits)]
+    facts = facts[: scale.edits * scale.facts_per_edit]
+    num = scale.facts_per_edit
+    lessons = [facts[i * num : (i + 1) * num] for i in range(scale.edits)]
     examination = Examination(model, tokenizer, facts, 1, run.seed, scale.size, quiz())
     written, _ = written_by(model, tokenizer, scale.size.block_tokens // 2, run.seed)
     background = tokenizer.batch_decode(written)
