@@ -79,8 +79,23 @@ def test_what_is_not_sure_comes_next(answered):
     losses[3:6] = [0.1] * 3
     asking.check(decoder())
     among = [2, 3, 5, 8, 9]
-    assert set(asking.next(among, 3)) >= {3, 5}
-    assert set(asking.next(among, 3)) <= set(among)
-    assert set(asking.next(among, 1)) <= {3, 5}
-    assert sorted(asking.next(among, 9)) == among
-    assert asking.next([], 3) == []
+    assert set(asking.next(among, 3, 0)) == {3, 5}
+    assert set(asking.next(among, 1, 0)) <= {3, 5}
+    assert set(asking.next(among, 0, 2)) <= {2, 8, 9}
+    assert len(asking.next(among, 2, 1)) == 3
+    assert sorted(asking.next(among, 9, 9)) == among
+    assert asking.next([], 3, 3) == []
+
+
+def test_where_circumstances_change_checks_alone_are_sure(answered):
+    asking = Progress(answered[0]._questions, 50, 0, circumstances_change=True)
+    for batch in asking.epoch():
+        asking.ask(None, batch)
+    assert len([place for batch in asking.epoch() for place in batch]) == 200
+    asking.check(decoder())
+    assert len([place for batch in asking.epoch() for place in batch]) < 60
+    answered[1][7] = 0.1
+    asking.ask(None, [7])
+    answered[1][7] = 0.01
+    asking.ask(None, [7])
+    assert asking.next(list(range(200)), 9, 0) == [7]

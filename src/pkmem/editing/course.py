@@ -51,7 +51,7 @@ class Course:
         seed: int,
     ) -> None:
         self.num_epochs = self.num_updates = 0
-        self.progress = Progress(questions, batch_size, seed)
+        self.progress = Progress(questions, batch_size, seed, circumstances_change=others.num > 0)
         self._model, self._in_text, self._lr = model, in_text, lr
         self._hold, self._others, self._known = hold, others, known
         self._times = -(-_FEWEST_UPDATES // -(-len(questions) // batch_size))
@@ -76,16 +76,18 @@ class Course:
                 self.num_updates += 1
         self.num_epochs += 1
 
-    def check(self) -> tuple[float, float]:
-        """Rounds the change as it will be kept, a byte for each number, and asks everything.
+    def check(self) -> float:
+        """Rounds the change as it will be kept, a byte for each number; returns the share of answers that are right then.
 
-        Returns:
-            the share of questions that are answered whichever of the other edits are in, and that of what those taught.
+        Right is what is so whichever of the other edits are in.
         """
         for change in self._changes:
             change.data = rounded(change.data)
-        reached = self.progress.check(self._model, self._others.in_turn(self._draw))
-        return reached, self._known.check(self._model) if self._known is not None else 1.0
+        return self.progress.check(self._model, self._others.in_turn(self._draw))
+
+    def check_known(self) -> float:
+        """The share that is right still of what the other edits taught."""
+        return self._known.check(self._model) if self._known is not None else 1.0
 
     def _ask(self, places: Sequence[int]) -> Tensor:
         """The losses of some questions: some as they stand, some in other text, which are longer."""

@@ -112,7 +112,9 @@ def learn(
             while course.num_epochs < most_epochs and min(reached, kept) < recall:
                 course.epoch()
                 if course.progress.share >= _CHECKED * recall or course.num_epochs == most_epochs:
-                    reached, kept = course.check()
+                    reached = course.check()
+                    if reached >= recall or course.num_epochs == most_epochs:
+                        kept = course.check_known()
                 training += clock.lap()
                 bar.set_description(f"learned {course.progress.share:.0%} of {len(questions)} answers")
                 bar.update()

@@ -31,6 +31,11 @@ class Others:
         tensors = saved_tensors(model)
         self._tables = {name: tensors[name] for name in table_names(model)}
 
+    @property
+    def num(self) -> int:
+        """How many they are."""
+        return len(self._edits)
+
     def check_in(self, model: nn.Module) -> None:
         """Puts in those that are not.
 
@@ -69,10 +74,13 @@ class Others:
         yield
 
     def hold_some(self, draw: torch.Generator) -> list[int]:
-        """Lets the model have some, drawn, of which there may be none or all as well; returns their places."""
+        """Lets the model have none, half of the time, and else some, drawn; returns their places.
+
+        None is where most is to be learned: what others changed often helps.
+        """
         if not self._edits:
             return []
-        share = torch.rand((), generator=draw)
+        share = (2 * torch.rand((), generator=draw) - 1).clamp_min(0)
         self.hold((torch.rand(len(self._edits), generator=draw) < share).tolist())
         return [place for place, is_in in enumerate(self.inside) if is_in]
 

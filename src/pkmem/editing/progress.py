@@ -22,10 +22,15 @@ class Progress:
         questions: n of them.
         batch_size: questions of a batch, >= 1.
         seed: of the order.
+        circumstances_change: an answer may be sure in one and wrong in another, so that it counts as sure only after a
+            check.
     """
 
-    def __init__(self, questions: Sequence[Question], batch_size: int, seed: int) -> None:
+    def __init__(
+        self, questions: Sequence[Question], batch_size: int, seed: int, circumstances_change: bool = False
+    ) -> None:
         self._questions, self._batch_size = questions, batch_size
+        self._circumstances_change = circumstances_change
         self._draw = random.Random(seed)
         self._right: set[int] = set()
         self._sure: set[int] = set()
@@ -46,10 +51,16 @@ class Progress:
         for first in range(0, len(asked), self._batch_size):
             yield asked[first : first + self._batch_size]
 
-    def next(self, among: Sequence[int], num: int) -> list[int]:
-        """So many of some places at most, drawn: those without a sure answer, and then others."""
+    @property
+    def right(self) -> frozenset[int]:
+        """The places of the questions that were answered right when they were last asked."""
+        return frozenset(self._right)
+
+    def next(self, among: Sequence[int], most_unsure: int, most_sure: int) -> list[int]:
+        """Some of these places, drawn: so many at most of those without a sure answer, and of the others."""
         drawn = self._draw.sample(among, len(among))
-        return sorted(drawn, key=lambda place: place in self._sure)[:num]
+        unsure = [place for place in drawn if place not in self._sure]
+        return unsure[:most_unsure] + [place for place in drawn if place in self._sure][:most_sure]
 
     def ask(self, model: Any, places: Sequence[int], instead: Sequence[Question] | None = None) -> Tensor:
         """Asks some questions; returns their answers' losses, nats per token, differentiable.
@@ -62,7 +73,10 @@ class Progress:
         losses, is_right = answer_losses(model, instead or [self._questions[place] for place in places])
         for place, loss, right in zip(places, losses.tolist(), is_right.tolist(), strict=True):
             (self._right.add if right else self._right.discard)(place)
-            (self._sure.add if right and loss < _SURE else self._sure.discard)(place)
+            if not (right and loss < _SURE):
+                self._sure.discard(place)
+            elif not self._circumstances_change:
+                self._sure.add(place)
         return losses
 
     def check(self, model: Any, circumstances: Iterable[None] = (None,)) -> float:
@@ -75,6 +89,7 @@ class Progress:
         order = sorted(range(len(self._questions)), key=lambda place: len(self._questions[place].prompt))
         right, sure = set(order), set(order)
         for _ in circumstances:
+            self._sure.update(order)  # until an answer is not
             with in_eval_mode(model):
                 for first in range(0, len(order), BATCH_QUESTIONS):
                     self.ask(model, order[first : first + BATCH_QUESTIONS])

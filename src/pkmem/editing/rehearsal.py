@@ -5,16 +5,15 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pkmem.editing.progress import Progress
-from pkmem.editing.questions import BATCH_QUESTIONS, Question, answer_losses, as_questions, batches
+from pkmem.editing.questions import BATCH_QUESTIONS, Question, as_questions
 from pkmem.text.facts import Fact
 
 _QUESTIONS = 400  # of all other edits together
-_ASKED_AT_ONCE = 8
+_UNSURE_AT_ONCE, _SURE_AT_ONCE = 8, 2
 
 
 class Rehearsal:
@@ -36,31 +35,31 @@ class Rehearsal:
         for lesson, facts in enumerate(lessons):
             questions = as_questions(facts, tokenizer) if facts else []
             asked += [(lesson, question) for question in draw.sample(questions, min(most, len(questions)))]
-        asked.sort(key=lambda pair: len(pair[1].prompt))
-        with torch.no_grad():
-            right = [
-                is_right
-                for batch in batches([question for _, question in asked], BATCH_QUESTIONS)
-                for is_right in answer_losses(model, batch)[1].tolist()
-            ]
-        kept = [pair for pair, is_right in zip(asked, right, strict=True) if is_right]
-        self._lessons = [lesson for lesson, _ in kept]
-        self._progress = Progress([question for _, question in kept], _ASKED_AT_ONCE, seed)
+        self._lessons = [lesson for lesson, _ in asked]
+        self._progress = Progress([question for _, question in asked], BATCH_QUESTIONS, seed, True)
+        self._kept = sorted(self._progress.right) if self._check(model) else []
 
     def __len__(self) -> int:
-        return len(self._lessons)
+        return len(self._kept)
 
     def ask_some(self, model: PreTrainedModel, inside: Sequence[int]) -> Tensor | float:
-        """The mean loss of a few answers that edits taught which are in, those first that are not sure.
+        """The mean loss of a few answers that edits taught which are in, most of them not sure.
 
         Args:
             model: to be asked.
             inside: which of the edits it has.
         """
-        asked = [place for place, lesson in enumerate(self._lessons) if lesson in inside]
-        places = self._progress.next(asked, _ASKED_AT_ONCE)
+        known = [place for place in self._kept if self._lessons[place] in inside]
+        places = self._progress.next(known, _UNSURE_AT_ONCE, _SURE_AT_ONCE)
         return self._progress.ask(model, places).mean() if places else 0.0
 
     def check(self, model: PreTrainedModel) -> float:
         """Asks everything; returns the share that is right still, 1 where there is nothing."""
-        return self._progress.check(model) if self._lessons else 1.0
+        self._check(model)
+        return len(self._progress.right.intersection(self._kept)) / len(self._kept) if self._kept else 1.0
+
+    def _check(self, model: PreTrainedModel) -> bool:
+        """Asks everything, if there is anything."""
+        if self._lessons:
+            self._progress.check(model)
+        return bool(self._lessons)
