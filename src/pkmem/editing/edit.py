@@ -262,7 +262,7 @@ class Edit:
         return {name: tensors[name] for name in table_names(model)}
 
     def write(self, tables: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
-        """Writes its old or its new values into a model's tables, whatever these hold now.
+        """Writes its old or its new values into a model's tables, whatever these hold now: the caller knows the model.
 
         Args:
             tables: weights by name.

@@ -77,7 +77,8 @@ def learn(
 
     Raises:
         ValueError: a number is out of range, the model has no memories or holds them on several processes, a fact is
-            longer than its context, or every row that the facts read belongs to another edit.
+            longer than its context, every row that the facts read belongs to another edit, or one of `others` is of
+            another model or neither in nor out.
     """
     for name, count in (
         ("slots", 1 if slots is None else slots),

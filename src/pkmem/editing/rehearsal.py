@@ -13,7 +13,7 @@ from pkmem.editing.questions import BATCH_QUESTIONS, Question, as_questions
 from pkmem.text.facts import Fact
 
 _QUESTIONS = 400  # of all other edits together
-_UNSURE_AT_ONCE, _SURE_AT_ONCE = 8, 2
+_UNSURE_AT_ONCE, _SURE_AT_ONCE = 8, 2  # answers of an update
 
 
 class Rehearsal:
@@ -36,7 +36,7 @@ class Rehearsal:
             questions = as_questions(facts, tokenizer) if facts else []
             asked += [(lesson, question) for question in draw.sample(questions, min(most, len(questions)))]
         self._lessons = [lesson for lesson, _ in asked]
-        self._progress = Progress([question for _, question in asked], BATCH_QUESTIONS, seed, True)
+        self._progress = Progress([question for _, question in asked], BATCH_QUESTIONS, seed, circumstances_change=True)
         self._kept = sorted(self._progress.right) if self._check(model) else []
 
     def __len__(self) -> int:
