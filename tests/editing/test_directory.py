@@ -1,5 +1,6 @@
 """directory.py: edits in a saved model's files, all of it or nothing, whatever happens meanwhile."""
 
+import mmap
 import os
 import shutil
 from collections.abc import Callable
@@ -233,7 +234,7 @@ class Killed(BaseException):
     """Ends the process, as far as the code under test can tell: nothing of it runs after."""
 
 
-STAGES = ("save", "_patch", "shutil.copymode", "_copy", "_write_rows", "sync", "move", "after move", "done")
+STAGES = ("save", "_patch", "shutil.copymode", "_change", "_write", "sync", "move", "after move", "done")
 
 
 def fail_at(stage: str, monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
@@ -311,14 +312,14 @@ def test_wherever_it_fails_the_edit_is_in_or_out(
 
 def test_a_change_by_another_program_is_not_lost(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     edit, other = made_edit(pupil(), [1]), made_edit(pupil(), [2], seed=1)
-    real = directory._copy
+    real = directory._write
 
     def meanwhile(*arguments) -> None:
         real(*arguments)
-        monkeypatch.setattr(directory, "_copy", real)
+        monkeypatch.setattr(directory, "_write", real)
         apply_edits(saved, [other])
 
-    monkeypatch.setattr(directory, "_copy", meanwhile)
+    monkeypatch.setattr(directory, "_write", meanwhile)
     with pytest.raises(ValueError, match="was changed by another program meanwhile: try again"):
         apply_edits(saved, [edit])
     assert [inside.name for inside in SavedModel(saved).copies()] == [other.name]
@@ -333,6 +334,7 @@ def test_holes_between_numbers_are_copied_as_they_are(tmp_path: Path) -> None:
             file.seek(start)
             file.write(os.urandom(5000) if start < 9 << 20 else b"")
         file.truncate(9 << 20)
-    with target.open("wb") as file:
-        directory._copy(source, file)
+    with source.open("rb") as old, target.open("wb") as new:
+        mapped = mmap.mmap(old.fileno(), 0, access=mmap.ACCESS_READ)
+        directory._write(new, mapped, directory._written(old, 9 << 20))
     assert target.read_bytes() == source.read_bytes()

@@ -74,6 +74,32 @@ def test_what_is_right_must_be_so_in_all_circumstances(answered):
     assert {7, 9} <= {place for batch in asking.epoch() for place in batch}
 
 
+def test_a_question_is_asked_where_it_is_named(answered):
+    asking, _, rights = answered
+
+    def circumstances():
+        rights[7] = rights[9] = False
+        yield [3, 7]
+        rights[7] = rights[9] = True
+        yield range(200)
+
+    assert asking.check(decoder(), circumstances()) == 199 / 200
+    assert asking.right == set(range(200)) - {7}
+
+
+def test_where_circumstances_change_an_answer_is_learned_if_it_is_firm(answered):
+    steady, losses, rights = answered
+    losses[3], rights[5] = 0.2, False
+    changing = Progress([Question([place], [0]) for place in range(200)], 50, 0, circumstances_change=True)
+    for asking, learned in ((steady, 199), (changing, 198)):
+        assert asking.share_learned == 0
+        assert asking.check(decoder()) == asking.share == 199 / 200
+        assert asking.share_learned == learned / 200
+    losses[3] = 0.09
+    changing.ask(None, [3])
+    assert changing.share_learned == 199 / 200
+
+
 def test_what_is_not_sure_comes_next(answered):
     asking, losses, _ = answered
     losses[3:6] = [0.1] * 3

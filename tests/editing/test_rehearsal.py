@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 
@@ -38,6 +40,26 @@ def test_answers_are_asked_for_that_are_in(taught):
 
 def test_a_check_says_what_is_right_still(taught):
     asked = Rehearsal(taught, tokenizer(), [FACTS[:3]], 0)
-    assert asked.check(taught) == 1.0
-    assert asked.check(pupil()) == 0.0
-    assert Rehearsal(pupil(), tokenizer(), [FACTS], 0).check(pupil()) == 1.0
+    assert asked.check(taught, [[0]]) == 1.0
+    assert asked.check(pupil(), [[0]]) == 0.0
+    assert Rehearsal(pupil(), tokenizer(), [FACTS], 0).check(pupil(), [[0]]) == 1.0
+
+
+def test_an_answer_is_asked_for_wherever_its_edit_is_in(taught):
+    asked = Rehearsal(taught, tokenizer(), [FACTS[:1], FACTS[1:3]], 0)
+    changing = copy.deepcopy(taught)
+
+    def circumstances(of_untaught):
+        changing.load_state_dict(pupil().state_dict())
+        yield of_untaught
+        changing.load_state_dict(taught.state_dict())
+        yield [0, 1]
+
+    assert asked.check(changing, circumstances([])) == 1.0
+    assert asked.check(changing, circumstances([0])) == 2 / 3
+    assert asked.share_learned <= 2 / 3
+    assert asked.check(changing, circumstances([0, 1])) == asked.share_learned == 0.0
+
+
+def test_nothing_to_ask_is_learned():
+    assert Rehearsal(pupil(), tokenizer(), [FACTS], 0).share_learned == 1.0

@@ -83,11 +83,19 @@ class Course:
         """
         for change in self._changes:
             change.data = rounded(change.data)
-        return self.progress.check(self._model, self._others.in_turn(self._draw))
+        return self.progress.check(self._model, (None for _ in self._others.in_turn(self._draw)))
+
+    @property
+    def share_learned(self) -> float:
+        """The least of the shares learned: of the questions, and of what the other edits taught."""
+        known = 1.0 if self._known is None else self._known.share_learned
+        return min(self.progress.share_learned, known)
 
     def check_known(self) -> float:
-        """The share that is right still of what the other edits taught."""
-        return self._known.check(self._model) if self._known is not None else 1.0
+        """The share that is right still of what the other edits taught, wherever they are in."""
+        if self._known is None:
+            return 1.0
+        return self._known.check(self._model, self._others.in_turn(self._draw))
 
     def _ask(self, places: Sequence[int]) -> Tensor:
         """The losses of some questions: some as they stand, some in other text, which are longer."""

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import errno
 import json
+import math
+import mmap
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
@@ -22,16 +24,16 @@ from pkmem.editing.fingerprint import fingerprint_of, saved_tensors, table_names
 from pkmem.text.durable import replacing
 from pkmem.training.export import save_description
 from pkmem.training.files import load_json, save_text
-from pkmem.training.saved import find_saved
-from pkmem.training.screening import screen_config
-from pkmem.training.tensor_file import TensorFile, write_tensor_file
+from pkmem.training.saved import is_checkpoint, locate_saved
+from pkmem.training.screening import screen_model
+from pkmem.training.tensor_file import Stored, TensorFile, write_tensor_file
 
 _WHOLE = "model.safetensors"  # all weights in one file, or an index of several
 _INDEX = "model.safetensors.index.json"
 _TABLES = "model-tables.safetensors"
 _OTHERS = "model-others.safetensors"
 _EDITS = "edits"
-_BLOCK_BYTES = 1 << 20
+_BLOCK_BYTES = 1 << 15  # smaller ones save room, larger ones time
 
 
 class SavedModel:
@@ -51,12 +53,13 @@ class SavedModel:
     """
 
     def __init__(self, path: Path) -> None:
-        self.folder = find_saved(path)
+        self.folder = locate_saved(path)
+        if is_checkpoint(self.folder):
+            raise _no_directory(self.folder, path)
+        model = screen_model(self.folder)
         self._file_of = _files_of_weights(self.folder, path)
         self.seen = {name: _identity(self.folder / name) for name in set(self._file_of.values())}
         files = {name: TensorFile(self.folder / name) for name in self.seen}
-        num_bytes = sum(stored.stop - stored.start for file in files.values() for stored in file.stored.values())
-        _, model = screen_config(self.folder / "config.json", len(self._file_of), num_bytes)
         tables = table_names(model)
         if not tables:
             raise ValueError(f"{path} has no memories: put some in with `pkmem retrofit {path} --out DIR`")
@@ -209,12 +212,16 @@ def _files_of_weights(folder: Path, path: Path) -> dict[str, str]:
     if (folder / _WHOLE).exists():
         return dict.fromkeys(TensorFile(folder / _WHOLE).stored, _WHOLE)
     if not (folder / _INDEX).exists():
-        raise ValueError(
-            f"{folder} has neither {_WHOLE} nor an index: edits go into a model directory; "
-            f"`pkmem export {path}` makes one of a run's newest checkpoint"
-        )
+        raise _no_directory(folder, path)
     weight_map = load_json(folder / _INDEX).get("weight_map", {})
     return {str(name): str(file) for name, file in weight_map.items()}
+
+
+def _no_directory(folder: Path, path: Path) -> ValueError:
+    return ValueError(
+        f"{folder} has neither {_WHOLE} nor an index: edits go into a model directory; "
+        f"`pkmem export {path}` makes one of a run's newest checkpoint"
+    )
 
 
 def _require(model: SavedModel, edit: Edit, wanted: State, inside: Sequence[Edit]) -> None:
@@ -261,43 +268,44 @@ def _patch(
         seen: its identity when it was read.
         changes: rows and values by table.
     """
+    with weights.open("rb") as file:
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # what is written into it stays in memory
+        parts = list(_written(file, len(mapped)))
     stored = TensorFile(weights).stored
+    for rows, values in changes:
+        for name, numbers in rows.items():
+            parts += _change(mapped, stored[name], numbers, values[name])
     for left in weights.parent.glob(f"{weights.name}.????????.tmp"):  # by one that was killed
         left.unlink(missing_ok=True)
     with replacing(weights) as new:
         shutil.copymode(weights, new.name)
-        _copy(weights, new)
-        for rows, values in changes:
-            for name, numbers in rows.items():
-                _write_rows(new, stored[name].start, numbers, values[name])
+        _write(new, mapped, parts)
         if _identity(weights) != seen:
             raise ValueError(f"{weights} was changed by another program meanwhile: try again")
 
 
-def _write_rows(file: BinaryIO, start: int, rows: Tensor, values: Tensor) -> None:
-    for row, value in zip(rows.tolist(), values.contiguous(), strict=True):
-        file.seek(start + row * value.nbytes)
-        file.write(value.reshape(-1).view(torch.uint8).numpy())
+def _change(mapped: mmap.mmap, table: Stored, rows: Tensor, values: Tensor) -> list[tuple[int, int]]:
+    """Writes rows of a table into a mapped file; returns where their bytes begin and end."""
+    held = torch.frombuffer(mapped, dtype=table.dtype, count=math.prod(table.shape), offset=table.start)
+    held.view(table.shape).index_copy_(0, rows, values)
+    row_bytes = values[0].nbytes
+    return [(start, start + row_bytes) for start in (table.start + rows * row_bytes).tolist()]
 
 
-def _copy(source: Path, target: BinaryIO) -> None:
-    """Copies a file; zeros become holes, which take no room and no time where the disk knows them."""
+def _write(target: BinaryIO, mapped: mmap.mmap, parts: Iterable[tuple[int, int]]) -> None:
+    """Writes parts of a mapped file into a new one in blocks; blocks of zeros become holes, as all else does.
+
+    Holes take no room and no time where the disk knows them. Many small ones would take more time than they save, above
+    all when the file is removed.
+    """
+    touched = {block for start, stop in parts for block in range(start // _BLOCK_BYTES, -(-stop // _BLOCK_BYTES))}
     zeros = bytes(_BLOCK_BYTES)
-    with source.open("rb", buffering=0) as file:  # unbuffered, as `_written` moves the place to read from
-        size = os.fstat(file.fileno()).st_size
-        for start, stop in _written(file, size):
-            file.seek(start)
+    for block in sorted(touched):
+        start = block * _BLOCK_BYTES
+        if (data := mapped[start : start + _BLOCK_BYTES]) != zeros[: len(data)]:
             target.seek(start)
-            while start < stop:
-                block = file.read(min(_BLOCK_BYTES, stop - start))
-                if not block:
-                    raise ValueError(f"{source} was changed by another program meanwhile: try again")
-                if block == zeros:
-                    target.seek(len(block), os.SEEK_CUR)
-                else:
-                    target.write(block)
-                start += len(block)
-        target.truncate(size)
+            target.write(data)
+    target.truncate(len(mapped))
 
 
 def _written(file: BinaryIO, size: int) -> Iterator[tuple[int, int]]:

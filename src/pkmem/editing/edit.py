@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Mapping
@@ -70,7 +71,7 @@ class Edit:
         for part in _PARTS:
             object.__setattr__(self, part, made[part])
 
-    @property
+    @functools.cached_property
     def name(self) -> str:
         """12 hex digits of a hash over tables, rows and new values."""
         digest = hashlib.sha256()

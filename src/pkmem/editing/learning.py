@@ -67,7 +67,7 @@ def learn(
         most_epochs: epochs, >= 1; each passes over the facts once, or more often where they are few.
         batch_size: questions of an update, >= 1.
         others: edits that the model holds, or will: their rows are left alone, what the model says about their facts is
-            kept, and the new facts are learned with and without them.
+            kept, and the new facts are learned with and without them, until all answers are right by a margin.
         seed: of the order, of near misses, and of what the model writes, >= 0.
         progress: show a progress bar.
         after_epoch: is called with the model as it is taught so far.
@@ -109,13 +109,15 @@ def learn(
             in_text = in_other_text(model, tokenizer, facts, elsewhere.texts, seed)
             hold = Hold(elsewhere, keep_background, keep_near)
             course = Course(model, questions, in_text, hold, company, elsewhere.known, lr, batch_size, seed)
-            training, reached, kept = 0.0, 0.0, 1.0
-            while course.num_epochs < most_epochs and min(reached, kept) < recall:
+            training, reached, kept, is_done = 0.0, 0.0, 1.0, False
+            while not is_done:
                 course.epoch()
-                if course.progress.share >= _CHECKED * recall or course.num_epochs == most_epochs:
+                is_done = course.num_epochs == most_epochs
+                if is_done or course.progress.share >= _CHECKED * recall:
                     reached = course.check()
-                    if reached >= recall or course.num_epochs == most_epochs:
+                    if is_done or course.progress.share_learned >= recall:
                         kept = course.check_known()
+                        is_done = is_done or course.share_learned >= recall
                 training += clock.lap()
                 bar.set_description(f"learned {course.progress.share:.0%} of {len(questions)} answers")
                 bar.update()

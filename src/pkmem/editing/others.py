@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pkmem.editing.edit import Edit
 from pkmem.editing.fingerprint import saved_tensors, table_names
@@ -62,16 +62,18 @@ class Others:
         """Lets the model have all of them."""
         self.hold([True] * len(self._edits))
 
-    def in_turn(self, draw: torch.Generator) -> Iterator[None]:
-        """The model without any, with some of them, drawn a few times, and with all; where there are none, as it is."""
+    def in_turn(self, draw: torch.Generator) -> Iterator[list[int]]:
+        """The model without any, with some of them, drawn a few times, and with all: their places.
+
+        Where there are none, the model as it is.
+        """
         if self._edits:
             self.hold_none()
-            yield
+            yield []
             for _ in range(_DRAWN if len(self._edits) > 1 else 0):
-                self.hold_some(draw)
-                yield
+                yield self._hold_share(torch.rand((), generator=draw), draw)
         self.hold_all()
-        yield
+        yield list(range(len(self._edits)))
 
     def hold_some(self, draw: torch.Generator) -> list[int]:
         """Lets the model have none, half of the time, and else some, drawn; returns their places.
@@ -80,7 +82,9 @@ class Others:
         """
         if not self._edits:
             return []
-        share = (2 * torch.rand((), generator=draw) - 1).clamp_min(0)
+        return self._hold_share((2 * torch.rand((), generator=draw) - 1).clamp_min(0), draw)
+
+    def _hold_share(self, share: Tensor, draw: torch.Generator) -> list[int]:
         self.hold((torch.rand(len(self._edits), generator=draw) < share).tolist())
         return [place for place, is_in in enumerate(self.inside) if is_in]
 

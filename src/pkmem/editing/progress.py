@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -12,6 +12,7 @@ from pkmem.editing.questions import BATCH_QUESTIONS, Question, answer_losses
 from pkmem.lm.evaluation import in_eval_mode
 
 _SURE = 0.03  # nats per token, below which an answer needs no more teaching
+_FIRM = 0.1  # nats per token, below which a right answer stays right where circumstances differ a little
 _REVISITED = 0.15  # share of the questions with such an answer that an epoch asks again
 
 
@@ -23,7 +24,7 @@ class Progress:
         batch_size: questions of a batch, >= 1.
         seed: of the order.
         circumstances_change: an answer may be sure in one and wrong in another, so that it counts as sure only after a
-            check.
+            check, and as learned only if it is firm.
     """
 
     def __init__(
@@ -33,12 +34,18 @@ class Progress:
         self._circumstances_change = circumstances_change
         self._draw = random.Random(seed)
         self._right: set[int] = set()
+        self._learned: set[int] = set()
         self._sure: set[int] = set()
 
     @property
     def share(self) -> float:
         """The share of questions that were answered right when they were last asked, in [0, 1]."""
         return len(self._right) / len(self._questions)
+
+    @property
+    def share_learned(self) -> float:
+        """The share of questions whose answers were right, and firm where circumstances change, in [0, 1]."""
+        return len(self._learned) / len(self._questions)
 
     def epoch(self) -> Iterator[list[int]]:
         """The places of the questions of each batch: those without a sure answer, and some of the others again."""
@@ -72,28 +79,33 @@ class Progress:
         """
         losses, is_right = answer_losses(model, instead or [self._questions[place] for place in places])
         for place, loss, right in zip(places, losses.tolist(), is_right.tolist(), strict=True):
+            learned = right and (loss < _FIRM or not self._circumstances_change)
             (self._right.add if right else self._right.discard)(place)
+            (self._learned.add if learned else self._learned.discard)(place)
             if not (right and loss < _SURE):
                 self._sure.discard(place)
             elif not self._circumstances_change:
                 self._sure.add(place)
         return losses
 
-    def check(self, model: Any, circumstances: Iterable[None] = (None,)) -> float:
+    def check(self, model: Any, circumstances: Iterable[Collection[int] | None] = (None,)) -> float:
         """Asks all questions, so that what was forgotten meanwhile is taught again; returns the share of right answers.
 
         Args:
             model: to be asked.
-            circumstances: brings them about one after another; an answer is right if it is in each of them.
+            circumstances: brings them about one after another, each with the places that are asked in it, None for all;
+                an answer is right if it is wherever it is asked.
         """
         order = sorted(range(len(self._questions)), key=lambda place: len(self._questions[place].prompt))
-        right, sure = set(order), set(order)
-        for _ in circumstances:
-            self._sure.update(order)  # until an answer is not
+        right, learned, sure = set(order), set(order), set(order)
+        for wanted in circumstances:
+            asked = order if wanted is None else [place for place in order if place in wanted]
+            self._sure.update(asked)  # until an answer is not
             with in_eval_mode(model):
-                for first in range(0, len(order), BATCH_QUESTIONS):
-                    self.ask(model, order[first : first + BATCH_QUESTIONS])
-            right &= self._right
-            sure &= self._sure
-        self._right, self._sure = right, sure
+                for first in range(0, len(asked), BATCH_QUESTIONS):
+                    self.ask(model, asked[first : first + BATCH_QUESTIONS])
+            right.difference_update(set(asked) - self._right)
+            learned.difference_update(set(asked) - self._learned)
+            sure.difference_update(set(asked) - self._sure)
+        self._right, self._learned, self._sure = right, learned, sure
         return self.share

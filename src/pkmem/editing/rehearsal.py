@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -33,14 +33,26 @@ class Rehearsal:
         most = max(1, _QUESTIONS // max(1, len(lessons)))
         asked: list[tuple[int, Question]] = []
         for lesson, facts in enumerate(lessons):
-            questions = as_questions(facts, tokenizer) if facts else []
-            asked += [(lesson, question) for question in draw.sample(questions, min(most, len(questions)))]
-        self._lessons = [lesson for lesson, _ in asked]
-        self._progress = Progress([question for _, question in asked], BATCH_QUESTIONS, seed, circumstances_change=True)
-        self._kept = sorted(self._progress.right) if self._check(model) else []
+            taught = as_questions(facts, tokenizer) if facts else []
+            asked += [(lesson, question) for question in draw.sample(taught, min(most, len(taught)))]
+        questions = [question for _, question in asked]
+        at_first = Progress(questions, BATCH_QUESTIONS, seed)
+        if questions:
+            at_first.check(model)
+        kept = sorted(at_first.right)
+        self._lessons = [asked[place][0] for place in kept]
+        self._progress = Progress(
+            [questions[place] for place in kept], BATCH_QUESTIONS, seed, circumstances_change=True
+        )
+        self.check(model, [range(len(lessons))])
 
     def __len__(self) -> int:
-        return len(self._kept)
+        return len(self._lessons)
+
+    @property
+    def share_learned(self) -> float:
+        """The share that was right and firm when it was last asked, 1 where there is nothing."""
+        return self._progress.share_learned if self._lessons else 1.0
 
     def ask_some(self, model: PreTrainedModel, inside: Sequence[int]) -> Tensor | float:
         """The mean loss of a few answers that edits taught which are in, most of them not sure.
@@ -49,17 +61,20 @@ class Rehearsal:
             model: to be asked.
             inside: which of the edits it has.
         """
-        known = [place for place in self._kept if self._lessons[place] in inside]
-        places = self._progress.next(known, _UNSURE_AT_ONCE, _SURE_AT_ONCE)
+        places = self._progress.next(self._places_of(inside), _UNSURE_AT_ONCE, _SURE_AT_ONCE)
         return self._progress.ask(model, places).mean() if places else 0.0
 
-    def check(self, model: PreTrainedModel) -> float:
-        """Asks everything; returns the share that is right still, 1 where there is nothing."""
-        self._check(model)
-        return len(self._progress.right.intersection(self._kept)) / len(self._kept) if self._kept else 1.0
+    def check(self, model: PreTrainedModel, circumstances: Iterable[Sequence[int]]) -> float:
+        """Asks everything; returns the share that is right still, 1 where there is nothing.
 
-    def _check(self, model: PreTrainedModel) -> bool:
-        """Asks everything, if there is anything."""
-        if self._lessons:
-            self._progress.check(model)
-        return bool(self._lessons)
+        Args:
+            model: to be asked.
+            circumstances: brings them about one after another, each with the edits that are in; an answer is right if it
+                is wherever its edit is in.
+        """
+        if not self._lessons:
+            return 1.0
+        return self._progress.check(model, (self._places_of(inside) for inside in circumstances))
+
+    def _places_of(self, inside: Sequence[int]) -> list[int]:
+        return [place for place, lesson in enumerate(self._lessons) if lesson in inside]

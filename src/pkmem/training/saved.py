@@ -37,10 +37,24 @@ _OF_A_MODEL = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]  # noth
 
 
 def find_saved(path: Path) -> Path:
-    """The folder with a model's config.json: RUN/model, else the newest valid checkpoint of RUN, else the path itself.
+    """The folder of a saved model as `locate_saved` finds it, after a look at whether it is whole and safe to load.
 
     Raises:
         CheckpointError: nothing there, or what is there is incomplete, damaged or not safe to load.
+    """
+    folder = locate_saved(path)
+    if is_checkpoint(folder):
+        verify_checkpoint(folder)
+    else:
+        screen_model(folder)
+    return folder
+
+
+def locate_saved(path: Path) -> Path:
+    """The folder with a model's config.json: RUN/model, else the newest valid checkpoint of RUN, else the path itself.
+
+    Raises:
+        CheckpointError: nothing there, or a link.
     """
     if not path.is_dir():
         raise CheckpointError(f"{path} is not a directory: give a run or a saved model directory")
@@ -52,10 +66,6 @@ def find_saved(path: Path) -> Path:
         raise CheckpointError(f"{folder}: a link; put the folder itself there, or name where it leads")
     if not (folder / "config.json").exists():
         raise CheckpointError(f"{path} holds no model (no config.json): give a run or a saved model directory")
-    if _is_checkpoint(folder):
-        verify_checkpoint(folder)
-    else:
-        screen_model(folder)
     return folder
 
 
@@ -89,7 +99,7 @@ def load_saved(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     folder = find_saved(path)
     options: dict[str, Any] = {"use_safetensors": True, "output_loading_info": True, "trust_remote_code": False}
     try:
-        if _is_checkpoint(folder):
+        if is_checkpoint(folder):
             config, kind, tensors = _from_checkpoint(folder)
             model, info = kind.from_pretrained(None, config=config, state_dict=tensors, **options)
         else:
@@ -107,7 +117,7 @@ def load_saved(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     return model.eval(), tokenizer
 
 
-def _is_checkpoint(folder: Path) -> bool:
+def is_checkpoint(folder: Path) -> bool:
     """Whether this is a training checkpoint in shards; those of earlier versions are model directories."""
     return (folder / "manifest.json").exists() and not (folder / "model.safetensors").exists()
 

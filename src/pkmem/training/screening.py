@@ -17,11 +17,14 @@ _INDEX = "model.safetensors.index.json"
 _WEIGHTS_OF_A_BYTE = 8  # at most, however they are quantised
 
 
-def screen_model(folder: Path) -> None:
+def screen_model(folder: Path) -> nn.Module:
     """Refuses a Hugging Face directory that should not be loaded, before any of it is.
 
     Args:
         folder: with a config.json.
+
+    Returns:
+        the model without numbers.
 
     Raises:
         CheckpointError: no safetensors, a file that is none, a link out of the directory, a name in it that leads out,
@@ -43,7 +46,7 @@ def screen_model(folder: Path) -> None:
             _screen_document(folder / name)
     tensors = [TensorFile(path).stored for path in files]
     num_bytes = sum(stored.stop - stored.start for file in tensors for stored in file.values())
-    screen_config(folder / "config.json", sum(map(len, tensors)), num_bytes)
+    return screen_config(folder / "config.json", sum(map(len, tensors)), num_bytes)[1]
 
 
 def screen_config(file: Path, num_tensors: int, num_bytes: int) -> tuple[PreTrainedConfig, nn.Module]:
