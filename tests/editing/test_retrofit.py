@@ -1,3 +1,4 @@
+import copy
 import importlib.util
 
 import pytest
@@ -6,6 +7,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from decoders import FAMILIES, decoder, ids, reloaded
 from pkmem import learn, retrofit
+from pkmem.editing.fingerprint import fingerprint
 from pkmem.editing.progress import Progress
 from pkmem.editing.questions import questions_of
 from pkmem.layer.config import MemoryConfig
@@ -27,6 +29,17 @@ def test_a_model_answers_as_before_until_it_is_taught(family, dtype, tmp_path):
     for held in (made, reloaded(made, tmp_path / "retrofitted")):
         assert torch.equal(held(tokens).logits, logits)
         assert torch.equal(held.generate(tokens, max_new_tokens=4, do_sample=False, pad_token_id=0), written)
+
+
+def test_the_same_seed_makes_the_same_model():
+    model = decoder("llama")
+    before = torch.get_rng_state()
+    first, again, other = (retrofit(copy.deepcopy(model), config=SMALL, seed=seed) for seed in (3, 3, 4))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in first.state_dict().items())
+    assert fingerprint(first) == fingerprint(again) != fingerprint(other)
+    with pytest.raises(ValueError, match="seed is -1 but must be >= 0"):
+        retrofit(decoder("llama"), seed=-1)
 
 
 @pytest.mark.slow

@@ -21,6 +21,9 @@ def retrofit_arguments(parser: Parser) -> None:
     )
     parser.add_argument("--out", type=str, required=True, help="directory to make")
     parser.add_argument("--share_values", action=ActionYesNo, default=False, help="one value table for all memories")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of queries and keys; who takes the same can exchange edits"
+    )
     parser.add_class_arguments(MemoryConfig, "memory")
     parser.set_defaults({f"memory.{name}": setting for name, setting in BESIDE_MLPS.to_dict().items()})
 
@@ -33,7 +36,8 @@ def retrofit(options: Namespace) -> None:
     from pkmem.editing.retrofit import retrofit_saved
 
     memory = MemoryConfig(**options.memory.as_dict())
-    print(retrofit_saved(options.model, Path(options.out), options.layers, memory, options.share_values))
+    out, layers = Path(options.out), options.layers
+    print(retrofit_saved(options.model, out, layers, memory, options.share_values, options.seed))
 
 
 def learn_arguments(parser: Parser) -> None:

@@ -57,7 +57,7 @@ def scale(tmp_path, tokenizer, monkeypatch) -> Scale:  # noqa: F811
                 clock.epoch(model)
         return learned[-1]
 
-    def retrofit(model):
+    def retrofit(model, seed):
         memory = pkmem.MemoryConfig(num_sub_keys=8, heads=2, knn=4, query_dim=8, query_norm="layer")
         return pkmem.add_memory(model, [1], memory, placement="parallel", values="zero")
 

@@ -107,12 +107,12 @@ def peak_rss_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def load(scale: Scale, method: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model to teach, with memories for the method "memory", and its tokenizer."""
+def load(scale: Scale, run: Run) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model to teach, with memories for the method "memory", of the run's seed; and its tokenizer."""
     folder = scale.model or smollm2()
     model = AutoModelForCausalLM.from_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    return (retrofit(model) if method == "memory" else model), tokenizer
+    return (retrofit(model, seed=run.seed) if run.method == "memory" else model), tokenizer
 
 
 def _as_facts(facts: list[Asked], phrasings: int) -> list[Fact]:
@@ -122,7 +122,7 @@ def _as_facts(facts: list[Asked], phrasings: int) -> list[Fact]:
 def _compare(run: Run, scale: Scale, seconds: float | None) -> dict[str, Any]:
     """Teaches facts by the run's method, asks after every epoch, and at the end everything."""
     facts = mixed(scale.facts_per_kind, run.seed)
-    model, tokenizer = load(scale, run.method)
+    model, tokenizer = load(scale, run)
     examination = Examination(model, tokenizer, facts, NUM_TAUGHT, run.seed, scale.size, quiz())
     found: dict[str, Any] = {"facts": len(facts), "phrasings": NUM_TAUGHT, "rss_bytes_before": peak_rss_bytes()}
     clock = Clock(examination.briefly)
@@ -180,7 +180,7 @@ def _edit_bytes(edit: Edit) -> int:
 
 def _teach_many(run: Run, scale: Scale, facts: list[Asked], **settings: Any) -> dict[str, Any]:
     """Teaches a memory facts in one phrasing until it recalls enough of them, and asks at the end alone."""
-    model, tokenizer = load(scale, run.method)
+    model, tokenizer = load(scale, run)
     examination = Examination(model, tokenizer, facts, 1, run.seed, scale.size)
     before, start = peak_rss_bytes(), time.perf_counter()
     edit = _learn(model, tokenizer, _as_facts(facts, 1), run, scale, recall=ENOUGH, **settings)
@@ -210,7 +210,7 @@ def _thousand(run: Run, scale: Scale, seconds: float | None) -> dict[str, Any]:
 
 def _in_sequence(run: Run, scale: Scale, seconds: float | None) -> dict[str, Any]:
     """Edits one after another on one model; then they are taken back in another order than they came."""
-    model, tokenizer = load(scale, run.method)
+    model, tokenizer = load(scale, run)
     before = digest(model)
     facts = mixed(-(-scale.edits * scale.facts_per_edit // len(KINDS)), run.seed)
     random.Random(run.seed).shuffle(facts)
@@ -271,7 +271,7 @@ def digest(model: nn.Module) -> str:
 
 def _text(run: Run, scale: Scale, seconds: float | None) -> dict[str, Any]:
     """Trains on documentation, for so many updates or seconds."""
-    model, tokenizer = load(scale, run.method)
+    model, tokenizer = load(scale, run)
     num_updates = scale.text_sweep_updates if run.cell == "text_sweep" else scale.text_updates
     texts = {split: documentation(split, run.seed) for split in ("train", "validation")}
     blocks, _ = blocks_of(texts["train"], tokenizer, 2 * num_updates, scale.text_block_tokens)
