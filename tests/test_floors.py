@@ -11,9 +11,9 @@ import pkmem
 PACKAGE = Path(pkmem.__file__).parent
 ORDER = {  # folders from the ground up, each with its files in order: a file imports from those before it
     "text": "durable cache synthetic files facts tokenizer examples documents encoder tokens blocks",
-    "ops": "user_cache verdict arguments precision rounding reference",
-    "ops.cpu": "threads cache kernels halves vectors bag rows selection selection_backward decoding compiling",
-    "ops.triton": "installed device code arithmetic launch bag rows selection selection_backward kernels",
+    "ops": "user_cache verdict arguments packing precision rounding reference",
+    "ops.cpu": "threads cache kernels halves vectors bag packed rows selection selection_backward decoding compiling",
+    "ops.triton": "installed device code arithmetic launch bag packed rows selection selection_backward kernels",
     "ops ": "backends reads reading_log registered flops transformed",
     "layer": "config huge_pages drawing room padding recomputation crossing query keys values gate decoding memory usage "
     "replicas sharding optim combined",

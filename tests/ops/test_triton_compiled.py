@@ -11,12 +11,13 @@ from packaging.version import Version
 
 import targets
 from pkmem import MemoryConfig
+from pkmem.ops import packing
 from pkmem.ops.arguments import AdamStep
 
 triton, tl = pytest.importorskip("triton"), pytest.importorskip("triton.language")
 TRITON_3_7 = Version(triton.__version__) >= Version("3.7")
 KERNELS = {"_best_sub_keys", "_candidates", "_sort", "_best_pairs", "_sum_queries", "_sum_rows", "_dot_rows"}
-KERNELS |= {"_sum_pieces", "_write_gradients", "_sum_squares", "_adam"}
+KERNELS |= {"_sum_packed_rows", "_sum_pieces", "_write_gradients", "_sum_squares", "_adam"}
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 
@@ -40,6 +41,9 @@ def read(dtype: torch.dtype, n: int, num_reads: int = 128, width: int = 1024) ->
 
     slots, weights = torch.zeros(n, num_reads, dtype=torch.int64), torch.empty(n, num_reads)
     backend.weighted_sum(torch.empty(9, width, dtype=dtype), slots, weights)
+    for bits in packing.BITS:
+        rows = torch.zeros(9, packing.row_bytes(width, bits), dtype=torch.uint8)
+        backend.packed_sum(rows, slots, weights, width, bits)
 
 
 def learn(

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from interpreter import assert_none, failures_in, failures_of
-from pkmem.ops import reference
+from pkmem.ops import packing, reference
 from pkmem.ops.arguments import AdamStep
 
 CHECKS: dict[str, Callable[[Any], None]] = {}
@@ -135,6 +135,11 @@ def a_slot_outside_the_table_is_nan_where_it_was_read(backend: Any) -> None:
     assert torch.equal(sums[[0, 3]], backend.weighted_sum(values, within, weights)[[0, 3]])
     assert torch.equal(products[~outside], backend.row_products(values, within, x)[~outside])
     assert backend.weighted_sum(values[:0], slots, weights).isnan().all()
+    for bits in packing.BITS:
+        rows = packing.pack_rows(values, bits)
+        sums = backend.packed_sum(rows, slots, weights, 5, bits)
+        assert torch.equal(sums.isnan(), outside.any(1)[:, None].expand(4, 5))
+        assert torch.equal(sums[[0, 3]], backend.packed_sum(rows, within, weights, 5, bits)[[0, 3]])
 
 
 @check

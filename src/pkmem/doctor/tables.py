@@ -12,6 +12,7 @@ from torch import Tensor
 from pkmem.doctor import truth
 from pkmem.doctor.checks import Case, NotChecked, assert_near, assert_same, check
 from pkmem.doctor.sizes import Reading
+from pkmem.ops import packing
 from pkmem.ops.arguments import AdamStep, SortedReads
 
 _SLOPES = 2.0**-16  # the matrix units may take the slopes of 16-bit queries with 16 bits
@@ -24,6 +25,22 @@ def sums(case: Case) -> str:
         values, slots, weights, x = _reading(case, size)
         _assert_sums(case, size, case.there(values), values, slots, weights, x)
     return f"widths {', '.join(str(size.width) for size in case.sizes.readings)}"
+
+
+@check(6, "sums of rows that are packed in 8 and in 4 bits", ("fp32",))
+def sums_of_packed_rows(case: Case) -> None:
+    """All widths, of tables that no training made: every code, and scales of every size."""
+    for size in case.sizes.readings:
+        _, slots, weights, _ = _reading(case, size)
+        for bits in packing.BITS:
+            rows = case.below(256, size.num_rows, packing.row_bytes(size.width, bits)).to(torch.uint8)
+            scales = case.normal(size.num_rows, 1) * 10.0 ** case.below(9, size.num_rows, 1).sub(4)
+            rows[:, packing.code_bytes(size.width, bits) :] = scales.view(torch.uint8)
+            found = case.module.packed_sum(*map(case.there, (rows, slots, weights)), size.width, bits)
+            assert found.dtype == torch.float32, f"sums are {found.dtype}"
+            values = packing.unpack_rows(rows, size.width, bits)
+            magnitudes = truth.weighted_sum(values.abs(), slots, weights.abs())
+            assert_near(f"sums of {size} in {bits} bits", found, truth.weighted_sum(values, slots, weights), magnitudes)
 
 
 @check(6, "sums over a table that lies in memory with gaps, transposed, misaligned")

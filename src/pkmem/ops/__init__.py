@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pkmem.ops import transformed
+from pkmem.ops import packing, transformed
 from pkmem.ops.backends import BACKENDS as BACKENDS
 from pkmem.ops.backends import backend_module as backend_module
 from pkmem.ops.backends import choose_backend as choose_backend
@@ -18,12 +18,14 @@ from pkmem.ops.reading_log import ReadLog
 from pkmem.ops.registered import (
     bag,
     checked_bag,
+    checked_packed,
     checked_products,
     flat,
     is_transformed,
     logged_bag,
     logged_products,
     nobody_watches,
+    packed,
     products,
     select,
     topk,
@@ -150,6 +152,48 @@ def weighted_sum(
     return logged_bag(values, slots, weights, log.counter, log.handle, chosen)
 
 
+def packed_sum(
+    rows: Tensor, slots: Tensor, weights: Tensor, width: int, bits: int, *, backend: str | None = None
+) -> Tensor:
+    """The weighted sum of some rows of a table that is packed in few bits, per token: `weighted_sum` at inference.
+
+    Differentiable in weights alone. Equivalent to, without unpacking the table::
+
+        weighted_sum(unpack_rows(rows, width, bits), slots, weights)
+
+    Args:
+        rows: (m, `row_bytes(width, bits)`) uint8, as `pkmem.ops.packing.pack_rows` makes them.
+        slots: (n, b) int64 rows to read, in [0, m); n, b >= 0; a row may be read many times.
+        weights: (n, b) their weights, any floating dtype.
+        width: of an unpacked row, v >= 1.
+        bits: of a number, 8 or 4.
+        backend: one of `BACKENDS`; None takes the fastest for the device.
+
+    Returns:
+        (n, v) fp32.
+
+    Raises:
+        ValueError: shapes, dtypes or devices disagree, `bits` is neither 8 nor 4, a slot is outside [0, m) (checked on
+            the CPU), or the backend is unknown.
+    """
+    packing.require_bits(bits)
+    if rows.dtype != torch.uint8 or rows.dim() != 2 or rows.shape[1] != packing.row_bytes(width, bits):
+        raise ValueError(
+            f"rows of width {width} in {bits} bits are (m, {packing.row_bytes(width, bits)}) torch.uint8, not "
+            f"{tuple(rows.shape)} {rows.dtype}: make them with pkmem.ops.packing.pack_rows"
+        )
+    if slots.dim() != 2 or slots.shape != weights.shape:
+        raise ValueError(f"slots and weights must be (n, b), not {tuple(slots.shape)} and {tuple(weights.shape)}")
+    _check_slots(slots)
+    _check_devices(rows=rows, slots=slots, weights=weights)
+    chosen = choose_backend(rows, backend, weights)
+    if nobody_watches(rows, slots, weights):
+        return checked_packed(rows, slots, weights, width, bits, chosen)
+    if is_transformed():
+        return transformed.packed_sum(rows, slots, weights, width, bits)
+    return packed(rows, slots, weights, width, bits, chosen)
+
+
 def row_products(
     table: Tensor, slots: Tensor, x: Tensor, *, log: ReadLog | None = None, backend: str | None = None
 ) -> Tensor:
@@ -193,6 +237,10 @@ def row_products(
 def _check_dtypes(table: Tensor, slots: Tensor) -> None:
     if not table.is_floating_point():
         raise ValueError(f"the table is {table.dtype} but must be of a floating dtype")
+    _check_slots(slots)
+
+
+def _check_slots(slots: Tensor) -> None:
     if slots.dtype != torch.int64:
         raise ValueError(f"slots are {slots.dtype} but must be torch.int64: use slots.long()")
 

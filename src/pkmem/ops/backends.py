@@ -65,6 +65,17 @@ class Backend(Protocol):
             (n, v) in the dtype of values.
         """
 
+    def packed_sum(self, rows: Tensor, slots: Tensor, weights: Tensor, width: int, bits: int) -> Tensor:
+        """Sums of weighted rows that are packed in few bits, see `pkmem.ops.packing`.
+
+        Args:
+            rows: (m, row_bytes) uint8. slots: (n, b) int64 in [0, m). weights: (n, b).
+            width: of an unpacked row. bits: of a number, 8 or 4.
+
+        Returns:
+            (n, width) fp32.
+        """
+
     def row_products(self, table: Tensor, slots: Tensor, x: Tensor) -> Tensor:
         """The inner product of each row read with its token; also the gradient of `weighted_sum` in its weights.
 

@@ -48,6 +48,13 @@ def rows_flops(table: Shape, slots: Shape, *_: Any, **__: Any) -> int:
     return 2 * n * b * table[1]
 
 
+@register_flop_formula([_pkmem.packed_sum, _pkmem.packed_products])
+def packed_rows_flops(rows: Shape, slots: Shape, given: Shape, width: int, *_: Any, **__: Any) -> int:
+    """The same of rows that are packed in few bits."""
+    n, b = slots
+    return 2 * n * b * width
+
+
 @register_flop_formula(_pkmem.weighted_sum_grad_values)
 def weighted_sum_grad_values_flops(slots: Shape, weights: Shape, grad_output: Shape, *_: Any, **__: Any) -> int:
     """A row of the gradient gets a product of the table's width for each read."""

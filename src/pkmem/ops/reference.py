@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pkmem.ops.arguments import AdamStep, LayerWeights, SortedReads, surely_finite
+from pkmem.ops.packing import unpack_rows
 from pkmem.ops.precision import full_precision
 from pkmem.ops.rounding import random_bits, random_keys, rounded_at_random
 
@@ -171,6 +172,34 @@ def weighted_sum(values: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
     weights = weights.to(torch.float32).unsqueeze(1)
     sums = [_product(weight, part, values) for part, weight in _by_token(values, slots, weights)]
     return torch.cat(sums).squeeze(1).to(values.dtype)
+
+
+def packed_sum(rows: Tensor, slots: Tensor, weights: Tensor, width: int, bits: int) -> Tensor:
+    """See `Backend.packed_sum`."""
+    parts = [weights.new_empty(0, width, dtype=torch.float32)]
+    for unpacked, weight in _unpacked_by_token(rows, slots, weights.to(torch.float32).unsqueeze(1), width, bits):
+        with full_precision(rows.device):
+            parts.append(torch.bmm(weight, unpacked).squeeze(1))
+    return torch.cat(parts)
+
+
+def packed_products(rows: Tensor, slots: Tensor, x: Tensor, width: int, bits: int) -> Tensor:
+    """The inner product (n, b), fp32, of each packed row read with its token x (n, width): no backend has a kernel."""
+    parts = [x.new_empty(0, slots.shape[1], dtype=torch.float32)]
+    for unpacked, wanted in _unpacked_by_token(rows, slots, x.to(torch.float32).unsqueeze(1), width, bits):
+        with full_precision(rows.device):
+            parts.append(torch.bmm(wanted, unpacked.mT).squeeze(1))
+    return torch.cat(parts)
+
+
+def _unpacked_by_token(
+    rows: Tensor, slots: Tensor, given: Tensor, width: int, bits: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Rows (c, b, width), and what is `given` to their tokens, of a chunk of tokens whose rows are held at once."""
+    size = chunk_size(slots.shape[1] * width * 8, slots.device, _ROWS_BYTES)
+    for part, of_part in zip(slots.split(size), given.split(size), strict=True):
+        unpacked = unpack_rows(rows[part.flatten()], width, bits)
+        yield unpacked.view(*part.shape, width), of_part
 
 
 def row_products(table: Tensor, slots: Tensor, x: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from torch.overrides import has_torch_function
 
 from pkmem.ops.backends import backend_module
 from pkmem.ops.reading_log import ReadLog, row_gradient
-from pkmem.ops.reference import scores_of_slots
+from pkmem.ops.reference import packed_products, scores_of_slots
 
 _PLAIN = (Tensor, nn.Parameter)
 
@@ -178,6 +178,59 @@ def _second_table_gradients(ctx: Any, grad_table: Tensor) -> tuple[Any, ...]:
 
 
 _table_gradient.register_autograd(_second_table_gradients, setup_context=_table_context)
+
+
+def checked_packed(rows: Tensor, slots: Tensor, weights: Tensor, width: int, bits: int, backend: str) -> Tensor:
+    """The backend's sum of packed rows, unregistered, of slots that are in the table."""
+    _check_bounds(slots, rows)
+    return backend_module(backend).packed_sum(rows, slots, weights, width, bits).contiguous()
+
+
+packed = custom_op("pkmem::packed_sum", mutates_args=())(checked_packed)
+
+
+@packed.register_fake
+def _(rows: Tensor, slots: Tensor, weights: Tensor, width: int, bits: int, backend: str) -> Tensor:
+    return weights.new_empty(slots.shape[0], width, dtype=torch.float32)
+
+
+@custom_op("pkmem::packed_products", mutates_args=())
+def _packed_products(rows: Tensor, slots: Tensor, x: Tensor, width: int, bits: int) -> Tensor:
+    return packed_products(rows, slots, x, width, bits).contiguous()
+
+
+@_packed_products.register_fake
+def _(rows: Tensor, slots: Tensor, x: Tensor, width: int, bits: int) -> Tensor:
+    return x.new_empty(slots.shape, dtype=torch.float32)
+
+
+def _packed_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    rows, slots, weights, ctx.width, ctx.bits, _ = inputs
+    ctx.dtype = weights.dtype
+    ctx.save_for_backward(rows, slots)
+
+
+def _packed_gradients(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
+    rows, slots = ctx.saved_tensors
+    grad_weights = None
+    if ctx.needs_input_grad[2]:
+        grad_weights = _packed_products(rows, slots, grad_output, ctx.width, ctx.bits).to(ctx.dtype)
+    return None, None, grad_weights, None, None, None
+
+
+def _packed_products_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    rows, slots, x, ctx.width, ctx.bits = inputs
+    ctx.dtype = x.dtype
+    ctx.save_for_backward(rows, slots)
+
+
+def _packed_products_gradients(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
+    rows, slots = ctx.saved_tensors
+    return None, None, packed(rows, slots, grad_output, ctx.width, ctx.bits, "reference").to(ctx.dtype), None, None
+
+
+packed.register_autograd(_packed_gradients, setup_context=_packed_context)
+_packed_products.register_autograd(_packed_products_gradients, setup_context=_packed_products_context)
 
 
 def checked_products(table: Tensor, slots: Tensor, x: Tensor, backend: str) -> Tensor:

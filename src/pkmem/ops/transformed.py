@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pkmem.ops.packing import unpack_rows
 from pkmem.ops.reference import scores_of_slots
 from pkmem.ops.registered import flat, topk
 
@@ -28,6 +29,13 @@ def weighted_sum(values: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
     """See `pkmem.ops.weighted_sum`; torch itself refuses slots outside the table, by an IndexError."""
     dtype = torch.promote_types(values.dtype, torch.float32)
     return (F.embedding(slots, values).to(dtype) * weights.to(dtype).unsqueeze(-1)).sum(1).to(values.dtype)
+
+
+def packed_sum(rows: Tensor, slots: Tensor, weights: Tensor, width: int, bits: int) -> Tensor:
+    """See `pkmem.ops.packed_sum`; torch itself refuses slots outside the table, by an IndexError."""
+    read = F.embedding(slots, rows)
+    unpacked = unpack_rows(read.flatten(0, -2), width, bits).view(*read.shape[:-1], width)
+    return (unpacked * weights.to(torch.float32).unsqueeze(-1)).sum(-2)
 
 
 def row_products(table: Tensor, slots: Tensor, x: Tensor) -> Tensor:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from pkmem.ops import packing
 from pkmem.ops.arguments import AdamStep, LayerWeights
-from pkmem.ops.cpu import bag, decoding, rows, selection, selection_backward
+from pkmem.ops.cpu import bag, decoding, packed, rows, selection, selection_backward
 
 KERNELS = (
     selection.multiply,
@@ -15,6 +16,7 @@ KERNELS = (
     selection_backward.to_keys,
     bag.sum_rows,
     bag.dot_rows,
+    packed.sum_packed_rows,
     decoding.read,
     decoding.apply_gate,
     rows.sort,
@@ -36,6 +38,8 @@ def warmup(dtypes: tuple[torch.dtype, ...] = _DTYPES) -> int:
     scores, slots = selection.product_key_topk(query, sub_keys, 1)
     selection.flat_topk(query, sub_keys[0, :1].expand(1, 1, 2), 1)
     selection_backward.product_key_topk_backward(scores, query, sub_keys, slots)
+    for bits in packing.BITS:
+        packed.packed_sum(packing.pack_rows(weights, bits), slots[0], weights, 1, bits)
     for dtype in dtypes:
         values = weights.to(dtype)
         bag.weighted_sum(values, slots[0], weights)

@@ -1,4 +1,4 @@
-"""A few vector instructions, for kernels that choose and rank."""
+"""A few instructions that numba does not write by itself: for kernels that choose and rank, and that read packed rows."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from pkmem.ops.cpu.kernels import inlined
 # Sixteen lanes to pack, a single instruction with AVX-512; eight to count, since there a comparison gives integers
 # at once where a wider one gives a mask. LLVM takes apart what a processor does not have.
 
-_I1, _I16, _I32, _I64 = (ir.IntType(bits) for bits in (1, 16, 32, 64))
+_I1, _I8, _I16, _I32, _I64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
 _I32x16, _I32x8, _F32x16 = ir.VectorType(_I32, 16), ir.VectorType(_I32, 8), ir.VectorType(ir.FloatType(), 16)
+_I8x16 = ir.VectorType(_I8, 16)
 
 
 def _constant(vector: Any, number: float) -> Any:
@@ -242,3 +243,74 @@ def rank_all(values: Any, count: Any, ranks: Any) -> Any:
         total += _rank_16(values, count, start, ranks)
         start += 16
     return total
+
+
+@intrinsic
+def float_at(_: Any, numbers: Any, place: Any) -> Any:
+    """The fp32 number that stands from byte `place` of an array of bytes on."""
+
+    def codegen(context: Any, builder: Any, _: Any, arguments: Any) -> Any:
+        at = builder.gep(_data(context, builder, numbers, arguments[0]), [arguments[1]])
+        found = builder.load(builder.bitcast(at, ir.FloatType().as_pointer()))
+        found.align = 4
+        return found
+
+    return types.float32(numbers, types.intp), codegen
+
+
+def _prefetch(builder: Any, data: Any, place: Any) -> None:
+    """Asks for the cache line that holds a byte: to read, into the nearest cache."""
+    how = (_I32(0), _I32(3), _I32(1))
+    _call(builder, "prefetch.p0i8", ir.VoidType(), builder.bitcast(builder.gep(data, [place]), _I8.as_pointer()), *how)
+
+
+def _adding(bits: int) -> Any:
+    @intrinsic
+    def add_rows(_: Any, rows: Any, starts: Any, later: Any, factors: Any, total: Any, size: Any) -> Any:
+        """Adds to `total` the codes rows[start : start + size] of eight rows, each times its factor.
+
+        Asks for as many codes of the eight rows that come `later`, and for the four bytes behind.
+        """
+
+        def codegen(context: Any, builder: Any, _: Any, arguments: Any) -> Any:
+            kinds = (rows, starts, later, factors, total)
+            data = [_data(context, builder, kind, arguments[i]) for i, kind in enumerate(kinds)]
+            eights = [[builder.load(builder.gep(each, [_I64(row)])) for row in range(8)] for each in data[1:4]]
+            codes, sums, size = data[0], data[4], arguments[5]
+            begins, next_begins, times = eights
+            times = [_spread(builder, factor) for factor in times]
+
+            def add_sixteen(place: Any) -> None:
+                targets = [place] if bits == 8 else [place, builder.add(size, place)]
+                sixteens = [_load(builder, _F32x16, sums, target) for target in targets]
+                for begin, factor in zip(begins, times, strict=True):
+                    read = _load(builder, _I8x16, codes, builder.add(begin, place))
+                    read.align = 1
+                    parts = [builder.sext(read, _I32x16)]
+                    if bits == 4:
+                        low = builder.ashr(builder.shl(parts[0], _constant(_I32x16, 28)), _constant(_I32x16, 28))
+                        parts = [low, builder.ashr(parts[0], _constant(_I32x16, 4))]
+                    for i, part in enumerate(parts):
+                        numbers = builder.sitofp(part, _F32x16)
+                        sixteens[i] = _call(builder, "fmuladd.v16f32", _F32x16, factor, numbers, sixteens[i])
+                for target, sixteen in zip(targets, sixteens, strict=True):
+                    _store(builder, sixteen, sums, target)
+
+            for begin in next_begins:
+                _prefetch(builder, codes, builder.add(begin, builder.add(size, _I64(3))))
+            lines = builder.and_(size, _I64(-64))
+            with cgutils.for_range_slice(builder, _I64(0), lines, _I64(64), intp=_I64) as (line, _):
+                for begin in next_begins:
+                    _prefetch(builder, codes, builder.add(begin, line))
+                for lane in range(0, 64, 16):
+                    add_sixteen(builder.add(line, _I64(lane)))
+            with cgutils.for_range_slice(builder, lines, size, _I64(16), intp=_I64) as (place, _):
+                add_sixteen(place)
+            return context.get_dummy_value()
+
+        return types.void(rows, starts, later, factors, total, types.intp), codegen
+
+    return add_rows
+
+
+add_int8_rows, add_int4_rows = _adding(8), _adding(4)

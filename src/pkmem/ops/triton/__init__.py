@@ -15,6 +15,7 @@ from pkmem.ops.reference import sort_without_waiting as sort_reads
 from pkmem.ops.triton.bag import row_products, weighted_sum
 from pkmem.ops.triton.device import why_not
 from pkmem.ops.triton.kernels import compiled_kernels
+from pkmem.ops.triton.packed import packed_sum
 from pkmem.ops.triton.rows import adam_rows, gradient_is_finite, row_gradient_norm, weighted_sum_grad_values
 from pkmem.ops.triton.selection import product_key_topk
 from pkmem.ops.triton.selection_backward import product_key_topk_backward
@@ -25,6 +26,7 @@ __all__ = [
     "decode",
     "flat_topk",
     "gradient_is_finite",
+    "packed_sum",
     "product_key_topk",
     "product_key_topk_backward",
     "row_gradient_norm",

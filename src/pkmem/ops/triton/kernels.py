@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from pkmem.ops.triton import bag, rows, selection, selection_backward
+from pkmem.ops.triton import bag, packed, rows, selection, selection_backward
 
 
 def functions() -> list[Any]:
     """Every kernel of this backend, and the functions that kernels call."""
-    members = [member for module in (bag, rows, selection, selection_backward) for member in vars(module).values()]
+    members = [
+        member for module in (bag, packed, rows, selection, selection_backward) for member in vars(module).values()
+    ]
     return [member for member in dict.fromkeys(filter(callable, members)) if hasattr(member, "device_caches")]
 
 
