@@ -489,6 +489,13 @@ def test_export_writes_the_model_of_a_checkpoint(run: Path, tmp_path: Path, caps
     assert "has no checkpoint to export" in error_of(["export", tmp_path], capsys)
 
 
+def test_convert_stores_values_in_few_bits(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    out = tmp_path / "few"
+    assert f"saved in {out}" in output_of(["convert", run, "--values", "int4", "--out", out], capsys)
+    assert "int4" in output_of(["inspect", out], capsys)
+    assert "already exists" in error_of(["convert", run, "--values", "int4", "--out", out], capsys)
+
+
 def test_the_demo_is_called_with_its_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple] = []
     monkeypatch.setattr("pkmem.experiments.demo.demo", lambda *arguments: calls.append(arguments))

@@ -7,7 +7,7 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import Literal, NamedTuple, NoReturn
 
 from jsonargparse import ActionYesNo, ArgumentParser, Namespace
 
@@ -178,6 +178,21 @@ def _export(options: Namespace) -> None:
     print(export_run(Path(options.run), options.out and Path(options.out), options.step, options.overwrite))
 
 
+def _convert_arguments(parser: ArgumentParser) -> None:
+    _model_argument(parser)
+    parser.add_argument(
+        "--values", type=Literal["int8", "int4"], required=True, help="bits of a number; each row has a scale besides"
+    )
+    parser.add_argument("--out", type=str, required=True, help="directory to make")
+
+
+def _convert(options: Namespace) -> None:
+    """Store the value tables in few bits, for inference. Example: pkmem convert runs/x --values int8 --out runs/x8"""
+    from pkmem.training.conversion import convert_saved
+
+    print(convert_saved(Path(options.model), Path(options.out), options["values"]))  # .values is a method
+
+
 def _demo_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--out", type=str, default="runs/demo", help="where everything goes")
     parser.add_argument("--data", type=str, default="python", help="text to learn, as in `pkmem train --data`")
@@ -257,6 +272,7 @@ VERBS = {
     "generate": Verb(_generate_arguments, _generate),
     "inspect": Verb(_inspect_arguments, _inspect),
     "export": Verb(_export_arguments, _export),
+    "convert": Verb(_convert_arguments, _convert),
     "demo": Verb(_demo_arguments, _demo),
     "experiment": Verb(experiment_arguments, experiment),
     "report": Verb(_report_arguments, _report),

@@ -36,7 +36,8 @@ def sums_of_packed_rows(case: Case) -> None:
             rows = case.below(256, size.num_rows, packing.row_bytes(size.width, bits)).to(torch.uint8)
             scales = case.normal(size.num_rows, 1) * 10.0 ** case.below(9, size.num_rows, 1).sub(4)
             rows[:, packing.code_bytes(size.width, bits) :] = scales.view(torch.uint8)
-            found = case.module.packed_sum(*map(case.there, (rows, slots, weights)), size.width, bits)
+            given = case.there(rows), case.there(slots), case.there(weights)
+            found = case.module.packed_sum(*given, size.width, bits)
             assert found.dtype == torch.float32, f"sums are {found.dtype}"
             values = packing.unpack_rows(rows, size.width, bits)
             magnitudes = truth.weighted_sum(values.abs(), slots, weights.abs())

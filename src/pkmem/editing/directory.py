@@ -21,6 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pkmem.editing.edit import Edit, State
 from pkmem.editing.fingerprint import fingerprint_of, saved_tensors, table_names
+from pkmem.layer.memory import memories_in
 from pkmem.text.durable import replacing
 from pkmem.training.export import save_description
 from pkmem.training.files import load_json, save_text
@@ -62,6 +63,8 @@ class SavedModel:
         files = {name: TensorFile(self.folder / name) for name in self.seen}
         tables = table_names(model)
         if not tables:
+            if memories_in(model):
+                raise ValueError(f"the values of {path} are quantised: use the model as it was before `pkmem convert`")
             raise ValueError(f"{path} has no memories: put some in with `pkmem retrofit {path} --out DIR`")
         tensors = {}
         for name in saved_tensors(model):

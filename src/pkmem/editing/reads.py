@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from pkmem import ops
 from pkmem.layer.memory import memories_in
+from pkmem.layer.quantised import QuantisedValues
 from pkmem.layer.values import ValueTable
 
 _RAREST = 1e-4  # reads per token: what is read less than once in ten thousand tokens counts as never read
@@ -74,6 +75,8 @@ def tables_of(model: nn.Module) -> dict[str, ValueTable]:
             tables[f"{name}.values.weight"] = memory.values
     if not tables:
         raise ValueError("the model has no memories to teach: put some beside its MLPs with `pkmem retrofit`")
+    if any(isinstance(table, QuantisedValues) for table in tables.values()):
+        raise ValueError("the model's values are quantised: teach the model as it was before `pkmem convert`")
     if any(table.others is not None for table in tables.values()):
         raise ValueError("the model's tables are sharded over processes: learn on one process, with whole tables")
     return tables

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from pkmem.editing.directory import save_with_tables_apart
 from pkmem.layer.config import MemoryConfig, require
-from pkmem.layer.values import count_parameters
+from pkmem.layer.counting import count_parameters
 from pkmem.lm.config import BESIDE_MLPS
 from pkmem.lm.huggingface import PkmemForCausalLM, add_memory
 from pkmem.lm.placement import find_blocks

@@ -10,9 +10,10 @@ from transformers.pytorch_utils import Conv1D
 
 from pkmem.experiments.family import Machine
 from pkmem.layer.config import MemoryConfig
+from pkmem.layer.counting import count_parameters
 from pkmem.layer.keys import FlatKeys
 from pkmem.layer.memory import ProductKeyMemory, memories_in
-from pkmem.layer.values import count_parameters, tables_in
+from pkmem.layer.values import tables_in
 from pkmem.lm.build import build_model
 from pkmem.training.recipe import Recipe
 

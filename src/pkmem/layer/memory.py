@@ -18,7 +18,7 @@ from pkmem.layer.keys import FlatKeys, ProductKeys
 from pkmem.layer.padding import flat_mask, without_padding
 from pkmem.layer.query import QueryNetwork
 from pkmem.layer.room import num_weights, require_room
-from pkmem.layer.values import NeuronTable, ValueTable, tables_in
+from pkmem.layer.values import NeuronTable, ValueTable
 
 
 class Watcher(Protocol):
@@ -124,8 +124,9 @@ class ProductKeyMemory(nn.Module):
 
     @backend.setter
     def backend(self, backend: str | None) -> None:
-        for part in (self.keys, *tables_in(self)):
-            part.backend = backend
+        for part in (self.keys, self.values, self.neurons):
+            if part is not None:
+                part.backend = backend
 
     def reset_parameters(self) -> None:
         """Draws all weights anew, a shared table included."""

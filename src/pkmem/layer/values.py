@@ -105,11 +105,3 @@ class NeuronTable(Table):
 def tables_in(module: nn.Module) -> list[Table]:
     """The tables of a module, values and neurons, a shared one once."""
     return [part for part in module.modules() if isinstance(part, Table)]
-
-
-def count_parameters(model: nn.Module) -> dict[str, int]:
-    """Parameters in the tables (memory_params) and everywhere else (dense_params)."""
-    tables = tables_in(model)
-    here = sum(table.weight.numel() for table in tables)
-    total = sum(parameter.numel() for parameter in model.parameters())
-    return {"dense_params": total - here, "memory_params": sum(table.num_parameters for table in tables)}

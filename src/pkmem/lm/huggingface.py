@@ -24,11 +24,13 @@ from transformers import (
 
 from pkmem.layer.config import MemoryConfig, plain_number
 from pkmem.layer.memory import memories_in
+from pkmem.layer.quantised import quantise_values
 from pkmem.layer.values import tables_in
 from pkmem.lm.padding import keep_mask_with, keeping_mask, real_tokens, under_mask
 from pkmem.lm.placement import MemoryMLP, Placement, insert_memories
 from pkmem.lm.signature import decoder_signature
 
+VALUE_BITS = {"int8": 8, "int4": 4}
 _OF_THE_DECODER = ("main_input_name", "input_modalities", "accepts_loss_kwargs", "_is_stateful")
 
 
@@ -42,6 +44,7 @@ class PkmemConfig(PreTrainedConfig):
         placement: "replace" the MLP, or "parallel" to it.
         share_values: one value table for all memories.
         mlp_name: the MLP's attribute in a block.
+        value_bits: of a number of the value tables, 8 or 4 where they are quantised; None for floats.
     """
 
     model_type = "pkmem"
@@ -53,6 +56,7 @@ class PkmemConfig(PreTrainedConfig):
     placement: str = "replace"
     share_values: bool = False
     mlp_name: str = "mlp"
+    value_bits: int | None = None
     tie_word_embeddings: bool = True  # of ours, shared tables: the decoder ties its embeddings by its own config
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -118,6 +122,8 @@ class PkmemForCausalLM(PreTrainedModel, GenerationMixin):
             share_values=config.share_values,
             mlp_name=config.mlp_name,
         )
+        if config.value_bits is not None:
+            quantise_values(self.base, config.value_bits)
         tables = [f"base.{name}.values.weight" for name in names]
         self._tied_weights_keys = dict.fromkeys(tables[1:], tables[0]) if config.share_values else {}
         self._keep_in_fp32_modules = [f"base.{name}" for name in names]  # which quantisers leave alone
@@ -127,9 +133,16 @@ class PkmemForCausalLM(PreTrainedModel, GenerationMixin):
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
         """Loads what `save_pretrained` wrote; reads safetensors only, and no incomplete file.
 
+        Args:
+            args, kwargs: as in transformers; and `values`, "int8" or "int4": how to store the value tables, None as they
+                are in the file.
+
         Raises:
-            ValueError: weights are missing from the file.
+            ValueError: weights are missing from the file, or its tables cannot be stored so.
         """
+        stored = kwargs.pop("values", None)
+        if stored is not None and stored not in VALUE_BITS:
+            raise ValueError(f"values is {stored!r} but must be one of {', '.join(map(repr, VALUE_BITS))}, or None")
         wants_info = kwargs.pop("output_loading_info", False)
         kwargs["use_safetensors"] = True
         model, info = super().from_pretrained(*args, **kwargs, output_loading_info=True)
@@ -139,7 +152,27 @@ class PkmemForCausalLM(PreTrainedModel, GenerationMixin):
                 f"the checkpoint lacks {len(missing)} weights, {missing[0]} among them: "
                 "it is broken or of another model; save it again with save_pretrained"
             )
+        if stored is not None and model.config.value_bits != VALUE_BITS[stored]:
+            model.quantise_values(stored)
         return (model, info) if wants_info else model
+
+    def quantise_values(self, stored: str) -> None:
+        """Stores the value tables in few bits, in place, for inference.
+
+        Args:
+            stored: "int8" or "int4": bits of a number; each row has a scale besides.
+
+        Raises:
+            ValueError: `stored` is neither, the tables are quantised already, or as `pkmem.layer.quantised`.
+        """
+        if stored not in VALUE_BITS:
+            raise ValueError(f"values is {stored!r} but must be one of {', '.join(map(repr, VALUE_BITS))}")
+        if self.config.value_bits is not None:
+            raise ValueError(
+                f"the values are stored in {self.config.value_bits} bits already: start from the model as it was trained"
+            )
+        quantise_values(self.base, VALUE_BITS[stored])
+        self.config.value_bits = VALUE_BITS[stored]
 
     def _get_dtype_plan(self, dtype: torch.dtype) -> dict[str, torch.dtype]:
         """Which modules stay in fp32 when loaded in half precision: the decoder's, not the memories."""

@@ -12,7 +12,9 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pkmem.layer.memory import memories_in
+from pkmem.layer.quantised import QuantisedValues
 from pkmem.layer.usage import watching
+from pkmem.layer.values import ValueTable
 
 
 def describe_memories(model: PreTrainedModel) -> str:
@@ -23,8 +25,12 @@ def describe_memories(model: PreTrainedModel) -> str:
     lines = []
     tables: dict[int, str] = {}
     for i, (name, memory) in enumerate(memories.items()):
-        weight = memory.values.weight
+        values: ValueTable | QuantisedValues = memory.values
+        weight = values.weight
+        width, stored = weight.shape[1], str(weight.dtype).removeprefix("torch.")
         norms = weight.detach().float().norm(dim=1)
+        if isinstance(values, QuantisedValues):
+            width, stored, norms = values.width, f"int{values.bits}", values.norms()
         shared = tables.setdefault(id(weight), f"memory_{i}")
         config = memory.config
         lines += [
@@ -32,7 +38,7 @@ def describe_memories(model: PreTrainedModel) -> str:
             f"  {config.num_slots:,} slots ({config.num_sub_keys} x {config.num_sub_keys} sub-keys), "
             f"{config.heads} heads x {config.knn} neighbours, query {config.query_dim} ({config.query_norm} norm)"
             + (", each slot an expert of one neuron" if config.experts else ""),
-            f"  values {weight.shape[0]:,} x {weight.shape[1]} {str(weight.dtype).removeprefix('torch.')}, "
+            f"  values {weight.shape[0]:,} x {width} {stored}, "
             f"{weight.numel() * weight.element_size() / 1e6:,.1f} MB"
             + (f", shared with {shared}" if shared != f"memory_{i}" else ""),
             f"  norm of a value: median {norms.median():.3f}, smallest {norms.min():.3f}, largest {norms.max():.3f}",

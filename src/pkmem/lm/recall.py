@@ -10,8 +10,8 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from pkmem.layer.counting import count_parameters
 from pkmem.layer.memory import memories_in
-from pkmem.layer.values import count_parameters
 from pkmem.lm.evaluation import in_eval_mode
 from pkmem.lm.huggingface import context_tokens
 from pkmem.text.synthetic import VALUES, SyntheticFacts

@@ -31,10 +31,11 @@ from transformers import (
     set_seed,
 )
 
+from pkmem.layer.counting import count_parameters
 from pkmem.layer.drawing import undrawn_tables
 from pkmem.layer.sharding import shard_values
 from pkmem.layer.usage import watching
-from pkmem.layer.values import count_parameters, tables_in
+from pkmem.layer.values import tables_in
 from pkmem.lm.evaluation import evaluate
 from pkmem.lm.recall import measure_recall
 from pkmem.ops import prepare

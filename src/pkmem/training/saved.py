@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from pkmem.layer.config import require
-from pkmem.layer.values import count_parameters
+from pkmem.layer.counting import count_parameters
 from pkmem.lm.evaluation import evaluate
 from pkmem.lm.huggingface import context_tokens as longest_context
 from pkmem.lm.inspection import describe_memories, describe_reads

@@ -11,6 +11,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from pkmem.layer.config import require
 from pkmem.layer.memory import memories_in
+from pkmem.layer.quantised import QuantisedValues
 from pkmem.layer.query import MaskedBatchNorm
 from pkmem.layer.values import tables_in
 from pkmem.lm.build import build_model
@@ -76,6 +77,11 @@ def _require_fits(recipe: Recipe, model: PreTrainedModel, tokenizer: PreTrainedT
         raise ValueError(
             f"{recipe.model.pretrained} has embeddings of {rows} tokens but its tokenizer has {len(tokenizer)}: "
             "call model.resize_token_embeddings(len(tokenizer)) and save it again"
+        )
+    if any(isinstance(part, QuantisedValues) for part in model.modules()):
+        raise ValueError(
+            f"the values of {recipe.model.pretrained} are quantised and do not train: train the model as it was before "
+            "`pkmem convert`"
         )
     if recipe.training.train != "all" and not tables_in(model):
         raise ValueError(

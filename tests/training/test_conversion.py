@@ -1,0 +1,63 @@
+"""conversion.py: a saved model with its value tables in few bits; everything else bit for bit."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from pkmem.layer.quantised import QuantisedValues
+from pkmem.lm.build import build_model
+from pkmem.ops.packing import pack_rows, row_bytes
+from pkmem.training.conversion import convert_saved
+from pkmem.training.saved import load_saved
+from tiny import MEMORY, MODEL
+
+pytest_plugins = "tiny"
+
+
+@pytest.mark.parametrize(("values", "bits"), [("int8", 8), ("int4", 4)])
+def test_tables_are_packed_and_all_else_is_as_it_was(values: str, bits: int, run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "few" / "bits"
+    said = convert_saved(run, out, values)
+    before, after = (load_file(folder / "model.safetensors") for folder in (run / "model", out))
+    assert before.keys() == after.keys()
+    tables = [name for name in before if name.endswith("values.weight")]
+    assert tables
+    for name, tensor in before.items():
+        assert torch.equal(after[name], pack_rows(tensor, bits) if name in tables else tensor), name
+    sizes = [sum(file[name].nbytes for name in tables) / 1e6 for file in (before, after)]
+    assert f"in {values}: {sizes[0]:,.1f} MB became {sizes[1]:,.1f} MB" in said
+    assert f"saved in {out}; next: pkmem eval {out}" in said
+    model, tokenizer = load_saved(out)
+    assert any(isinstance(part, QuantisedValues) for part in model.modules())
+    assert len(tokenizer) == len(load_saved(run)[1])
+    assert not list(out.parent.glob("*.tmp"))
+
+
+def test_what_cannot_be_converted_is_named_and_nothing_is_made(run: Path, tmp_path: Path) -> None:
+    few = tmp_path / "few"
+    convert_saved(run, few, "int8")
+    dense = tmp_path / "dense"
+    build_model(replace(MODEL, memory_layers=[]), MEMORY, 300, eos_token_id=0).save_pretrained(dense)
+    load_saved(run)[1].save_pretrained(dense)
+    for path, out, why in (
+        (few, tmp_path / "fewer", "stored in 8 bits already"),
+        (dense, tmp_path / "other", "has no memories: there are no value tables to convert"),
+        (run, few, "already exists: choose another --out"),
+        (tmp_path / "nowhere", tmp_path / "other", "not a directory"),
+    ):
+        there = sorted(tmp_path.iterdir())
+        with pytest.raises(ValueError, match=why):
+            convert_saved(path, out, "int8")
+        assert sorted(tmp_path.iterdir()) == there
+    assert load_file(few / "model.safetensors")[
+        next(name for name in load_file(few / "model.safetensors") if name.endswith("values.weight"))
+    ].shape[1] == row_bytes(MODEL.width, 8)
+
+
+def test_a_folder_that_is_empty_is_taken(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "few").mkdir()
+    convert_saved(run, tmp_path / "few", "int8")
+    assert (tmp_path / "few" / "config.json").exists()
