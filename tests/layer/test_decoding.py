@@ -19,6 +19,7 @@ from pkmem import MemoryConfig, MemoryUsage, ProductKeyMemory
 pytest.importorskip("numba")
 
 from pkmem.layer.decoding import MOST_TOKENS
+from pkmem.layer.quantised import quantise_values
 from pkmem.ops.arguments import NORM_TENSORS, LayerWeights
 from pkmem.ops.cpu import decoding
 
@@ -462,3 +463,19 @@ def test_usage_is_counted(calls: list[int]) -> None:
         memory(torch.randn(1, 20))
     assert int(usage.num_reads.sum()) == 27
     assert calls == []
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("options", [{}, {"gate": True, "value_dim": 9}])
+def test_quantised_values_are_read_by_the_kernel_too(bits: int, options: dict, calls: list[int]) -> None:
+    memory = build("layer", **options)
+    quantise_values(memory, bits)
+    with torch.no_grad():
+        for num_tokens in (1, 3, MOST_TOKENS):
+            x = torch.randn(num_tokens, 20)
+            assert torch.allclose(memory(x), by_parts(memory, x), atol=1e-5)
+        assert calls == [1, 3, MOST_TOKENS]
+        memory.values.weight = nn.Parameter(memory.values.weight[:, :-1].contiguous(), requires_grad=False)
+        with pytest.raises(ValueError, match=r"rows of width \d+ in \d bits"):  # the parts say what is wrong
+            memory(torch.randn(1, 20))
+    assert len(calls) == 3

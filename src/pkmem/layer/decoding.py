@@ -16,10 +16,12 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from pkmem.layer.gate import OutputGate
 from pkmem.layer.keys import ProductKeys
+from pkmem.layer.quantised import QuantisedValues
 from pkmem.layer.query import MaskedBatchNorm, QueryNetwork
 from pkmem.layer.values import ValueTable
 from pkmem.ops.arguments import NORM_TENSORS, LayerWeights
 from pkmem.ops.backends import backend_module, choose_backend
+from pkmem.ops.packing import row_bytes
 from pkmem.ops.registered import is_plain, nobody_watches
 
 MOST_TOKENS = 8  # for more, matrix products pay
@@ -35,6 +37,7 @@ _PARTS: tuple[type[nn.Module], ...] = (
     nn.Linear,
     ProductKeys,
     ValueTable,
+    QuantisedValues,
     OutputGate,
     nn.Dropout,
 )
@@ -92,7 +95,7 @@ def _weights_of(memory: Any) -> LayerWeights | None:
         and _is_as_built(norm, type(norm))
         and _is_as_built(query._modules.get("dropout"), nn.Dropout)
         and _is_as_built(keys, ProductKeys)
-        and _is_as_built(values, ValueTable)
+        and (_is_as_built(values, ValueTable) or _is_as_built(values, QuantisedValues))
         and _is_as_built(parts.get("dropout"), nn.Dropout)
         and keys.backend == values.backend
     ):
@@ -102,6 +105,9 @@ def _weights_of(memory: Any) -> LayerWeights | None:
         gates = _weights_of_gate(gate)
         if gates is None:
             return None
+    weight, is_packed = values._parameters.get("weight"), type(values) is QuantisedValues
+    if weight is None or weight.dim() != 2:
+        return None
     kind = _NORMS[type(norm)]
     statistics = norm._parameters | norm._buffers
     eps = norm.__dict__.get("eps")
@@ -112,9 +118,11 @@ def _weights_of(memory: Any) -> LayerWeights | None:
         tuple([statistics.get(name) for name in NORM_TENSORS[kind]]),
         torch.finfo(torch.float32).eps if eps is None else eps,
         keys._parameters.get("sub_keys"),
-        values._parameters.get("weight"),
+        weight,
         gates,
         keys.knn,
+        values.width if is_packed else weight.shape[1],
+        values.bits if is_packed else None,
     )
 
 
@@ -147,15 +155,18 @@ def _is_as_built(part: Any, built_as: type[nn.Module]) -> bool:
 def _fit(x: Tensor, layer: LayerWeights) -> bool:
     """Whether all weights are plain, fp32 (the values: or half as wide), on the CPU, and of shapes that agree.
 
-    Where they are not, the parts say what is wrong.
+    Packed values are bytes. Where weights are not so, the parts say what is wrong.
     """
     for tensor in (x, layer.project, layer.bias, *layer.norm_tensors, layer.sub_keys, *(layer.gate or ())):
         if not is_plain(tensor) or tensor.dtype is not torch.float32 or not tensor.is_cpu:
             return False
-    if not is_plain(layer.values) or layer.values.dtype not in _VALUES or not layer.values.is_cpu:
+    if not is_plain(layer.values) or not layer.values.is_cpu:
+        return False
+    row = (torch.uint8, row_bytes(layer.width, layer.bits)) if layer.bits else (layer.values.dtype, layer.width)
+    if (layer.values.dtype, layer.values.shape[1]) != row or not (layer.bits or layer.values.dtype in _VALUES):
         return False
     heads, _, num_sub_keys, half = layer.sub_keys.shape
-    num_slots, value_width = layer.values.shape
+    num_slots, value_width = len(layer.values), layer.width
     width, channels = x.shape[1], 2 * half * heads
     norm_shape = (channels,) if layer.norm == "batch" else (2 * half,)
     return (

@@ -84,9 +84,11 @@ class LayerWeights(NamedTuple):
         norm_tensors: as `NORM_TENSORS` names them, (h * q,) each for "batch", else (q,).
         eps: what the norm adds to the variance.
         sub_keys: (h, 2, s, q / 2).
-        values: (s ** 2, v) fp32, bf16 or fp16.
+        values: (s ** 2, v) fp32, bf16 or fp16; or packed rows (s ** 2, row_bytes) uint8, see `pkmem.ops.packing`.
         gate: None, or W1 (v, d) and W2 (d', v) of Memory+'s output `W2(m(x) * silu(W1 x))`.
         knn: slots per head, in [1, s].
+        width: of a value, v.
+        bits: of a number where the values are packed, 8 or 4; else None.
     """
 
     project: Tensor
@@ -98,3 +100,5 @@ class LayerWeights(NamedTuple):
     values: Tensor
     gate: tuple[Tensor, Tensor] | None
     knn: int
+    width: int
+    bits: int | None = None

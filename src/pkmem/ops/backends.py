@@ -118,7 +118,7 @@ class Backend(Protocol):
             layer: its weights, of shapes that agree.
 
         Returns:
-            (n, v) in the dtype of values, or (n, d') fp32 behind a gate; None where the backend has no such kernel.
+            (n, v) in the dtype of values, fp32 where they are packed, or (n, d') fp32 behind a gate; None where the backend has no such kernel.
         """
 
 

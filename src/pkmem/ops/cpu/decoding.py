@@ -1,4 +1,5 @@
-"""The whole layer for a few tokens at once, without gradient, as a decoder reads it: one kernel, one thread.
+"""The whole layer for a few tokens at once, without gradient, as a decoder reads it: two kernels, or a gate's, too; one
+thread.
 
 A token costs a read of the query's weights and of the sub-keys. Torch's matrix product reads them at half the speed
 of a plain loop when there is one token to multiply with, and a dozen small calls cost as much again.
@@ -13,21 +14,30 @@ from pkmem.ops.arguments import NORM_TENSORS, LayerWeights
 from pkmem.ops.cpu.bag import sum_rows
 from pkmem.ops.cpu.halves import widen
 from pkmem.ops.cpu.kernels import array, kernel, part_of_kernel
+from pkmem.ops.cpu.packed import sum_packed_rows
 from pkmem.ops.cpu.selection import multiply, products, select
+from pkmem.ops.packing import code_bytes
 
 _NORMS = tuple(NORM_TENSORS)
 
 
 def decode(x: Tensor, layer: LayerWeights) -> Tensor:
-    """See `Backend.decode`; values of any dtype but fp64."""
+    """See `Backend.decode`; values of any dtype but fp64, or packed."""
     norms = [array(tensor) for tensor in layer.norm_tensors]
     norms += [np.empty(0, np.float32)] * (4 - len(norms))
-    summed = layer.values.new_empty(len(x), layer.values.shape[1])
-    tokens = array(x)
-    read(
+    tokens, reads = array(x), (len(x), layer.sub_keys.shape[0] * layer.knn)
+    weights, slots = np.empty(reads, np.float32), np.empty(reads, np.int64)
+    choose(
         tokens, array(layer.project), array(layer.bias), _NORMS.index(layer.norm), *norms, layer.eps,
-        array(layer.sub_keys), array(layer.values), layer.knn, array(summed),
+        array(layer.sub_keys), layer.knn, weights, slots,
     )  # fmt: skip
+    if layer.bits is None:
+        summed = layer.values.new_empty(len(x), layer.width)
+        sum_rows(array(layer.values), slots, weights, array(summed), 0, len(x))
+    else:
+        summed = x.new_empty(len(x), layer.width)
+        packed = array(layer.values), code_bytes(layer.width, layer.bits), layer.bits
+        sum_packed_rows(*packed, slots, weights, array(summed), 0, len(x))
     if layer.gate is None:
         return summed
     gate, project = layer.gate
@@ -37,13 +47,12 @@ def decode(x: Tensor, layer: LayerWeights) -> Tensor:
 
 
 @kernel
-def read(x, weight, bias, norm, scale, shift, mean, variance, eps, sub_keys, values, knn, out):  # type: ignore[no-untyped-def]
-    """Writes out (n, v)."""
+def choose(x, weight, bias, norm, scale, shift, mean, variance, eps, sub_keys, knn, weights, slots):  # type: ignore[no-untyped-def]
+    """Writes weights and slots (n, h * knn)."""
     tokens = len(x)
     heads, _, num_sub_keys, half = sub_keys.shape
     query = np.empty((tokens, heads, 2 * half), np.float32)
     half_scores = np.empty((2 * heads, tokens, num_sub_keys), np.float32)
-    weights, slots = np.empty((tokens, heads, knn), np.float32), np.empty((tokens, heads, knn), np.int64)
     flat = query.reshape(tokens, len(weight))
     products(weight, x, flat)
     for token in range(tokens):
@@ -57,11 +66,11 @@ def read(x, weight, bias, norm, scale, shift, mean, variance, eps, sub_keys, val
             _normalise(query[token], norm == 1, scale, shift, np.float32(eps))
     keys = sub_keys.reshape(2 * heads, num_sub_keys, half)
     multiply(query.reshape(tokens, 2 * heads, half), keys, half_scores, 0, 2 * heads)
-    select(half_scores, knn, weights, slots, 0, tokens)
+    scores = weights.reshape(tokens, heads, knn)
+    select(half_scores, knn, scores, slots.reshape(tokens, heads, knn), 0, tokens)
     for token in range(tokens):
         for head in range(heads):
-            _softmax(weights[token, head])
-    sum_rows(values, slots.reshape(tokens, heads * knn), weights.reshape(tokens, heads * knn), out, 0, tokens)
+            _softmax(scores[token, head])
 
 
 @kernel
