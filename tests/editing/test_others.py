@@ -36,14 +36,14 @@ def test_in_turn_there_are_none_some_and_all():
     draw = torch.Generator().manual_seed(0)
     seen = set()
     for _ in range(10):
-        found = [(inside, held(model, edits)) for inside in Others(model, edits).in_turn(draw)]
+        found = [(inside, held(model, edits)) for inside in Others(model, edits).in_turn(draw, 4)]
         assert len(found) == 6
         assert all([place in inside for place in range(2)] == now for inside, now in found)
         assert (found[0][0], found[-1][0]) == ([], [0, 1])
         seen |= {tuple(inside) for inside, _ in found[1:-1]}
     assert {(0,), (1,)} <= seen
-    assert len(list(Others(model, edits[:1]).in_turn(draw))) == 2
-    assert len(list(Others(model, []).in_turn(draw))) == 1
+    assert len(list(Others(model, edits[:1]).in_turn(draw, 4))) == 2
+    assert len(list(Others(model, []).in_turn(draw, 4))) == 1
 
 
 def test_some_are_drawn_from_none_to_all():
@@ -54,6 +54,15 @@ def test_some_are_drawn_from_none_to_all():
         assert [place in inside for place in range(2)] == held(model, edits)
         seen.add(tuple(inside))
     assert seen == {(), (0,), (1,), (0, 1)}
+
+
+def test_half_of_the_time_it_is_what_was_hard():
+    model, edits = with_edits()
+    others, draw = Others(model, edits), torch.Generator().manual_seed(0)
+    seen = [others.hold_some(draw, [[1]]) for _ in range(60)]
+    assert held(model, edits) == [place in seen[-1] for place in range(2)]
+    assert 20 < seen.count([1]) < 50
+    assert [] in seen
 
 
 def test_without_other_edits_nothing_is_drawn():

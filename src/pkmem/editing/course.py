@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -19,6 +19,8 @@ from pkmem.editing.rounding import rounded
 _FEWEST_UPDATES = 6  # of an epoch: a short lesson is gone through several times
 _CALMED = 0.95  # per epoch, the learning rate: late steps shall not undo what was learned before
 _IN_TEXT = 0.5  # of the time
+_FEWEST_DRAWN, _MOST_DRAWN = 4, 16  # times that some of the other edits are drawn to see whether answers hold
+_ASKED_BESIDE_DRAWN = 320  # about so many answers, where the times are between those
 
 
 class Course:
@@ -57,6 +59,7 @@ class Course:
         self._times = -(-_FEWEST_UPDATES // -(-len(questions) // batch_size))
         self._most_texts = max(map(len, in_text.values()), default=0)
         self._draw = torch.Generator().manual_seed(seed)
+        self._hard: list[list[int]] = []  # edits beside which the answers did not hold when they were checked
         self._changes = [part.change for part in model.modules() if isinstance(part, RowsInTraining)]
         self._optimizer = torch.optim.Adam(self._changes, lr=lr, betas=(0.9, 0.98))
 
@@ -66,7 +69,7 @@ class Course:
             group["lr"] = self._lr * _CALMED**self.num_epochs
         for _ in range(self._times):
             for places in self.progress.epoch():
-                inside = self._others.hold_some(self._draw)
+                inside = self._others.hold_some(self._draw, self._hard)
                 loss = self._ask(places).mean() + self._hold.loss(self._model, self.num_epochs, self._draw)
                 if self._known is not None:
                     loss = loss + self._known.ask_some(self._model, inside)
@@ -83,7 +86,15 @@ class Course:
         """
         for change in self._changes:
             change.data = rounded(change.data)
-        return self.progress.check(self._model, (None for _ in self._others.in_turn(self._draw)))
+        self._hard = []
+        return self.progress.check(self._model, self._circumstances())
+
+    def _circumstances(self) -> Iterator[None]:
+        times = min(max(_ASKED_BESIDE_DRAWN // self.progress.num, _FEWEST_DRAWN), _MOST_DRAWN)
+        for inside in self._others.in_turn(self._draw, times):
+            yield
+            if self.progress.share_learned < 1:  # here
+                self._hard.append(inside)
 
     @property
     def share_learned(self) -> float:
@@ -95,7 +106,7 @@ class Course:
         """The share that is right still of what the other edits taught, wherever they are in."""
         if self._known is None:
             return 1.0
-        return self._known.check(self._model, self._others.in_turn(self._draw))
+        return self._known.check(self._model, self._others.in_turn(self._draw, _FEWEST_DRAWN))
 
     def _ask(self, places: Sequence[int]) -> Tensor:
         """The losses of some questions: some as they stand, some in other text, which are longer."""

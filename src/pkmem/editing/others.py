@@ -11,8 +11,6 @@ from torch import Tensor, nn
 from pkmem.editing.edit import Edit
 from pkmem.editing.fingerprint import saved_tensors, table_names
 
-_DRAWN = 4  # times that some are drawn to see whether answers hold
-
 
 class Others:
     """Edits of a model, of which it has those that it is told to have.
@@ -62,26 +60,34 @@ class Others:
         """Lets the model have all of them."""
         self.hold([True] * len(self._edits))
 
-    def in_turn(self, draw: torch.Generator) -> Iterator[list[int]]:
-        """The model without any, with some of them, drawn a few times, and with all: their places.
+    def in_turn(self, draw: torch.Generator, times: int) -> Iterator[list[int]]:
+        """The model without any, with some of them, drawn so many times, and with all: their places.
 
         Where there are none, the model as it is.
         """
         if self._edits:
             self.hold_none()
             yield []
-            for _ in range(_DRAWN if len(self._edits) > 1 else 0):
+            for _ in range(times if len(self._edits) > 1 else 0):
                 yield self._hold_share(torch.rand((), generator=draw), draw)
         self.hold_all()
         yield list(range(len(self._edits)))
 
-    def hold_some(self, draw: torch.Generator) -> list[int]:
+    def hold_some(self, draw: torch.Generator, hard: Sequence[Sequence[int]] = ()) -> list[int]:
         """Lets the model have none, half of the time, and else some, drawn; returns their places.
 
         None is where most is to be learned: what others changed often helps.
+
+        Args:
+            draw: draws.
+            hard: places with which the answers did not hold; where there are any, it is one of these half of the time.
         """
         if not self._edits:
             return []
+        if hard and torch.rand((), generator=draw) < 0.5:
+            inside = hard[int(torch.randint(len(hard), (), generator=draw))]
+            self.hold([place in inside for place in range(len(self._edits))])
+            return list(inside)
         return self._hold_share((2 * torch.rand((), generator=draw) - 1).clamp_min(0), draw)
 
     def _hold_share(self, share: Tensor, draw: torch.Generator) -> list[int]:

@@ -38,6 +38,11 @@ class Progress:
         self._sure: set[int] = set()
 
     @property
+    def num(self) -> int:
+        """How many questions."""
+        return len(self._questions)
+
+    @property
     def share(self) -> float:
         """The share of questions that were answered right when they were last asked, in [0, 1]."""
         return len(self._right) / len(self._questions)
