@@ -43,7 +43,7 @@ suite: $(INSTALLED)        # without coverage; what an old library warns of is n
 
 test-portable: $(INSTALLED)  ## what macOS and Windows can run: not the experiments, their benchmarks and the command line
 	PYTHONUTF8=1 $(BIN)/pytest -n 2 --dist worksteal -m "not slow and not linux" \
-	  tests/ops tests/layer tests/lm tests/text tests/training tests/test_private_names.py tests/test_versions.py
+	  tests/files tests/ops tests/layer tests/lm tests/text tests/training tests/test_private_names.py tests/test_versions.py
 
 check: $(INSTALLED) docs   ## lint, format, types, documentation
 	$(BIN)/ruff check .

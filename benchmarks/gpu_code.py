@@ -23,7 +23,7 @@ import torch
 
 from harness import RESULTS
 from pkmem.experiments.environment import environment
-from pkmem.training.files import save_json
+from pkmem.files.documents import save_json
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import targets

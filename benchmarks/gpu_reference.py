@@ -18,8 +18,8 @@ import torch
 from harness import RESULTS
 from pkmem import MemoryConfig
 from pkmem.experiments.environment import environment
+from pkmem.files.documents import save_json
 from pkmem.ops.reference import GPU_BYTES
-from pkmem.training.files import save_json
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import meter

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from pkmem.experiments.environment import environment
-from pkmem.training.files import save_json
+from pkmem.files.documents import save_json
 
 RESULTS = Path(__file__).parent / "results"
 TUNED_MALLOC = {

@@ -22,7 +22,7 @@ from torch.multiprocessing import start_processes
 
 import harness
 from harness import TUNED_MALLOC, Report, Timings
-from pkmem.training.files import load_json
+from pkmem.files.documents import load_json
 
 SECONDS_PER_TURN = 2.0  # of updates
 

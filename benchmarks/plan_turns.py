@@ -15,9 +15,9 @@ import torch.distributed as dist
 
 import harness
 from pkmem.experiments.family import config_folder
+from pkmem.files.documents import save_json
 from pkmem.planning.machine import measure
 from pkmem.planning.plan import layout_of, make_plan, trace_of
-from pkmem.training.files import save_json
 from pkmem.training.journal import read_metrics
 from pkmem.training.reading import read_recipe, read_yaml
 from pkmem.training.recipe import Recipe

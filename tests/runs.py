@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from pkmem.files.documents import load_json
 from pkmem.training.checkpoint import open_shards
-from pkmem.training.files import load_json
 from pkmem.training.journal import Journal, read_metrics
 
 

@@ -17,14 +17,14 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
+from pkmem.files.documents import CheckpointError, load_json
+from pkmem.files.tensor_file import TensorFile
 from pkmem.training import shards as shards_module
 from pkmem.training.checkpoint import newest_valid_checkpoint, open_shards, save_checkpoint, verify_checkpoint
-from pkmem.training.files import CheckpointError, load_json
 from pkmem.training.named_state import load_model, load_optimizer, model_tensors, optimizer_state
 from pkmem.training.saver import CheckpointSaver
 from pkmem.training.shards import plan_shard
 from pkmem.training.state import load_state, save_state
-from pkmem.training.tensor_file import TensorFile
 from pkmem.training.together import Together
 
 NUM_ROWS = 7  # over four processes: 2, 2, 2, 1

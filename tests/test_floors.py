@@ -10,7 +10,8 @@ import pkmem
 
 PACKAGE = Path(pkmem.__file__).parent
 ORDER = {  # folders from the ground up, each with its files in order: a file imports from those before it
-    "text": "durable cache synthetic files facts tokenizer examples documents encoder tokens blocks",
+    "files": "durable documents tensor_file",
+    "text": "cache synthetic files facts tokenizer examples documents encoder tokens blocks",
     "ops": "user_cache verdict arguments packing precision rounding reference",
     "ops.cpu": "threads cache kernels halves vectors bag packed rows selection selection_backward decoding compiling",
     "ops.triton": "installed device code arithmetic launch bag packed rows selection selection_backward kernels",
@@ -18,7 +19,7 @@ ORDER = {  # folders from the ground up, each with its files in order: a file im
     "layer": "config huge_pages drawing room padding recomputation crossing query keys values quantised counting gate decoding memory usage "
     "replicas sharding optim combined",
     "lm": "config evaluation speed padding signature placement huggingface modeling_pkmem build smollm2 recall inspection autoload",
-    "training": "recipe reading files tensor_file together state shards checkpoint named_state saver "
+    "training": "recipe reading together state shards checkpoint named_state saver "
     "screening export saved conversion start journal trainer processes prepare parallel run",
     "editing": "fingerprint rounding edit directory listing near_misses questions surroundings kept_answers progress rehearsal reads others elsewhere choosing holding course learning lesson retrofit verbs",
     "experiments": "benchmarks environment plots page family results costs claims grid report demo",

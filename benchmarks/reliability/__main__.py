@@ -20,7 +20,7 @@ from typing import Any
 from benchmarks.reliability import checkpoints, failures, sharding, shares
 from benchmarks.reliability.outcome import Outcome, Trial
 from pkmem.experiments.environment import environment
-from pkmem.training.files import load_json, save_json
+from pkmem.files.documents import load_json, save_json
 
 RESULTS = Path(__file__).parents[1] / "results" / "reliability.json"
 TRIALS: dict[int, Trial] = dict(

@@ -25,9 +25,9 @@ from benchmarks.reliability.other_sizes import other_numbers_of_processes
 from benchmarks.reliability.outcome import Outcome, Trial
 from benchmarks.reliability.states import state_of, steps_in
 from benchmarks.reliability.workers import results
+from pkmem.files.documents import CheckpointError, load_json
 from pkmem.training import checkpoint
 from pkmem.training.checkpoint import save_checkpoint
-from pkmem.training.files import CheckpointError, load_json
 from pkmem.training.saver import CheckpointSaver
 from pkmem.training.shards import Shard, plan_shard
 from pkmem.training.together import Together

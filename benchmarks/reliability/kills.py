@@ -15,10 +15,10 @@ from pathlib import Path
 from benchmarks.reliability.outcome import Outcome
 from benchmarks.reliability.states import state_of, steps_in
 from benchmarks.reliability.workers import join, started
+from pkmem.files.documents import CheckpointError
+from pkmem.files.tensor_file import TensorFile
 from pkmem.training.checkpoint import newest_valid_checkpoint, save_checkpoint
-from pkmem.training.files import CheckpointError
 from pkmem.training.shards import plan_shard
-from pkmem.training.tensor_file import TensorFile
 from pkmem.training.together import Together
 
 ROWS = 1 << 15  # three tensors of 8 MB

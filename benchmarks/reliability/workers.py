@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from pkmem.training.files import load_json, save_json
+from pkmem.files.documents import load_json, save_json
 from pkmem.training.together import Together
 
 

@@ -17,8 +17,8 @@ from pkmem import Edit
 from pkmem.editing import directory
 from pkmem.editing.directory import SavedModel, apply_edits, forget_edit, save_with_tables_apart
 from pkmem.editing.fingerprint import fingerprint, table_names
+from pkmem.files import durable
 from pkmem.lm.huggingface import PkmemForCausalLM
-from pkmem.text import durable
 from pkmem.training.saved import load_saved
 
 pytest_plugins = "tiny"
@@ -251,7 +251,7 @@ def fail_at(stage: str, monkeypatch: pytest.MonkeyPatch, error: BaseException) -
                 raise error
             real(path, *rest)
 
-        monkeypatch.setattr(f"pkmem.text.durable.{stage}", of_weights)
+        monkeypatch.setattr(f"pkmem.files.durable.{stage}", of_weights)
     elif stage == "after move":
         real_sync = durable.sync
 
@@ -260,7 +260,7 @@ def fail_at(stage: str, monkeypatch: pytest.MonkeyPatch, error: BaseException) -
             if path.name == "model":
                 raise error
 
-        monkeypatch.setattr("pkmem.text.durable.sync", of_folder)
+        monkeypatch.setattr("pkmem.files.durable.sync", of_folder)
     elif stage == "save":
         monkeypatch.setattr(Edit, "save", fail)
     elif stage == "done":

@@ -10,7 +10,7 @@ from lessons import OF_LESSONS, pupil
 from made_edits import made_edit
 from pkmem.editing.directory import SavedModel
 from pkmem.editing.fingerprint import fingerprint, saved_tensors, table_names
-from pkmem.training.tensor_file import TensorFile
+from pkmem.files.tensor_file import TensorFile
 
 
 @pytest.mark.parametrize(("family", "shared"), [*((family, False) for family in FAMILIES), ("gpt2", True)])

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from pkmem.text.durable import move
+from pkmem.files.documents import CheckpointError, load_json, save_json
+from pkmem.files.durable import move
 from pkmem.training import checkpoint
 from pkmem.training.checkpoint import latest_checkpoint, save_checkpoint, verify_checkpoint
-from pkmem.training.files import CheckpointError, load_json, save_json
 from pkmem.training.shards import Shard, plan_shard
 from pkmem.training.state import save_state
 from pkmem.training.together import Together
@@ -25,7 +25,7 @@ import resource, sys, time
 from pathlib import Path
 import torch
 from pkmem.training.checkpoint import save_checkpoint
-from pkmem.training.files import CheckpointError
+from pkmem.files.documents import CheckpointError
 from pkmem.training.shards import plan_shard
 from pkmem.training.state import save_state
 from pkmem.training.together import Together

@@ -9,11 +9,11 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from pkmem.files.documents import CheckpointError
 from pkmem.lm.build import build_model
 from pkmem.training import export
 from pkmem.training.checkpoint import save_checkpoint
 from pkmem.training.export import export_checkpoint, export_run, save_description
-from pkmem.training.files import CheckpointError
 from pkmem.training.named_state import model_tensors
 from pkmem.training.shards import Part, Shard, plan_shard
 from pkmem.training.together import Together

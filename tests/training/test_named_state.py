@@ -8,10 +8,10 @@ from safetensors.torch import load_file
 from torch import nn
 
 from pkmem import CombinedOptimizer, MemoryConfig, ProductKeyMemory, RowAdam
+from pkmem.files.documents import CheckpointError
 from pkmem.layer.optim import dense_parameters
 from pkmem.lm.build import build_model
 from pkmem.training.checkpoint import open_shards, save_checkpoint
-from pkmem.training.files import CheckpointError
 from pkmem.training.named_state import load_model, load_optimizer, model_tensors, optimizer_state
 from pkmem.training.shards import plan_shard
 from pkmem.training.state import load_state, save_state

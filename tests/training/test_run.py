@@ -22,12 +22,12 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoTokenizer
 
+from pkmem.files.documents import load_json, save_json
 from pkmem.layer.values import count_parameters
 from pkmem.lm.recall import measure_recall
 from pkmem.text.synthetic import SyntheticFacts
 from pkmem.training import prepare
 from pkmem.training.checkpoint import CheckpointError, latest_checkpoint, verify_checkpoint
-from pkmem.training.files import load_json, save_json
 from pkmem.training.journal import read_metrics
 from pkmem.training.recipe import Recipe
 from pkmem.training.run import sequences_per_process, train

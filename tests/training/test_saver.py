@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from pkmem.files.documents import CheckpointError, load_json, save_json
 from pkmem.training.checkpoint import latest_checkpoint, open_shards, verify_checkpoint
-from pkmem.training.files import CheckpointError, load_json, save_json
 from pkmem.training.saver import CheckpointSaver
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from pkmem.training.files import CheckpointError
+from pkmem.files.documents import CheckpointError
 from pkmem.training.shards import Shards
 from saving_together import check_sharing
 

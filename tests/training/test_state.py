@@ -13,8 +13,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from pkmem.files.documents import CheckpointError, load_json, save_json
 from pkmem.training.checkpoint import save_checkpoint, verify_checkpoint
-from pkmem.training.files import CheckpointError, load_json, save_json
 from pkmem.training.state import load_state, rng_state, save_state, set_rng_state
 
 

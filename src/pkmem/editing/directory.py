@@ -21,13 +21,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pkmem.editing.edit import Edit, State
 from pkmem.editing.fingerprint import fingerprint_of, saved_tensors, table_names
+from pkmem.files.documents import load_json, save_text
+from pkmem.files.durable import replacing
+from pkmem.files.tensor_file import Stored, TensorFile, write_tensor_file
 from pkmem.layer.memory import memories_in
-from pkmem.text.durable import replacing
 from pkmem.training.export import save_description
-from pkmem.training.files import load_json, save_text
 from pkmem.training.saved import is_checkpoint, locate_saved
 from pkmem.training.screening import screen_model
-from pkmem.training.tensor_file import Stored, TensorFile, write_tensor_file
 
 _WHOLE = "model.safetensors"  # all weights in one file, or an index of several
 _INDEX = "model.safetensors.index.json"

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from pkmem.editing.fingerprint import fingerprint, saved_tensors, table_names
 from pkmem.editing.rounding import from_bytes, to_bytes
-from pkmem.text.durable import replacing
+from pkmem.files.documents import LARGEST_DOCUMENT, CheckpointError, parse_json
+from pkmem.files.durable import replacing
+from pkmem.files.tensor_file import TensorFile, write_tensor_file
 from pkmem.text.facts import Fact
-from pkmem.training.files import LARGEST_DOCUMENT, CheckpointError, parse_json
-from pkmem.training.tensor_file import TensorFile, write_tensor_file
 
 State = Literal["in", "out", "changed"]
 _VERSION = "1"  # of the file's form

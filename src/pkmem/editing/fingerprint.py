@@ -8,9 +8,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from pkmem.files.tensor_file import name_of
 from pkmem.layer.memory import memories_in
 from pkmem.layer.values import tables_in
-from pkmem.training.tensor_file import name_of
 
 _IN_TRAINING = ("query_dropout", "dropout")  # settings of a memory that change nothing of how it answers
 _MOST_SAMPLES = 256  # of a tensor: each may cost a page of the file that holds it

@@ -11,10 +11,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from pkmem.experiments.environment import environment
 from pkmem.experiments.family import Family, config_folder, load_family
 from pkmem.experiments.plots import plot_learning_curves
+from pkmem.files.documents import empty, save_json
 from pkmem.lm.huggingface import context_tokens
 from pkmem.lm.speed import measure_speed
 from pkmem.text import read_documents, train_tokenizer
-from pkmem.training.files import empty, save_json
 from pkmem.training.journal import read_metrics
 from pkmem.training.reading import read_yaml
 from pkmem.training.recipe import Recipe

@@ -26,11 +26,11 @@ from pkmem.experiments.costs import costs
 from pkmem.experiments.environment import environment
 from pkmem.experiments.family import Family, Run, config_folder
 from pkmem.experiments.results import difference, find_results, save_result, save_speeds, standing
+from pkmem.files.documents import load_json
 from pkmem.lm.build import build_model
 from pkmem.lm.speed import measure_speed
 from pkmem.text import read_documents
 from pkmem.training.checkpoint import latest_checkpoint
-from pkmem.training.files import load_json
 from pkmem.training.journal import read_metrics
 from pkmem.training.prepare import prepare_text
 from pkmem.training.reading import read_recipe, read_yaml

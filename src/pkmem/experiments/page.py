@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from pkmem.training.files import save_text
+from pkmem.files.documents import save_text
 
 _GENERATOR = '<meta name="generator" content="pkmem report">'
 _COMMENT = "<!-- made by pkmem report, which writes over this file -->"

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pkmem.experiments.family import Cell, Family, Run
-from pkmem.training.files import save_json
+from pkmem.files.documents import save_json
 from pkmem.training.reading import by_dotted_name, read_recipe
 from pkmem.training.recipe import Recipe
 

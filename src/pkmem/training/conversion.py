@@ -7,10 +7,10 @@ from pathlib import Path
 
 import torch
 
+from pkmem.files.durable import move
 from pkmem.layer.quantised import QuantisedValues
 from pkmem.layer.values import Table
 from pkmem.lm.huggingface import PkmemForCausalLM
-from pkmem.text.durable import move
 from pkmem.training.saved import load_saved
 
 

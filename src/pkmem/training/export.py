@@ -12,12 +12,12 @@ import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pkmem.text.durable import move, sync
+from pkmem.files.documents import CheckpointError, save_text
+from pkmem.files.durable import move, sync
+from pkmem.files.tensor_file import write_tensor_file
 from pkmem.training.checkpoint import newest_valid_checkpoint, open_shards, verify_checkpoint
-from pkmem.training.files import CheckpointError, save_text
 from pkmem.training.screening import screen_config
 from pkmem.training.shards import Shards
-from pkmem.training.tensor_file import write_tensor_file
 
 _CHUNK_BYTES = 8 << 20
 _OF_THE_RUN = ("manifest.json", "optimizer.json", "schedule.json", "journal.json", "trainer_state.json")

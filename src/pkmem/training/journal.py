@@ -16,9 +16,9 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
+from pkmem.files.documents import save_text
 from pkmem.layer.usage import usage_figures
 from pkmem.lm.evaluation import evaluate
-from pkmem.training.files import save_text
 from pkmem.training.recipe import Recipe
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from pkmem.training.files import CheckpointError
+from pkmem.files.documents import CheckpointError
 from pkmem.training.shards import Shards
 
 

@@ -10,9 +10,9 @@ import yaml
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from pkmem.files.documents import CheckpointError, empty, save_text
 from pkmem.text import TokenFile, read_documents, tokenize, train_tokenizer
 from pkmem.training.checkpoint import latest_checkpoint, newest_valid_checkpoint
-from pkmem.training.files import CheckpointError, empty, save_text
 from pkmem.training.processes import restarts_by_itself
 from pkmem.training.recipe import Recipe
 from pkmem.training.start import load_tokenizer, starting_tokenizer

@@ -31,6 +31,7 @@ from transformers import (
     set_seed,
 )
 
+from pkmem.files.documents import save_json
 from pkmem.layer.counting import count_parameters
 from pkmem.layer.drawing import undrawn_tables
 from pkmem.layer.sharding import shard_values
@@ -42,7 +43,6 @@ from pkmem.ops import prepare
 from pkmem.text import TokenBlocks, TokenFile
 from pkmem.text.synthetic import SYNTHETIC, SyntheticFacts
 from pkmem.training.export import export_checkpoint
-from pkmem.training.files import save_json
 from pkmem.training.journal import Journal
 from pkmem.training.parallel import split_dense_part, table_mesh
 from pkmem.training.prepare import make_run_directory, prepare_run, say

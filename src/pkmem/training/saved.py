@@ -20,6 +20,7 @@ from transformers import (
     set_seed,
 )
 
+from pkmem.files.documents import CheckpointError
 from pkmem.layer.config import require
 from pkmem.layer.counting import count_parameters
 from pkmem.lm.evaluation import evaluate
@@ -30,7 +31,6 @@ from pkmem.lm.speed import measure_speed
 from pkmem.text import Split, TokenBlocks, tokenize
 from pkmem.text.synthetic import SYNTHETIC, SyntheticFacts
 from pkmem.training.checkpoint import newest_valid_checkpoint, open_shards, verify_checkpoint
-from pkmem.training.files import CheckpointError
 from pkmem.training.screening import screen_config, screen_model
 
 _OF_A_MODEL = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]  # nothing that could be run

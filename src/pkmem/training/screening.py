@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
-from pkmem.training.files import CheckpointError, load_json
-from pkmem.training.tensor_file import TensorFile
+from pkmem.files.documents import CheckpointError, load_json
+from pkmem.files.tensor_file import TensorFile
 
 _INDEX = "model.safetensors.index.json"
 _WEIGHTS_OF_A_BYTE = 8  # at most, however they are quantised

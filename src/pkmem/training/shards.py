@@ -25,8 +25,8 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from pkmem.training.files import CheckpointError, parse_json
-from pkmem.training.tensor_file import Digest, TensorFile, name_of, write_tensor_file
+from pkmem.files.documents import CheckpointError, parse_json
+from pkmem.files.tensor_file import Digest, TensorFile, name_of, write_tensor_file
 from pkmem.training.together import Together
 
 _NOTE = "DCP_SHARDING_INFO"  # torch's name for where in the whole tensors a file's are

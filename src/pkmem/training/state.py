@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pkmem.training.files import CheckpointError, load_json, save_text
+from pkmem.files.documents import CheckpointError, load_json, save_text
 
 
 def save_state(path: Path, state: Any) -> None:

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pkmem.training.files import load_json, save_json
+from pkmem.files.documents import load_json, save_json
 
 METHODS = ("memory", "full", "lora")
 LABELS = {"memory": "memory", "full": "full fine-tuning", "lora": "LoRA"}

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from pkmem.text.durable import replacing
+from pkmem.files.durable import replacing
 
 LARGEST_DOCUMENT = 8 << 20  # bytes of JSON that are read: of 80,000 tensors
 _MOST_BRACKETS = 300_000  # in it: millions of empty lists take seconds and hundreds of MB

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from pkmem.text import durable
-from pkmem.text.durable import move, replacing, sync
+from pkmem.files import durable
+from pkmem.files.durable import move, replacing, sync
 
 
 @pytest.fixture

@@ -18,9 +18,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pkmem.layer.config import is_integer
-from pkmem.text.durable import sync
-from pkmem.training.files import LARGEST_DOCUMENT, CheckpointError, parse_json
+from pkmem.files.documents import LARGEST_DOCUMENT, CheckpointError, parse_json
+from pkmem.files.durable import sync
 
 _NAMES = {  # in the order of the library, which puts the last first in a file
     torch.bool: "BOOL",
@@ -213,7 +212,9 @@ def _read_header(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
         check(dtype is not None, f"{name!r} is {entry['dtype']!r}, no dtype of torch")
         assert dtype is not None
         for numbers in (shape, place):
-            check(isinstance(numbers, list) and all(is_integer(n, 0) for n in numbers), f"{name!r} has no sizes")
+            check(
+                isinstance(numbers, list) and all(type(n) is int and n >= 0 for n in numbers), f"{name!r} has no sizes"
+            )
         check(len(shape) <= 64 and len(place) == 2, f"{name!r} has no sizes")
         needed = math.prod(shape) * dtype.itemsize
         check(place[1] - place[0] == needed, f"{name!r} needs {needed} bytes and has {place[1] - place[0]}")

@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save, save_file
 
-from pkmem.training.files import LARGEST_DOCUMENT, CheckpointError
-from pkmem.training.tensor_file import TensorFile, digest_of, write_tensor_file
+from pkmem.files.documents import LARGEST_DOCUMENT, CheckpointError
+from pkmem.files.tensor_file import TensorFile, digest_of, write_tensor_file
 
 BASE = torch.arange(24.0).reshape(4, 6)
 TENSORS = {
