@@ -16,6 +16,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import pkmem
 from pkmem import MemoryConfig, ProductKeyMemory, RowAdam, shard_values, tables_in
+from pkmem.layer.counting import count_parameters
 from pkmem.layer.values import NeuronTable, Table, ValueTable
 from pkmem.ops.reading_log import row_gradient
 
@@ -183,7 +184,7 @@ def everyday(shape: tuple[int, int]) -> dict[str, object]:
     held = {
         "drawn from seed and place": model.state_dict()["1.values.weight"].full_tensor().equal(whole[1].values.weight)
     }
-    held["counted whole"] = pkmem.layer.values.count_parameters(model) == pkmem.layer.values.count_parameters(whole)
+    held["counted whole"] = count_parameters(model) == count_parameters(whole)
     held["shared once"] = model[1].values is model[2].values and len(tables_in(model)) == 2
     held["loads a whole state dict"] = False
     for weight in whole.parameters():

@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pkmem.experiments.costs import costs
 from pkmem.experiments.family import Machine
-from pkmem.layer.values import count_parameters
+from pkmem.layer.counting import count_parameters
 from pkmem.lm.build import build_model
 from pkmem.training.recipe import Recipe
 from tiny import tiny

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
+from pkmem.layer.counting import count_parameters
 from pkmem.layer.memory import memories_in
 from pkmem.layer.usage import watching
-from pkmem.layer.values import count_parameters
 from pkmem.lm.build import build_model
 from pkmem.lm.evaluation import evaluate
 from pkmem.lm.speed import measure_speed

@@ -23,7 +23,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import AutoTokenizer
 
 from pkmem.files.documents import load_json, save_json
-from pkmem.layer.values import count_parameters
+from pkmem.layer.counting import count_parameters
 from pkmem.lm.recall import measure_recall
 from pkmem.text.synthetic import SyntheticFacts
 from pkmem.training import prepare

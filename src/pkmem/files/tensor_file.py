@@ -94,6 +94,11 @@ class TensorFile:
         count = math.prod(shape)
         return torch.frombuffer(self._mapped, dtype=dtype, count=count, offset=start).view(shape)
 
+    def read_at_random(self) -> None:
+        """Lets the system read of what is mapped what is asked for, and nothing around it, where it can."""
+        if self._mapped is not None and hasattr(mmap, "MADV_RANDOM"):
+            self._mapped.madvise(mmap.MADV_RANDOM)
+
 
 def write_tensor_file(
     path: Path,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import final
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from pkmem import ops
 from pkmem.layer.values import NeuronTable, Table
 from pkmem.ops.packing import pack_rows, require_bits, row_bytes, unpack_rows
+from pkmem.ops.read_ahead import ReadAhead
 
 
 @final
@@ -25,6 +26,7 @@ class QuantisedValues(nn.Module):
     Attributes:
         weight: (m, bytes of a row) uint8, zeros at first; see `pkmem.ops.packing`.
         backend: None for the fastest on the device, or one of `pkmem.ops.BACKENDS`.
+        ahead: None, or what asks for rows ahead while the table lies in a file.
 
     Raises:
         ValueError: `bits` is neither 8 nor 4.
@@ -37,6 +39,11 @@ class QuantisedValues(nn.Module):
         self.weight = nn.Parameter(rows, requires_grad=False)
         self.width, self.bits = width, bits
         self.backend: str | None = None
+        self.ahead: ReadAhead | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy or a pickle takes along: only the original may lie in a file."""
+        return self.__dict__ | {"ahead": None}
 
     @classmethod
     def of(cls, table: Table, bits: int) -> QuantisedValues:
@@ -59,6 +66,8 @@ class QuantisedValues(nn.Module):
 
     def forward(self, slots: Tensor, weights: Tensor) -> Tensor:
         """Slots and weights (n, h, knn) -> sums over heads and neighbours (n, v) fp32 (eq. 3)."""
+        if self.ahead is not None and not torch.compiler.is_compiling():
+            self.ahead.ask(self.weight.detach(), slots)
         return ops.packed_sum(
             self.weight, slots.flatten(1), weights.flatten(1), self.width, self.bits, backend=self.backend
         )

@@ -26,11 +26,13 @@ from pkmem.layer.config import MemoryConfig, plain_number
 from pkmem.layer.memory import memories_in
 from pkmem.layer.quantised import quantise_values
 from pkmem.layer.values import tables_in
+from pkmem.lm.mapping import leave_out_tables_that_come_later, map_tables, require_another_folder, tables_come_later
 from pkmem.lm.padding import keep_mask_with, keeping_mask, real_tokens, under_mask
 from pkmem.lm.placement import MemoryMLP, Placement, insert_memories
 from pkmem.lm.signature import decoder_signature
 
 VALUE_BITS = {"int8": 8, "int4": 4}
+_MAPPED = "mmap"
 _OF_THE_DECODER = ("main_input_name", "input_modalities", "accepts_loss_kwargs", "_is_stateful")
 
 
@@ -127,6 +129,9 @@ class PkmemForCausalLM(PreTrainedModel, GenerationMixin):
         tables = [f"base.{name}.values.weight" for name in names]
         self._tied_weights_keys = dict.fromkeys(tables[1:], tables[0]) if config.share_values else {}
         self._keep_in_fp32_modules = [f"base.{name}" for name in names]  # which quantisers leave alone
+        if leave_out_tables_that_come_later(self):
+            self._tied_weights_keys = {}  # there is nothing to tie
+            self._keys_to_ignore_on_load_unexpected = [r"\.(values|neurons)\.weight$"]
         self.post_init()
 
     @classmethod
@@ -134,17 +139,20 @@ class PkmemForCausalLM(PreTrainedModel, GenerationMixin):
         """Loads what `save_pretrained` wrote; reads safetensors only, and no incomplete file.
 
         Args:
-            args, kwargs: as in transformers; and `values`, "int8" or "int4": how to store the value tables, None as they
-                are in the file.
+            args, kwargs: as in transformers; and `values`: "int8" or "int4" stores the value tables so; "mmap" leaves
+                all tables in the files of a directory, in whatever form they are, and reads rows when they are needed;
+                None loads them as they are.
 
         Raises:
-            ValueError: weights are missing from the file, or its tables cannot be stored so.
+            ValueError: weights are missing from the file, its tables cannot be stored so, or they cannot be mapped.
         """
-        stored = kwargs.pop("values", None)
-        if stored is not None and stored not in VALUE_BITS:
-            raise ValueError(f"values is {stored!r} but must be one of {', '.join(map(repr, VALUE_BITS))}, or None")
-        wants_info = kwargs.pop("output_loading_info", False)
+        stored, wants_info = kwargs.pop("values", None), kwargs.pop("output_loading_info", False)
+        if stored not in (None, _MAPPED, *VALUE_BITS):
+            known = ", ".join(map(repr, (*VALUE_BITS, _MAPPED)))
+            raise ValueError(f"values is {stored!r} but must be one of {known}, or None")
         kwargs["use_safetensors"] = True
+        if stored == _MAPPED:
+            return cls._with_mapped_tables(wants_info, *args, **kwargs)
         model, info = super().from_pretrained(*args, **kwargs, output_loading_info=True)
         if info["missing_keys"]:
             missing = sorted(info["missing_keys"])
@@ -154,6 +162,22 @@ class PkmemForCausalLM(PreTrainedModel, GenerationMixin):
             )
         if stored is not None and model.config.value_bits != VALUE_BITS[stored]:
             model.quantise_values(stored)
+        return (model, info) if wants_info else model
+
+    @classmethod
+    def _with_mapped_tables(cls, wants_info: bool, *args: Any, **kwargs: Any) -> Any:
+        folder = Path(args[0] if args else kwargs["pretrained_model_name_or_path"], kwargs.get("subfolder") or "")
+        if not folder.is_dir():
+            raise ValueError(
+                f"{folder} is no directory, and tables are mapped from one: huggingface_hub.snapshot_download gets a model "
+                "of the Hub, and says where it is"
+            )
+        with tables_come_later():
+            model, info = cls.from_pretrained(*args, **kwargs, output_loading_info=True)
+        map_tables(model, folder)
+        del model._keys_to_ignore_on_load_unexpected
+        tables = [f"base.{name}.values.weight" for name in memories_in(model.base)]
+        model._tied_weights_keys = dict.fromkeys(tables[1:], tables[0]) if model.config.share_values else {}
         return (model, info) if wants_info else model
 
     def quantise_values(self, stored: str) -> None:
@@ -211,9 +235,11 @@ class PkmemForCausalLM(PreTrainedModel, GenerationMixin):
         """As in transformers; weights keep the names that they have here, which no rule of the decoder's renames.
 
         Raises:
-            ValueError: memories that share a table by the config hold several, or tables are sharded.
+            ValueError: memories that share a table by the config hold several, tables are sharded, or they are mapped
+                from that directory.
         """
         self._require_one_shared_table()
+        require_another_folder(self, Path(args[0] if args else kwargs["save_directory"]))
         if any(table.others is not None for table in tables_in(self)):
             raise ValueError(
                 "this process holds some columns of the tables: save model.state_dict() on all processes with "

@@ -1,0 +1,182 @@
+"""mapping.py: models whose tables stay in their file answer as those that are loaded, and nothing is lost."""
+
+import copy
+import json
+import os
+import pickle
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from decoders import MEMORY, decoder, ids, with_memories
+from pkmem import add_memory
+from pkmem.editing.directory import save_with_tables_apart
+from pkmem.files.tensor_file import TensorFile
+from pkmem.layer.memory import memories_in
+from pkmem.layer.values import tables_in
+from pkmem.lm.huggingface import PkmemForCausalLM
+from pkmem.ops.read_ahead import ReadAhead, can_read_ahead
+
+FORMS = ("fp32", "bf16", "int8", "int4")
+
+
+def saved(folder, form="fp32", **options):
+    model = with_memories(options.pop("family", "llama"), **options)
+    if form == "bf16":
+        model = model.bfloat16()
+    if form.startswith("int"):
+        model.quantise_values(form)
+    model.save_pretrained(folder)
+    return folder
+
+
+def load(folder, **options):
+    return AutoModelForCausalLM.from_pretrained(folder, **options).eval()
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("share_values", [False, True])
+@pytest.mark.parametrize("form", FORMS)
+@torch.no_grad()
+def test_it_answers_as_the_model_in_memory_to_the_bit(form, share_values, family, tmp_path):
+    folder = saved(tmp_path / "model", form, family=family, share_values=share_values)
+    loaded, mapped = load(folder), load(folder, values="mmap")
+    tokens = ids()
+    assert torch.equal(mapped(tokens).logits, loaded(tokens).logits)
+    options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(mapped.generate(tokens, **options), loaded.generate(tokens, **options))
+    assert {name: tensor.shape for name, tensor in mapped.state_dict().items()} == {
+        name: tensor.shape for name, tensor in loaded.state_dict().items()
+    }
+    assert not any(memory.values.weight.requires_grad for memory in memories_in(mapped).values())
+    mapped.save_pretrained(tmp_path / "again")
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
+
+
+@torch.no_grad()
+def test_tables_in_a_file_of_their_own_and_experts_are_mapped_too(tmp_path):
+    class NoTokenizer:
+        def save_pretrained(self, folder) -> None:
+            pass
+
+    experts = add_memory(decoder("llama"), [0, 2], replace(MEMORY, experts=True, query_norm="layer"))
+    tokens = ids()
+    for name, model in (("apart", with_memories()), ("experts", experts)):
+        save_with_tables_apart(model, NoTokenizer(), tmp_path / name)
+        mapped = load(tmp_path / name, values="mmap")
+        assert torch.equal(mapped(tokens).logits, load(tmp_path / name)(tokens).logits)
+        assert all(table.mapped_from.name == "model-tables.safetensors" for table in tables_in(mapped))
+
+
+def test_it_can_be_copied_moved_and_written_to_and_the_file_stays(tmp_path):
+    folder = saved(tmp_path / "model")
+    before = (folder / "model.safetensors").read_bytes()
+    model, tokens = load(folder, values="mmap"), ids()
+    with torch.no_grad():
+        expected = model(tokens).logits
+        for held in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            assert torch.equal(held(tokens).logits, expected)
+            assert all(table.ahead is None for table in tables_in(held))
+        assert torch.isfinite(copy.deepcopy(model).bfloat16()(tokens).logits).all()
+        for table in tables_in(model):
+            table.weight.add_(1)
+        assert not torch.equal(model(tokens).logits, expected)
+    assert (folder / "model.safetensors").read_bytes() == before
+
+
+def test_it_is_not_saved_over_the_file_that_it_is_mapped_from(tmp_path):
+    folder = saved(tmp_path / "model")
+    before = (folder / "model.safetensors").read_bytes()
+    with pytest.raises(ValueError, match="which would be overwritten: save the model elsewhere"):
+        load(folder, values="mmap").save_pretrained(folder)
+    assert (folder / "model.safetensors").read_bytes() == before
+
+
+def test_what_a_directory_lacks_or_says_wrong_is_named(tmp_path):
+    def broken(name, change, **options):
+        folder = saved(tmp_path / name, **options)
+        change(folder)
+        return folder
+
+    def cut(folder):
+        file = folder / "model.safetensors"
+        file.write_bytes(file.read_bytes()[:-100])
+
+    def configured(before, after):
+        def change(folder):
+            text = (folder / "config.json").read_text()
+            assert before in text
+            (folder / "config.json").write_text(text.replace(before, after))
+
+        return change
+
+    def index(files):
+        def change(folder):
+            names = TensorFile(folder / "model.safetensors").stored
+            (folder.parent / "weights.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
+            (folder / "model.safetensors").rename(folder / "weights.safetensors")
+            weight_map = dict.fromkeys(names, "weights.safetensors")
+            document = {"metadata": {}, "weight_map": weight_map | {name: files for name in names if "values" in name}}
+            (folder / "model.safetensors.index.json").write_text(json.dumps(document))
+
+        return change
+
+    for name, change, why, options in (
+        ("cut", cut, "truncated|incomplete|InvalidHeader|overlap", {}),
+        (
+            "bits",
+            configured('"value_bits": 8', '"value_bits": 4'),
+            r"values.weight is \(36, 36\) torch.uint8 but",
+            {"form": "int8"},
+        ),
+        ("floats", configured('"value_bits": null', '"value_bits": 8'), "but the config asks for", {}),
+        ("packed", configured('"value_bits": 8', '"value_bits": null'), "but the config asks for", {"form": "int8"}),
+        ("outside", index("../weights.safetensors"), "is no file of this directory", {}),
+    ):
+        with pytest.raises(Exception, match=why):
+            load(broken(name, change, **options), values="mmap")
+    with pytest.raises(ValueError, match="is no directory, and tables are mapped from one"):
+        PkmemForCausalLM.from_pretrained("somebody/model", values="mmap")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links need rights there")
+def test_a_link_out_of_the_directory_is_not_followed(tmp_path):
+    folder = saved(tmp_path / "model")
+    (folder / "model.safetensors").rename(tmp_path / "elsewhere.safetensors")
+    (folder / "model.safetensors").symlink_to(tmp_path / "elsewhere.safetensors")
+    with pytest.raises(ValueError, match="a link; put the file itself there"):
+        load(folder, values="mmap")
+
+
+@pytest.mark.skipif(not can_read_ahead(), reason="the system takes no advice")
+def test_pages_are_asked_for_once_and_again_when_they_were_dropped(monkeypatch):
+    pytest.importorskip("numba")
+    from pkmem.ops import read_ahead
+
+    faults = [3]
+    monkeypatch.setattr(read_ahead, "_faults_that_waited", lambda: faults[0])
+    rows = torch.zeros(400, 2048)  # two pages each
+    ahead = ReadAhead(rows)
+    ahead.ask(rows, torch.tensor([[5, 5], [7, 399], [-1, 400]]))
+    pages = ahead._asked.nonzero().flatten()
+    first = rows.data_ptr() // ahead._page_bytes
+    expected = {
+        byte // ahead._page_bytes - first
+        for row in (5, 7, 399)
+        for byte in (
+            rows.data_ptr() + row * 8192,
+            rows.data_ptr() + row * 8192 + 4096,
+            rows.data_ptr() + row * 8192 + 8191,
+        )
+    }
+    assert set(pages.tolist()) == expected
+    ahead.ask(rows, torch.tensor([0]))
+    assert len(ahead._asked.nonzero()) > len(pages)
+    faults[0] += 1
+    ahead.ask(rows, torch.tensor([0]))
+    assert len(ahead._asked.nonzero()) <= 3
+    before = ahead._asked.clone()
+    ahead.ask(rows.clone(), torch.tensor([300]))  # another table
+    assert torch.equal(ahead._asked, before)
