@@ -15,7 +15,7 @@ ORDER = {  # folders from the ground up, each with its files in order: a file im
     "ops": "user_cache verdict arguments packing precision rounding reference",
     "ops.cpu": "threads cache kernels halves vectors bag packed ahead rows selection selection_backward decoding compiling",
     "ops.triton": "installed device code arithmetic launch bag packed rows selection selection_backward kernels",
-    "ops ": "backends read_ahead reads reading_log registered flops transformed",
+    "ops ": "backends reads reading_log registered read_ahead flops transformed",
     "layer": "config huge_pages drawing room padding recomputation crossing query keys values quantised counting gate decoding memory usage "
     "replicas sharding optim combined",
     "lm": "config evaluation speed padding signature placement mapping huggingface modeling_pkmem build smollm2 recall inspection autoload",

@@ -180,3 +180,13 @@ def test_pages_are_asked_for_once_and_again_when_they_were_dropped(monkeypatch):
     before = ahead._asked.clone()
     ahead.ask(rows.clone(), torch.tensor([300]))  # another table
     assert torch.equal(ahead._asked, before)
+
+
+def test_torch_func_and_compilers_see_through_it(tmp_path):
+    memory = next(iter(memories_in(load(saved(tmp_path / "model"), values="mmap")).values()))
+    x = torch.randn(12, 32)
+    weights = {name: tensor.detach() for name, tensor in memory.named_parameters()}
+    expected = memory(x)
+    assert torch.allclose(torch.func.functional_call(memory, weights, (x,)), expected, atol=1e-6)
+    assert torch.func.grad(lambda x: memory(x).sum())(x).isfinite().all()
+    assert torch.allclose(torch.compile(memory, fullgraph=True, backend="aot_eager")(x), expected, atol=1e-6)

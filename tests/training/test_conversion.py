@@ -61,3 +61,13 @@ def test_a_folder_that_is_empty_is_taken(run: Path, tmp_path: Path) -> None:
     (tmp_path / "few").mkdir()
     convert_saved(run, tmp_path / "few", "int8")
     assert (tmp_path / "few" / "config.json").exists()
+
+
+def test_a_disk_that_is_full_leaves_nothing(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("pkmem.training.conversion.sync", full)
+    with pytest.raises(OSError, match="No space left"):
+        convert_saved(run, tmp_path / "few", "int8")
+    assert list(tmp_path.iterdir()) == []

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pkmem.ops.backends import choose_backend
+from pkmem.ops.registered import is_plain, is_transformed
 
 
 class ReadAhead:
@@ -36,7 +37,7 @@ class ReadAhead:
             rows: (m, v) the table.
             slots: (...) int64; those outside the table are left out.
         """
-        if rows.data_ptr() != self._begin or choose_backend(rows) != "cpu":
+        if is_transformed() or not is_plain(rows) or rows.data_ptr() != self._begin or choose_backend(rows) != "cpu":
             return
         from pkmem.ops.cpu.ahead import ask_for_rows
 

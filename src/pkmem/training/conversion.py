@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 import uuid
 from pathlib import Path
 
 import torch
 
-from pkmem.files.durable import move
+from pkmem.files.durable import move, sync
 from pkmem.layer.quantised import QuantisedValues
 from pkmem.layer.values import Table
 from pkmem.lm.huggingface import PkmemForCausalLM
@@ -39,11 +40,16 @@ def convert_saved(path: Path, out: Path, values: str) -> str:
     model.quantise_values(values)
     out.parent.mkdir(parents=True, exist_ok=True)
     made = out.with_name(f"{out.name}.{uuid.uuid4().hex[:8]}.tmp")
-    model.save_pretrained(made)
-    tokenizer.save_pretrained(made)
-    if out.exists():
-        out.rmdir()  # empty, and Windows moves over no folder
-    move(made, out)
+    try:
+        model.save_pretrained(made)
+        tokenizer.save_pretrained(made)
+        for file in [*made.iterdir(), made]:
+            sync(file)
+        if out.exists():
+            out.rmdir()  # empty, and Windows moves over no folder
+        move(made, out)
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
     return (
         f"values of {path} in {values}: {before / 1e6:,.1f} MB became {_table_bytes(model) / 1e6:,.1f} MB\n"
         f"saved in {out}; next: pkmem eval {out} --data FILE"
