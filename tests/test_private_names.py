@@ -37,6 +37,7 @@ NAMES = {
     "_is_hf_initialized",  # of a module: its weights are drawn already
     "_is_stateful",  # of a model: its cache cannot go back, so no assistant helps it
     "_keep_in_fp32_modules",  # of a model: what quantisers leave alone: tests/lm/test_quantisers.py
+    "_keys_to_ignore_on_load_unexpected",  # of a model: what of a file is left there: tests/lm/test_mapping.py
     "_load_from_checkpoint",  # of Trainer: reads its part of a checkpoint
     "_load_optimizer_and_scheduler",  # of Trainer: reads its part of a checkpoint
     "_load_rng_state",  # of Trainer: reads its part of a checkpoint

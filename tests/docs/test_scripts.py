@@ -65,7 +65,8 @@ def loss(name: str, world: int, folder: Path, *arguments: str) -> float:
 )
 @pytest.mark.parametrize("name", ["ddp", "fsdp"])
 def test_a_loop_of_plain_torch_trains_the_same_on_two_processes(name, tmp_path) -> None:
-    assert loss(name, 2, tmp_path) == pytest.approx(loss(name, 1, tmp_path), abs=1e-4)
+    # Sums in another order: on some processors a near-tie is rounded apart, and another slot read (1.6e-4 there).
+    assert loss(name, 2, tmp_path) == pytest.approx(loss(name, 1, tmp_path), abs=5e-4)
 
 
 @pytest.mark.linux
