@@ -65,7 +65,7 @@ def loss(name: str, world: int, folder: Path, *arguments: str) -> float:
 )
 @pytest.mark.parametrize("name", ["ddp", "fsdp"])
 def test_a_loop_of_plain_torch_trains_the_same_on_two_processes(name, tmp_path) -> None:
-    # Sums in another order: on some processors a near-tie is rounded apart, and another slot read (1.6e-4 there).
+    # Two processes sum in another order: the losses are 1.6e-4 apart on one kind of processor.
     assert loss(name, 2, tmp_path) == pytest.approx(loss(name, 1, tmp_path), abs=5e-4)
 
 
