@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,9 +15,11 @@ import torch
 import yaml
 
 from pkmem.cli import main
+from pkmem.lm.build import build_model
 from pkmem.ops import backends
 from pkmem.training.checkpoint import verify_checkpoint
-from tiny import tiny
+from pkmem.training.saved import load_saved
+from tiny import MEMORY, MODEL, tiny
 
 pytest_plugins = "tiny"
 
@@ -494,6 +497,32 @@ def test_convert_stores_values_in_few_bits(run: Path, tmp_path: Path, capsys: py
     assert f"saved in {out}" in output_of(["convert", run, "--values", "int4", "--out", out], capsys)
     assert "int4" in output_of(["inspect", out], capsys)
     assert "already exists" in error_of(["convert", run, "--values", "int4", "--out", out], capsys)
+
+
+def test_values_may_stay_in_their_file(run: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    for verb in (["eval", "--data", text], ["generate", "--max_new_tokens", 4]):
+        told = [output_of([*verb, run, *how], capsys) for how in ([], ["--values", "mmap"])]
+        assert told[0] == told[1]
+    checkpoint = run / "checkpoints" / "step-10"
+    assert "`pkmem export" in error_of(["generate", checkpoint, "--values", "mmap"], capsys)
+    dense = tmp_path / "dense"
+    build_model(replace(MODEL, memory_layers=[]), MEMORY, 300, eos_token_id=0).save_pretrained(dense)
+    load_saved(run)[1].save_pretrained(dense)
+    assert "the model has no memories" in error_of(["generate", dense, "--values", "mmap"], capsys)
+
+
+def test_warmup_reads_the_tables_of_a_model_ahead(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr("pkmem.ops.cpu.warmup", lambda: 7)
+    num_bytes = 4 * MEMORY.num_slots * MODEL.width
+    for share, read in ((1.0, num_bytes), (0.25, num_bytes // 4)):
+        said = output_of(["warmup", run, "--share", share], capsys)
+        assert f"read {read / 1e6:,.1f} MB of 1 tables" in said
+    for share in (0, 1.5):
+        assert "share is" in error_of(["warmup", run, "--share", share], capsys)
+    checkpoint = run / "checkpoints" / "step-10"
+    assert "`pkmem export" in error_of(["warmup", checkpoint], capsys)
 
 
 def test_the_demo_is_called_with_its_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

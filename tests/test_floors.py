@@ -15,12 +15,12 @@ ORDER = {  # folders from the ground up, each with its files in order: a file im
     "ops": "user_cache verdict arguments packing precision rounding reference",
     "ops.cpu": "threads cache kernels halves vectors bag packed ahead rows selection selection_backward decoding compiling",
     "ops.triton": "installed device code arithmetic launch bag packed rows selection selection_backward kernels",
-    "ops ": "backends reads reading_log registered read_ahead flops transformed",
+    "ops ": "backends reads reading_log registered mapped_rows flops transformed",
     "layer": "config huge_pages drawing room padding recomputation crossing query keys values quantised counting gate decoding memory usage "
     "replicas sharding optim combined",
-    "lm": "config evaluation speed padding signature placement mapping huggingface modeling_pkmem build smollm2 recall inspection autoload",
+    "lm": "config evaluation speed padding signature placement stored mapping huggingface modeling_pkmem build smollm2 recall inspection autoload",
     "training": "recipe reading together state shards checkpoint named_state saver "
-    "screening export saved conversion start journal trainer processes prepare parallel run",
+    "screening export tables_apart saved conversion reading_ahead start journal trainer processes prepare parallel run",
     "editing": "fingerprint rounding edit directory listing near_misses questions surroundings kept_answers progress rehearsal reads others elsewhere choosing holding course learning lesson retrofit verbs",
     "experiments": "benchmarks environment plots page family results costs claims grid report demo",
     "experiments.learning": "kinds quiz asking examination teaching trial results cells grid",

@@ -117,6 +117,7 @@ def _eval_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--split", type=str, default="validation", help="train or validation")
     parser.add_argument("--max_tokens", type=int | None, default=None, help="evaluate about this many tokens")
     parser.add_argument("--context_tokens", type=int | None, default=None, help="tokens a block, else the model's")
+    _values_argument(parser)
     _flag(parser, "speed", "measure prefill and decode as well")
 
 
@@ -127,7 +128,13 @@ def _eval(options: Namespace) -> None:
     from pkmem.training.saved import evaluate_saved
 
     figures = evaluate_saved(
-        Path(options.model), options.data, options.split, options.max_tokens, options.context_tokens, options.speed
+        Path(options.model),
+        options.data,
+        options.split,
+        options.max_tokens,
+        options.context_tokens,
+        options.speed,
+        options["values"],  # .values is a method
     )
     print(json.dumps(figures, indent=2))
 
@@ -139,6 +146,7 @@ def _generate_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token every time")
     parser.add_argument("--top_k", type=int, default=50, help="draw among this many likeliest tokens")
     parser.add_argument("--seed", type=int, default=0, help="of the draws")
+    _values_argument(parser)
 
 
 def _generate(options: Namespace) -> None:
@@ -146,7 +154,13 @@ def _generate(options: Namespace) -> None:
     from pkmem.training.saved import continue_text
 
     continue_text(
-        Path(options.model), options.prompt, options.max_new_tokens, options.temperature, options.top_k, options.seed
+        Path(options.model),
+        options.prompt,
+        options.max_new_tokens,
+        options.temperature,
+        options.top_k,
+        options.seed,
+        options["values"],
     )
 
 
@@ -181,13 +195,19 @@ def _export(options: Namespace) -> None:
 def _convert_arguments(parser: ArgumentParser) -> None:
     _model_argument(parser)
     parser.add_argument(
-        "--values", type=Literal["int8", "int4"], required=True, help="bits of a number; each row has a scale besides"
+        "--values",
+        type=Literal["bf16", "int8", "int4", "same"],
+        required=True,
+        help="how numbers are stored (in few bits with a scale a row); same: as they are, laid out for --values mmap",
     )
     parser.add_argument("--out", type=str, required=True, help="directory to make")
 
 
 def _convert(options: Namespace) -> None:
-    """Store the value tables in few bits, for inference. Example: pkmem convert runs/x --values int8 --out runs/x8"""
+    """Store the value tables in few bits, in a file of their own, for inference.
+
+    Example: pkmem convert runs/x --values int8 --out runs/x8
+    """
     from pkmem.training.conversion import convert_saved
 
     print(convert_saved(Path(options.model), Path(options.out), options["values"]))  # .values is a method
@@ -223,14 +243,28 @@ def _report(options: Namespace) -> None:
     print(f"{page}\n{page.with_suffix('.md')}")
 
 
+def _warmup_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "model", nargs="?", type=str | None, default=None, help="a saved model whose tables are to be mapped"
+    )
+    parser.add_argument("--share", type=float, default=1.0, help="of each table to read into memory, in (0, 1]")
+
+
 def _warmup(options: Namespace) -> None:
-    """Compile the CPU kernels ahead of their first use. Once per machine and version. Example: pkmem warmup"""
+    """Compile the CPU kernels ahead of their first use, once per machine and version; and read a model's tables ahead.
+
+    Example: pkmem warmup runs/x
+    """
     from pkmem.ops.backends import backend_module
 
     backend_module("cpu")  # says what it needs where that is missing
     from pkmem.ops import cpu
 
     print(f"{cpu.warmup()} CPU kernels are compiled")
+    if options.model is not None:
+        from pkmem.training.reading_ahead import read_tables_ahead
+
+        print(read_tables_ahead(Path(options.model), options.share))
 
 
 def _doctor_arguments(parser: ArgumentParser) -> None:
@@ -261,6 +295,15 @@ def _flag(parser: ArgumentParser, name: str, text: str) -> None:
     parser.add_argument(f"--{name}", action=ActionYesNo, default=False, help=text)
 
 
+def _values_argument(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--values",
+        type=Literal["bf16", "int8", "int4", "mmap"] | None,
+        default=None,
+        help="how the value tables are kept: in few bits, or mmap, in their file, read row by row; else as saved",
+    )
+
+
 def _model_argument(parser: ArgumentParser) -> None:
     parser.add_argument("model", type=str, help="a run directory, one of its checkpoints, or any saved model directory")
 
@@ -276,7 +319,7 @@ VERBS = {
     "demo": Verb(_demo_arguments, _demo),
     "experiment": Verb(experiment_arguments, experiment),
     "report": Verb(_report_arguments, _report),
-    "warmup": Verb(lambda parser: None, _warmup),
+    "warmup": Verb(_warmup_arguments, _warmup),
     "retrofit": Verb(editing.retrofit_arguments, editing.retrofit),
     "learn": Verb(editing.learn_arguments, editing.learn),
     "apply": Verb(editing.apply_arguments, editing.apply),

@@ -46,6 +46,30 @@ def test_a_file_is_the_librarys_byte_for_byte(notes: dict[str, str], tmp_path: P
         assert torch.equal(file[name], tensor)
 
 
+def test_the_first_tensor_begins_where_it_is_asked_to(tmp_path: Path) -> None:
+    layout = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in TENSORS.items()}
+    path = tmp_path / "paged"
+    assert write_tensor_file(path, layout, lambda name: iter([TENSORS[name]]), {}, begins_at=4096) == digest_of(path)
+    assert min(stored.start for stored in TensorFile(path).stored.values()) == 4096
+    loaded = load_file(path)
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in TENSORS.items())
+
+
+@pytest.mark.parametrize("size", [-1, 1])
+def test_a_mapped_file_that_changed_since_is_named(size: int, tmp_path: Path) -> None:
+    path = written(tmp_path / "mapped", TENSORS)
+    unread, file = TensorFile(path), TensorFile(path)
+    file.require_unchanged()
+    assert torch.equal(file["alpha"], TENSORS["alpha"])
+    file.require_unchanged()
+    with path.open("r+b") as stream:
+        stream.truncate(path.stat().st_size + size)
+    with pytest.raises(CheckpointError, match="mapped was cut or written to since it was opened: load the model again"):
+        file.require_unchanged()
+    with pytest.raises(CheckpointError, match="mapped was changed while it was opened: try again"):
+        unread["alpha"]
+
+
 def test_views_are_written_as_what_they_show(tmp_path: Path) -> None:
     views = {
         "transposed": BASE.T,

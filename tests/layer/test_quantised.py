@@ -127,7 +127,7 @@ def test_what_cannot_be_quantised_is_named_and_left_alone():
         (trained, 8, "a RowAdam trains the tables"),
         (spoiled, 8, "not finite"),
         (nn.Linear(2, 2), 8, "no value table found"),
-        (ProductKeyMemory(TINY), 5, "bits is 5 but must be one of 8, 4"),
+        (ProductKeyMemory(TINY), 5, "bits is 5 but must be one of 16, 8, 4"),
         (ProductKeyMemory(TINY).values, 8, "no value table found"),
     ):
         before = [type(part) for part in model.modules()]

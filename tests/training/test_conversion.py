@@ -1,5 +1,7 @@
 """conversion.py: a saved model with its value tables in few bits; everything else bit for bit."""
 
+import mmap
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,6 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from pkmem.files.tensor_file import TensorFile
+from pkmem.layer.memory import memories_in
 from pkmem.layer.quantised import QuantisedValues
 from pkmem.lm.build import build_model
 from pkmem.ops.packing import pack_rows, row_bytes
@@ -17,21 +21,40 @@ from tiny import MEMORY, MODEL
 pytest_plugins = "tiny"
 
 
-@pytest.mark.parametrize(("values", "bits"), [("int8", 8), ("int4", 4)])
-def test_tables_are_packed_and_all_else_is_as_it_was(values: str, bits: int, run: Path, tmp_path: Path) -> None:
+def weights_in(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+@pytest.mark.parametrize("values", ["int8", "int4", "bf16", "same"])
+def test_tables_are_stored_so_and_all_else_is_as_it_was(values: str, run: Path, tmp_path: Path) -> None:
+    store: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+        "int8": lambda table: pack_rows(table, 8),
+        "int4": lambda table: pack_rows(table, 4),
+        "bf16": torch.Tensor.bfloat16,
+        "same": lambda table: table,
+    }
     out = tmp_path / "few" / "bits"
     said = convert_saved(run, out, values)
-    before, after = (load_file(folder / "model.safetensors") for folder in (run / "model", out))
+    before, after = weights_in(run / "model"), weights_in(out)
     assert before.keys() == after.keys()
     tables = [name for name in before if name.endswith("values.weight")]
     assert tables
     for name, tensor in before.items():
-        assert torch.equal(after[name], pack_rows(tensor, bits) if name in tables else tensor), name
+        assert torch.equal(after[name], store[values](tensor) if name in tables else tensor), name
     sizes = [sum(file[name].nbytes for name in tables) / 1e6 for file in (before, after)]
-    assert f"in {values}: {sizes[0]:,.1f} MB became {sizes[1]:,.1f} MB" in said
+    form = "as they were" if values == "same" else f"in {values}"
+    assert f"{form}: {sizes[0]:,.1f} MB became {sizes[1]:,.1f} MB" in said
     assert f"saved in {out}; next: pkmem eval {out}" in said
     model, tokenizer = load_saved(out)
-    assert any(isinstance(part, QuantisedValues) for part in model.modules())
+    assert any(isinstance(part, QuantisedValues) for part in model.modules()) == values.startswith("int")
+    assert {memory.values.weight.dtype for memory in memories_in(model).values()} == {after[tables[0]].dtype}
+    stored = TensorFile(out / "model-tables.safetensors").stored
+    assert stored.keys() == set(tables)
+    assert min(table.start for table in stored.values()) % mmap.PAGESIZE == 0
+    mapped = load_saved(out, values="mmap")[0]
+    tokens = torch.arange(20)[None]
+    with torch.no_grad():
+        assert torch.equal(mapped(tokens).logits, model(tokens).logits)
     assert len(tokenizer) == len(load_saved(run)[1])
     assert not list(out.parent.glob("*.tmp"))
 
@@ -52,9 +75,8 @@ def test_what_cannot_be_converted_is_named_and_nothing_is_made(run: Path, tmp_pa
         with pytest.raises(ValueError, match=why):
             convert_saved(path, out, "int8")
         assert sorted(tmp_path.iterdir()) == there
-    assert load_file(few / "model.safetensors")[
-        next(name for name in load_file(few / "model.safetensors") if name.endswith("values.weight"))
-    ].shape[1] == row_bytes(MODEL.width, 8)
+    tables = [tensor for name, tensor in weights_in(few).items() if name.endswith("values.weight")]
+    assert [table.shape[1] for table in tables] == [row_bytes(MODEL.width, 8)]
 
 
 def test_a_folder_that_is_empty_is_taken(run: Path, tmp_path: Path) -> None:

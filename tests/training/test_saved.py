@@ -118,6 +118,18 @@ def test_missing_weights_are_not_made_up(run: Path, plain_gpt2: Path, tmp_path: 
             load_saved(folder)
 
 
+def test_tensors_that_are_not_what_the_config_says_are_named(run: Path, plain_gpt2: Path, tmp_path: Path) -> None:
+    for i, saved in enumerate((run / "model", plain_gpt2)):
+        folder = shutil.copytree(saved, tmp_path / str(i))
+        file = folder / "model.safetensors"
+        tensors = load_file(file)
+        for name, tensor in tensors.items():
+            for other in (tensor[None], tensor.to(torch.int32 if tensor.is_floating_point() else torch.float32)):
+                save_file(tensors | {name: other.contiguous()}, file, metadata={"format": "pt"})
+                with pytest.raises(CheckpointError, match=rf"{file}: {name} is .* but the config asks for \("):
+                    find_saved(folder)
+
+
 def test_context_is_that_of_the_config() -> None:
     model = GPT2LMHeadModel(GPT2Config(vocab_size=10, n_positions=48, n_embd=4, n_layer=1, n_head=1))
     assert context_tokens(model) == 48

@@ -6,7 +6,6 @@ Whether an edit is in is read off the tables' rows. The copies in the folder `ed
 from __future__ import annotations
 
 import errno
-import json
 import math
 import mmap
 import os
@@ -21,18 +20,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pkmem.editing.edit import Edit, State
 from pkmem.editing.fingerprint import fingerprint_of, saved_tensors, table_names
-from pkmem.files.documents import load_json, save_text
+from pkmem.files.documents import load_json
 from pkmem.files.durable import replacing
-from pkmem.files.tensor_file import Stored, TensorFile, write_tensor_file
+from pkmem.files.tensor_file import Stored, TensorFile
 from pkmem.layer.memory import memories_in
-from pkmem.training.export import save_description
+from pkmem.layer.values import tables_in
+from pkmem.lm.stored import INDEX, WHOLE
 from pkmem.training.saved import is_checkpoint, locate_saved
 from pkmem.training.screening import screen_model
+from pkmem.training.tables_apart import TABLES, write_with_tables_apart
 
-_WHOLE = "model.safetensors"  # all weights in one file, or an index of several
-_INDEX = "model.safetensors.index.json"
-_TABLES = "model-tables.safetensors"
-_OTHERS = "model-others.safetensors"
 _EDITS = "edits"
 _BLOCK_BYTES = 1 << 15  # smaller ones save room, larger ones time
 
@@ -191,38 +188,28 @@ def save_with_tables_apart(model: PreTrainedModel, tokenizer: PreTrainedTokenize
         ValueError: the model has no memories, or `out` is not empty.
         OSError: the disk is full or cannot be written.
     """
-    tensors, tables = saved_tensors(model), table_names(model)
-    if not tables:
+    if not tables_in(model):
         raise ValueError("the model has no memories: put some in with pkmem.add_memory")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} already exists: choose another directory")
     out.mkdir(parents=True, exist_ok=True)
-    save_description(out, model, tokenizer)
-    file_of = {name: _TABLES if name in tables else _OTHERS for name in sorted(tensors)}
-    for file in (_TABLES, _OTHERS):
-        layout = {name: (tensors[name].dtype, tuple(tensors[name].shape)) for name in tensors if file_of[name] == file}
-        write_tensor_file(out / file, layout, lambda name: iter([tensors[name]]), {"format": "pt"})
-    _patch(out / _TABLES, _identity(out / _TABLES), [])  # zeros become holes
-    metadata = {
-        "total_parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "total_size": sum(tensor.nbytes for tensor in tensors.values()),
-    }
-    save_text(out / _INDEX, json.dumps({"metadata": metadata, "weight_map": file_of}, indent=2) + "\n")
+    write_with_tables_apart(out, model, tokenizer)
+    _patch(out / TABLES, _identity(out / TABLES), [])  # zeros become holes
 
 
 def _files_of_weights(folder: Path, path: Path) -> dict[str, str]:
     """Weight -> name of the file that `from_pretrained` takes it from."""
-    if (folder / _WHOLE).exists():
-        return dict.fromkeys(TensorFile(folder / _WHOLE).stored, _WHOLE)
-    if not (folder / _INDEX).exists():
+    if (folder / WHOLE).exists():
+        return dict.fromkeys(TensorFile(folder / WHOLE).stored, WHOLE)
+    if not (folder / INDEX).exists():
         raise _no_directory(folder, path)
-    weight_map = load_json(folder / _INDEX).get("weight_map", {})
+    weight_map = load_json(folder / INDEX).get("weight_map", {})
     return {str(name): str(file) for name, file in weight_map.items()}
 
 
 def _no_directory(folder: Path, path: Path) -> ValueError:
     return ValueError(
-        f"{folder} has neither {_WHOLE} nor an index: edits go into a model directory; "
+        f"{folder} has neither {WHOLE} nor an index: edits go into a model directory; "
         f"`pkmem export {path}` makes one of a run's newest checkpoint"
     )
 

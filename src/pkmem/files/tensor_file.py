@@ -9,6 +9,8 @@ import hashlib
 import json
 import math
 import mmap
+import os
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -82,6 +84,7 @@ class TensorFile:
         self.path = path
         self.stored, self.notes = _read_header(path)
         self._mapped: mmap.mmap | None = None
+        self._opened: _Opened | None = None
 
     def __getitem__(self, name: str) -> Tensor:
         """The tensor of a name, mapped: what is copied out of it is read from the disk, nothing else."""
@@ -89,8 +92,10 @@ class TensorFile:
         if start == stop:
             return torch.empty(shape, dtype=dtype, device="cpu")
         if self._mapped is None:
-            with self.path.open("rb") as file:  # private, so that torch takes it for writable memory
-                self._mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+            self._opened = _Opened(self.path)  # private, so that torch takes it for writable memory
+            self._mapped = mmap.mmap(self._opened.descriptor, 0, access=mmap.ACCESS_COPY)
+            if len(self._mapped) != max(entry.stop for entry in self.stored.values()):
+                raise CheckpointError(f"{self.path} was changed while it was opened: try again")
         count = math.prod(shape)
         return torch.frombuffer(self._mapped, dtype=dtype, count=count, offset=start).view(shape)
 
@@ -99,12 +104,38 @@ class TensorFile:
         if self._mapped is not None and hasattr(mmap, "MADV_RANDOM"):
             self._mapped.madvise(mmap.MADV_RANDOM)
 
+    def require_unchanged(self) -> None:
+        """Looks whether the file is still what was mapped; one that was replaced by another of its name is.
+
+        Raises:
+            CheckpointError: it was cut or written to since: reading on would give other numbers, or end the process.
+        """
+        if self._opened is not None and self._opened.is_changed():
+            raise CheckpointError(f"{self.path} was cut or written to since it was opened: load the model again")
+
+
+class _Opened:
+    """A file that stays open, and what it was then."""
+
+    def __init__(self, path: Path) -> None:
+        self.descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+        weakref.finalize(self, os.close, self.descriptor)
+        self._was = self._is()
+
+    def is_changed(self) -> bool:
+        return self._is() != self._was
+
+    def _is(self) -> tuple[int, int]:
+        status = os.fstat(self.descriptor)
+        return status.st_size, status.st_mtime_ns
+
 
 def write_tensor_file(
     path: Path,
     layout: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
     pieces: Callable[[str], Iterable[Tensor]],
     notes: Mapping[str, str],
+    begins_at: int = _LENGTH_BYTES,
 ) -> Digest:
     """Writes a safetensors file piece by piece, as the library would write it whole, and has it on the disk.
 
@@ -114,6 +145,7 @@ def write_tensor_file(
         pieces: the numbers of the tensor of a name, row by row, in pieces of any size on any device, which nobody
             changes until this returns.
         notes: text by name for the header.
+        begins_at: the first tensor begins at a multiple of so many bytes of the file, itself a multiple of 8.
 
     Returns:
         size and hash of what was written. Another thread hashes while this one waits for the disk, so the disk gets its
@@ -131,7 +163,7 @@ def write_tensor_file(
         start, stop = stop, stop + math.prod(shape) * dtype.itemsize
         header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [start, stop]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-(_LENGTH_BYTES + len(text)) % begins_at)
     digest, size = hashlib.sha256(), 0
     behind: deque[Future[None]] = deque()
     with ThreadPoolExecutor(1) as other_thread:

@@ -106,7 +106,7 @@ def _weights_of(memory: Any) -> LayerWeights | None:
         if gates is None:
             return None
     weight, is_packed = values._parameters.get("weight"), type(values) is QuantisedValues
-    if weight is None or weight.dim() != 2 or values.ahead is not None:  # its rows are asked for first
+    if weight is None or weight.dim() != 2 or values.mapped is not None:  # its rows are asked for first
         return None
     kind = _NORMS[type(norm)]
     statistics = norm._parameters | norm._buffers

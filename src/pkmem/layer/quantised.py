@@ -9,8 +9,10 @@ from torch import Tensor, nn
 
 from pkmem import ops
 from pkmem.layer.values import NeuronTable, Table
-from pkmem.ops.packing import pack_rows, require_bits, row_bytes, unpack_rows
-from pkmem.ops.read_ahead import ReadAhead
+from pkmem.ops.mapped_rows import MappedRows
+from pkmem.ops.packing import BITS, pack_rows, require_bits, row_bytes, unpack_rows
+
+_BF16 = 16
 
 
 @final
@@ -26,7 +28,7 @@ class QuantisedValues(nn.Module):
     Attributes:
         weight: (m, bytes of a row) uint8, zeros at first; see `pkmem.ops.packing`.
         backend: None for the fastest on the device, or one of `pkmem.ops.BACKENDS`.
-        ahead: None, or what asks for rows ahead while the table lies in a file.
+        mapped: None, or the file that the table lies in.
 
     Raises:
         ValueError: `bits` is neither 8 nor 4.
@@ -39,11 +41,11 @@ class QuantisedValues(nn.Module):
         self.weight = nn.Parameter(rows, requires_grad=False)
         self.width, self.bits = width, bits
         self.backend: str | None = None
-        self.ahead: ReadAhead | None = None
+        self.mapped: MappedRows | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy or a pickle takes along: only the original may lie in a file."""
-        return self.__dict__ | {"ahead": None}
+        return self.__dict__ | {"mapped": None}
 
     @classmethod
     def of(cls, table: Table, bits: int) -> QuantisedValues:
@@ -66,8 +68,8 @@ class QuantisedValues(nn.Module):
 
     def forward(self, slots: Tensor, weights: Tensor) -> Tensor:
         """Slots and weights (n, h, knn) -> sums over heads and neighbours (n, v) fp32 (eq. 3)."""
-        if self.ahead is not None and not torch.compiler.is_compiling():
-            self.ahead.ask(self.weight.detach(), slots)
+        if self.mapped is not None and not torch.compiler.is_compiling():
+            self.mapped.ask(self.weight.detach(), slots)
         return ops.packed_sum(
             self.weight, slots.flatten(1), weights.flatten(1), self.width, self.bits, backend=self.backend
         )
@@ -86,13 +88,14 @@ def quantise_values(model: nn.Module, bits: int) -> None:
 
     Args:
         model: with memories, or a memory.
-        bits: of a stored number, 8 or 4.
+        bits: of a stored number: 16 for bf16, in which tables still train; or 8 or 4, see `QuantisedValues`.
 
     Raises:
-        ValueError: `bits` is neither 8 nor 4; there is no value table, or one of experts, sharded, trained by a
-            `RowAdam`, or with a number that is not finite. The model is as it was.
+        ValueError: `bits` is none of these; there is no value table, or one that is sharded or trained by a `RowAdam`, or
+            for fewer than 16 bits one of experts, or with a number that is not finite. The model is as it was.
     """
-    require_bits(bits)
+    if bits not in (_BF16, *BITS):
+        raise ValueError(f"bits is {bits!r} but must be one of {_BF16}, {', '.join(map(str, BITS))}")
     places = [
         (module, name, part)
         for module in model.modules()
@@ -100,17 +103,21 @@ def quantise_values(model: nn.Module, bits: int) -> None:
         if isinstance(part, Table)
     ]
     for _, _, table in places:
-        _require_plain(table)
+        _require_whole(table)
+        if bits != _BF16 and isinstance(table, NeuronTable):
+            raise ValueError("the slots are experts, whose input weights are not read as sums: leave them as they are")
     if not places:
         raise ValueError("no value table found inside: give quantise_values a ProductKeyMemory or a model with one")
+    if bits == _BF16:
+        for _, _, table in places:
+            table.to(torch.bfloat16)
+        return
     made = {table: QuantisedValues.of(table, bits) for table in dict.fromkeys(table for _, _, table in places)}
     for module, name, table in places:
         setattr(module, name, made[table])
 
 
-def _require_plain(table: Table) -> None:
-    if isinstance(table, NeuronTable):
-        raise ValueError("the slots are experts, whose input weights are not read as sums: leave them as they are")
+def _require_whole(table: Table) -> None:
     if table.others is not None:
         raise ValueError("the tables are sharded: quantise a whole model, as `pkmem export` writes it")
     if table.log is not None:

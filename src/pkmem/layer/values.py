@@ -11,7 +11,7 @@ from pkmem import ops
 from pkmem.layer.drawing import draw_normal, new_seed, tables_stay_undrawn
 from pkmem.layer.huge_pages import prefer_huge_pages
 from pkmem.layer.room import require_room
-from pkmem.ops.read_ahead import ReadAhead
+from pkmem.ops.mapped_rows import MappedRows
 from pkmem.ops.reading_log import ReadLog
 from pkmem.ops.reads import OtherProcesses
 
@@ -23,7 +23,7 @@ class Table(nn.Module):
         weight: (m, v) the rows.
         log: None while `weight.grad` is a dense tensor; a reading log while a living `pkmem.RowAdam` trains this very
             table (a copy or a reloaded table has none), and `weight.grad` holds the reads.
-        ahead: None, or what asks for rows ahead while the table lies in a file.
+        mapped: None, or the file that the table lies in.
         backend: None for the fastest on the device, or one of `pkmem.ops.BACKENDS`.
         seed: of the rows, 0-d int64.
         std: standard deviation of the rows as they are drawn, 1 / sqrt(v) as in the paper's public code; 0 where they
@@ -36,7 +36,7 @@ class Table(nn.Module):
         require_room(f"a table of {num_slots:,} rows", num_slots * width, device)
         self.weight = nn.Parameter(prefer_huge_pages(torch.empty(num_slots, width, device=device)))
         self.log: ReadLog | None = None
-        self.ahead: ReadAhead | None = None
+        self.mapped: MappedRows | None = None
         self.backend: str | None = None
         self.std = width**-0.5
         self.reset_parameters()
@@ -68,12 +68,12 @@ class Table(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy or a pickle takes along: the RowAdam trains the original, and only that may lie in a file."""
-        return self.__dict__ | {"log": None, "ahead": None}
+        return self.__dict__ | {"log": None, "mapped": None}
 
     def ask_ahead(self, slots: Tensor) -> None:
         """Asks for the rows of slots about to be read, if the table lies in a file."""
-        if self.ahead is not None and not torch.compiler.is_compiling():
-            self.ahead.ask(self.weight.detach(), slots)
+        if self.mapped is not None and not torch.compiler.is_compiling():
+            self.mapped.ask(self.weight.detach(), slots)
 
     def log_of_reads(self) -> ReadLog | None:
         """The log, if the weight read is the one that its RowAdam trains: not one put in its place for a call."""

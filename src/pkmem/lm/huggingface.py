@@ -30,8 +30,9 @@ from pkmem.lm.mapping import leave_out_tables_that_come_later, map_tables, requi
 from pkmem.lm.padding import keep_mask_with, keeping_mask, real_tokens, under_mask
 from pkmem.lm.placement import MemoryMLP, Placement, insert_memories
 from pkmem.lm.signature import decoder_signature
+from pkmem.lm.stored import require_as_configured
 
-VALUE_BITS = {"int8": 8, "int4": 4}
+VALUE_BITS = {"bf16": 16, "int8": 8, "int4": 4}
 _MAPPED = "mmap"
 _OF_THE_DECODER = ("main_input_name", "input_modalities", "accepts_loss_kwargs", "_is_stateful")
 
@@ -46,7 +47,8 @@ class PkmemConfig(PreTrainedConfig):
         placement: "replace" the MLP, or "parallel" to it.
         share_values: one value table for all memories.
         mlp_name: the MLP's attribute in a block.
-        value_bits: of a number of the value tables, 8 or 4 where they are quantised; None for floats.
+        value_bits: of a number of the value tables: 8 or 4 where they are quantised, 16 where they are bf16 whatever the
+            rest of the model is; None where they are as the rest.
     """
 
     model_type = "pkmem"
@@ -139,18 +141,20 @@ class PkmemForCausalLM(PreTrainedModel, GenerationMixin):
         """Loads what `save_pretrained` wrote; reads safetensors only, and no incomplete file.
 
         Args:
-            args, kwargs: as in transformers; and `values`: "int8" or "int4" stores the value tables so; "mmap" leaves
-                all tables in the files of a directory, in whatever form they are, and reads rows when they are needed;
-                None loads them as they are.
+            args, kwargs: as in transformers; and `values`: "bf16", "int8" or "int4" stores the value tables so; "mmap"
+                leaves all tables in the files of a directory, in whatever form they are, and reads rows when they are
+                needed; None loads them as they are.
 
         Raises:
-            ValueError: weights are missing from the file, its tables cannot be stored so, or they cannot be mapped.
+            ValueError: weights are missing from the file, a table is not what the config says, it cannot be stored so, or
+                it cannot be mapped.
         """
         stored, wants_info = kwargs.pop("values", None), kwargs.pop("output_loading_info", False)
         if stored not in (None, _MAPPED, *VALUE_BITS):
             known = ", ".join(map(repr, (*VALUE_BITS, _MAPPED)))
             raise ValueError(f"values is {stored!r} but must be one of {known}, or None")
         kwargs["use_safetensors"] = True
+        cls._require_as_configured(*args, **kwargs)
         if stored == _MAPPED:
             return cls._with_mapped_tables(wants_info, *args, **kwargs)
         model, info = super().from_pretrained(*args, **kwargs, output_loading_info=True)
@@ -165,9 +169,20 @@ class PkmemForCausalLM(PreTrainedModel, GenerationMixin):
         return (model, info) if wants_info else model
 
     @classmethod
+    def _require_as_configured(cls, *args: Any, **kwargs: Any) -> None:
+        folder = _folder_of(*args, **kwargs)
+        if folder is None or not folder.is_dir():
+            return
+        config = kwargs.get("config")
+        if not isinstance(config, PkmemConfig):
+            config = PkmemConfig.from_pretrained(folder)
+        memory = MemoryConfig.from_dict(config.memory or {}).bound_to(config.get_text_config().hidden_size)
+        require_as_configured(folder, memory, config.value_bits)
+
+    @classmethod
     def _with_mapped_tables(cls, wants_info: bool, *args: Any, **kwargs: Any) -> Any:
-        folder = Path(args[0] if args else kwargs["pretrained_model_name_or_path"], kwargs.get("subfolder") or "")
-        if not folder.is_dir():
+        folder = _folder_of(*args, **kwargs)
+        if folder is None or not folder.is_dir():
             raise ValueError(
                 f"{folder} is no directory, and tables are mapped from one: huggingface_hub.snapshot_download gets a model "
                 "of the Hub, and says where it is"
@@ -184,10 +199,10 @@ class PkmemForCausalLM(PreTrainedModel, GenerationMixin):
         """Stores the value tables in few bits, in place, for inference.
 
         Args:
-            stored: "int8" or "int4": bits of a number; each row has a scale besides.
+            stored: "int8" or "int4", bits of a number, with a scale for each row besides; or "bf16".
 
         Raises:
-            ValueError: `stored` is neither, the tables are quantised already, or as `pkmem.layer.quantised`.
+            ValueError: `stored` is none of these, the tables are quantised already, or as `pkmem.layer.quantised`.
         """
         if stored not in VALUE_BITS:
             raise ValueError(f"values is {stored!r} but must be one of {', '.join(map(repr, VALUE_BITS))}")
@@ -347,6 +362,12 @@ def add_memory(
     if getattr(model, "generation_config", None) is not None:
         made.generation_config = model.generation_config
     return made.train(model.training)
+
+
+def _folder_of(*args: Any, **kwargs: Any) -> Path | None:
+    """Where the arguments of `from_pretrained` say that the model is, if it is a directory; None where they name none."""
+    place = args[0] if args else kwargs.get("pretrained_model_name_or_path")
+    return None if place is None else Path(place, kwargs.get("subfolder") or "")
 
 
 def context_tokens(model: PreTrainedModel) -> int:

@@ -9,18 +9,14 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from contextvars import ContextVar
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
-import torch
 from torch import nn
 
-from pkmem.files.documents import load_json
 from pkmem.files.tensor_file import TensorFile
-from pkmem.layer.quantised import QuantisedValues
-from pkmem.layer.values import Table
-from pkmem.ops.read_ahead import ReadAhead, can_read_ahead
+from pkmem.lm.stored import file_of, stored_tables
+from pkmem.ops.mapped_rows import MappedRows
 
-_WHOLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _come_later: ContextVar[bool] = ContextVar("come_later", default=False)
 
 
@@ -41,8 +37,7 @@ def leave_out_tables_that_come_later(model: nn.Module) -> bool:
         whether this is inside.
     """
     if _come_later.get():
-        for table in _tables_of(model).values():
-            table.awaited = tuple(table.weight.shape)  # type: ignore[assignment]
+        for table in stored_tables(model).values():
             table.weight = None  # type: ignore[assignment]
     return _come_later.get()
 
@@ -52,32 +47,21 @@ def map_tables(model: nn.Module, folder: Path) -> None:
 
     Args:
         model: as `save_pretrained` saved it into the folder.
-        folder: with safetensors.
+        folder: with safetensors, whose tables are as the config says.
 
     Raises:
-        ValueError: a table is missing, of another shape or dtype than the config says, in a file that is broken or that
-            a link leads to, or the index names a file of another folder.
+        ValueError: a table is missing, a link leads to its file, or the index names a file of another folder.
     """
     files: dict[Path, TensorFile] = {}
-    for name, table in _tables_of(model).items():
-        path = _file_of(f"{name}.weight", folder)
-        stored = files.setdefault(path, TensorFile(path)).stored.get(f"{name}.weight")
-        if stored is None:
+    for name, table in stored_tables(model).items():
+        path = file_of(f"{name}.weight", folder)
+        if path not in files:
+            files[path] = TensorFile(path)
+        file = files[path]
+        if f"{name}.weight" not in file.stored:
             raise ValueError(f"{path} lacks the table {name}.weight: save the model again")
-        wanted, is_packed = table.__dict__.pop("awaited"), isinstance(table, QuantisedValues)
-        if (
-            stored.shape != wanted
-            or stored.dtype.is_floating_point is is_packed
-            or (is_packed and stored.dtype != torch.uint8)
-        ):
-            raise ValueError(
-                f"{path}: {name}.weight is {stored.shape} {stored.dtype} but the config asks for {wanted} "
-                f"{'torch.uint8' if is_packed else 'of a floating dtype'}: save the model again"
-            )
-        table.mapped_from = path  # type: ignore[assignment]
-        table.weight = nn.Parameter(files[path][f"{name}.weight"], requires_grad=False)
-        if can_read_ahead():
-            table.ahead = ReadAhead(table.weight.detach())
+        table.weight = nn.Parameter(file[f"{name}.weight"], requires_grad=False)
+        table.mapped = MappedRows(table.weight.detach(), file)
     for file in files.values():
         file.read_at_random()
 
@@ -88,37 +72,9 @@ def require_another_folder(model: nn.Module, folder: Path) -> None:
     Raises:
         ValueError: they are in that folder.
     """
-    for name, table in _tables_of(model).items():
-        path = table.__dict__.get("mapped_from")
-        if path is not None and folder.exists() and folder.resolve() in (path.parent.resolve(), path.resolve().parent):
+    for name, table in stored_tables(model).items():
+        if table.mapped is None or not folder.exists():
+            continue
+        path = table.mapped.file.path
+        if folder.resolve() in (path.parent.resolve(), path.resolve().parent):
             raise ValueError(f"{name} is mapped from {path}, which would be overwritten: save the model elsewhere")
-
-
-def _tables_of(model: nn.Module) -> dict[str, Table | QuantisedValues]:
-    """The tables by name, a shared one by its first."""
-    return {name: part for name, part in model.named_modules() if isinstance(part, Table | QuantisedValues)}
-
-
-def _file_of(name: str, folder: Path) -> Path:
-    """The file of a folder that holds a weight."""
-    file = _WHOLE
-    if not (folder / _WHOLE).exists():
-        if not (folder / _INDEX).exists():
-            raise ValueError(
-                f"{folder} has neither {_WHOLE} nor {_INDEX}: tables are mapped from a saved model's directory"
-            )
-        file = load_json(_itself(folder / _INDEX)).get("weight_map", {}).get(name)
-        if not isinstance(file, str):
-            raise ValueError(f"{folder / _INDEX} names no file for {name}: save the model again")
-        if PurePosixPath(file).name != file or "\\" in file or not (folder / file).is_file():
-            raise ValueError(f"{folder / _INDEX}: {file[:100]!r} is no file of this directory; save the model again")
-    return _itself(folder / file)
-
-
-def _itself(path: Path) -> Path:
-    """A file that may be a link within the Hugging Face cache, and no other one."""
-    if path.is_symlink() and path.resolve().parent.name == "blobs":
-        return path.resolve()
-    if path.is_symlink():
-        raise ValueError(f"{path}: a link; put the file itself there")
-    return path

@@ -1,4 +1,4 @@
-"""A saved model with its value tables in few bits, for inference."""
+"""A saved model with its value tables in few bits, or laid out to be mapped, for inference."""
 
 from __future__ import annotations
 
@@ -13,16 +13,19 @@ from pkmem.layer.quantised import QuantisedValues
 from pkmem.layer.values import Table
 from pkmem.lm.huggingface import PkmemForCausalLM
 from pkmem.training.saved import load_saved
+from pkmem.training.tables_apart import write_with_tables_apart
+
+AS_THEY_ARE = "same"
 
 
 @torch.no_grad()
 def convert_saved(path: Path, out: Path, values: str) -> str:
-    """Saves a model anew with its value tables in few bits; everything else stays as it is, bit for bit.
+    """Saves a model anew with its value tables in few bits and in a file of their own; all else stays, bit for bit.
 
     Args:
         path: as in `load_saved`.
         out: the directory to make, whole or not at all.
-        values: "int8" or "int4".
+        values: "bf16", "int8" or "int4"; or "same", which lays the tables out anew to be mapped, and changes no bit.
 
     Returns:
         what was made, in two lines.
@@ -37,12 +40,13 @@ def convert_saved(path: Path, out: Path, values: str) -> str:
     if not isinstance(model, PkmemForCausalLM):
         raise ValueError(f"{path} has no memories: there are no value tables to convert")
     before = _table_bytes(model)
-    model.quantise_values(values)
+    if values != AS_THEY_ARE:
+        model.quantise_values(values)
     out.parent.mkdir(parents=True, exist_ok=True)
     made = out.with_name(f"{out.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
-        model.save_pretrained(made)
-        tokenizer.save_pretrained(made)
+        made.mkdir()
+        write_with_tables_apart(made, model, tokenizer)
         for file in [*made.iterdir(), made]:
             sync(file)
         if out.exists():
@@ -51,7 +55,7 @@ def convert_saved(path: Path, out: Path, values: str) -> str:
     finally:
         shutil.rmtree(made, ignore_errors=True)
     return (
-        f"values of {path} in {values}: {before / 1e6:,.1f} MB became {_table_bytes(model) / 1e6:,.1f} MB\n"
+        f"values of {path} {'as they were' if values == AS_THEY_ARE else f'in {values}'}: {before / 1e6:,.1f} MB became {_table_bytes(model) / 1e6:,.1f} MB\n"
         f"saved in {out}; next: pkmem eval {out} --data FILE"
     )
 

@@ -11,6 +11,7 @@ import torch
 from huggingface_hub import snapshot_download
 from torch import Tensor
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedConfig,
@@ -24,6 +25,7 @@ from pkmem.files.documents import CheckpointError
 from pkmem.layer.config import require
 from pkmem.layer.counting import count_parameters
 from pkmem.lm.evaluation import evaluate
+from pkmem.lm.huggingface import PkmemConfig, PkmemForCausalLM
 from pkmem.lm.huggingface import context_tokens as longest_context
 from pkmem.lm.inspection import describe_memories, describe_reads
 from pkmem.lm.recall import measure_recall
@@ -90,20 +92,33 @@ def find_pretrained(place: str) -> Path:
         ) from error
 
 
-def load_saved(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_saved(path: Path, values: str | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model, in eval mode, and its tokenizer.
 
+    Args:
+        path: a run, a checkpoint, or a saved model's directory.
+        values: how its value tables are kept, as `from_pretrained` of a model with memories takes it.
+
     Raises:
-        CheckpointError: nothing there, or what is there is incomplete, damaged or not safe to load.
+        CheckpointError: nothing there, or what is there is incomplete, damaged or not safe to load, or its tables cannot
+            be kept so.
     """
     folder = find_saved(path)
     options: dict[str, Any] = {"use_safetensors": True, "output_loading_info": True, "trust_remote_code": False}
     try:
         if is_checkpoint(folder):
+            if values is not None:
+                raise ValueError(
+                    f"values is {values!r}, but this is a training checkpoint: `pkmem export {path}` first"
+                )
             config, kind, tensors = _from_checkpoint(folder)
             model, info = kind.from_pretrained(None, config=config, state_dict=tensors, **options)
-        else:
+        elif values is None:
             model, info = AutoModelForCausalLM.from_pretrained(folder, **options)
+        elif AutoConfig.from_pretrained(folder, trust_remote_code=False).model_type != PkmemConfig.model_type:
+            raise ValueError(f"values is {values!r}, but the model has no memories")
+        else:
+            model, info = PkmemForCausalLM.from_pretrained(folder, values=values, **options)
         if info["missing_keys"]:
             raise ValueError(f"weights are missing, {min(info['missing_keys'])} among them")
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
@@ -141,11 +156,12 @@ def evaluate_saved(
     max_tokens: int | None = None,
     context_tokens: int | None = None,
     speed: bool = False,
+    values: str | None = None,
 ) -> dict[str, float]:
     """What a saved model is worth on a text: parameters, loss, use of its memories, recall of made-up facts, speed.
 
     Args:
-        path: as in `load_saved`. data, split: as in `pkmem.text.read_documents`.
+        path, values: as in `load_saved`. data, split: as in `pkmem.text.read_documents`.
         max_tokens: evaluate about so many tokens; None takes all.
         context_tokens: tokens of a block, in [2, the model's longest]; None is the longest.
         speed: measure prefill and decode as well.
@@ -153,7 +169,7 @@ def evaluate_saved(
     Raises:
         ValueError: the model or the data cannot be read, or `context_tokens` is outside its range.
     """
-    model, tokenizer = load_saved(path)
+    model, tokenizer = load_saved(path, values)
     longest = longest_context(model)
     context = longest if context_tokens is None else context_tokens
     require(2 <= context <= longest, "context_tokens", context, f"in [2, {longest}], the model's")
@@ -170,11 +186,19 @@ def evaluate_saved(
     return figures
 
 
-def continue_text(path: Path, prompt: str, max_new_tokens: int, temperature: float, top_k: int, seed: int) -> None:
+def continue_text(
+    path: Path,
+    prompt: str,
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int,
+    seed: int,
+    values: str | None = None,
+) -> None:
     """Prints a saved model's continuation of a prompt as it is written, to the end of its context at most.
 
     Args:
-        path: as in `load_saved`. prompt: empty for the end-of-text token.
+        path, values: as in `load_saved`. prompt: empty for the end-of-text token.
         max_new_tokens: tokens to write, >= 1. seed: of the draws.
         temperature: >= 0; 0 takes the likeliest token every time. top_k: likeliest tokens to draw among, >= 1.
 
@@ -183,7 +207,7 @@ def continue_text(path: Path, prompt: str, max_new_tokens: int, temperature: flo
     """
     if max_new_tokens < 1 or temperature < 0 or top_k < 1:
         raise ValueError("max_new_tokens and top_k must be >= 1, temperature >= 0")
-    model, tokenizer = load_saved(path)
+    model, tokenizer = load_saved(path, values)
     set_seed(seed)
     inputs = tokenizer(
         prompt or tokenizer.bos_token or tokenizer.eos_token, return_tensors="pt", return_token_type_ids=False

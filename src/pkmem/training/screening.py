@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from pkmem.files.documents import CheckpointError, load_json
-from pkmem.files.tensor_file import TensorFile
+from pkmem.files.tensor_file import Stored, TensorFile
 
 _INDEX = "model.safetensors.index.json"
 _WEIGHTS_OF_A_BYTE = 8  # at most, however they are quantised
@@ -28,7 +29,8 @@ def screen_model(folder: Path) -> nn.Module:
 
     Raises:
         CheckpointError: no safetensors, a file that is none, a link out of the directory, a name in it that leads out,
-            an adapter of another model, or a config of far more weights than there are.
+            an adapter of another model, a config of far more weights than there are, or a tensor of another shape or
+            kind of numbers than the config asks for.
     """
     for path in folder.rglob("*"):
         if path.is_symlink() and not _is_blob_of_hub(path):
@@ -44,9 +46,13 @@ def screen_model(folder: Path) -> nn.Module:
     for name in ("config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json", _INDEX):
         if (folder / name).exists():
             _screen_document(folder / name)
-    tensors = [TensorFile(path).stored for path in files]
-    num_bytes = sum(stored.stop - stored.start for file in tensors for stored in file.values())
-    return screen_config(folder / "config.json", sum(map(len, tensors)), num_bytes)[1]
+    tensors = {path: TensorFile(path).stored for path in files}
+    num_bytes = sum(stored.stop - stored.start for file in tensors.values() for stored in file.values())
+    config, model = screen_config(folder / "config.json", sum(map(len, tensors.values())), num_bytes)
+    if getattr(config.get_text_config(), "quantization_config", None) is None:  # or they are not what the model has
+        for path, stored in tensors.items():
+            _screen_tensors(path, stored, model)
+    return model
 
 
 def screen_config(file: Path, num_tensors: int, num_bytes: int) -> tuple[PreTrainedConfig, nn.Module]:
@@ -88,6 +94,21 @@ def _screen_counts(document: Any, file: Path, num_tensors: int) -> None:
         is_count = isinstance(entry, int) and not isinstance(entry, bool) and ("layer" in name or "expert" in name)
         if is_count and entry > max(num_tensors, 1024):
             raise CheckpointError(f"{file}: {name} is {entry:,} but there are {num_tensors:,} tensors: save it again")
+
+
+def _screen_tensors(path: Path, tensors: Mapping[str, Stored], model: nn.Module) -> None:
+    """Refuses tensors of a file that are not what the model has under their names; others are left to who loads them."""
+    wanted = model.state_dict()
+    for name, stored in tensors.items():
+        asked = wanted.get(name)
+        if asked is None:
+            continue
+        alike = stored.dtype.is_floating_point == asked.dtype.is_floating_point
+        if stored.shape != tuple(asked.shape) or not alike:
+            raise CheckpointError(
+                f"{path}: {name} is {stored.shape} {stored.dtype} but the config asks for {tuple(asked.shape)} "
+                f"{asked.dtype}: save the model again"
+            )
 
 
 def _screen_document(file: Path) -> Any:

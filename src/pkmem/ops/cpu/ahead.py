@@ -16,7 +16,7 @@ _madvise = types.ExternalFunction("madvise", types.int32(types.uintp, types.uint
 
 
 def ask_for_rows(rows: Tensor, slots: Tensor, asked: Tensor, page_bytes: int) -> None:
-    """See `pkmem.ops.read_ahead.ReadAhead`: asks for the pages of rows `slots` (r,) that were not asked for yet."""
+    """See `pkmem.ops.mapped_rows.MappedRows`: asks for the pages of rows `slots` (r,) that were not asked for yet."""
     run_over(_ask, (array(rows).view(np.uint8), array(slots), array(asked), page_bytes), len(slots), _GRAIN)
 
 

@@ -1,4 +1,4 @@
-"""What is about to be read of a table that lies in a file is asked for ahead: all rows of a call at once.
+"""A table that lies in a file: what is about to be read is asked for ahead, all rows of a call at once.
 
 Otherwise each row that is not in memory yet would be waited for, one after another.
 """
@@ -10,21 +10,24 @@ import mmap
 import torch
 from torch import Tensor
 
+from pkmem.files.tensor_file import TensorFile
 from pkmem.ops.backends import choose_backend
 from pkmem.ops.registered import is_plain, is_transformed
 
 
-class ReadAhead:
+class MappedRows:
     """The pages of a mapped table that were asked for already.
 
     Args:
         rows: (m, v), mapped from a file, contiguous.
+        file: that file.
     """
 
-    def __init__(self, rows: Tensor) -> None:
+    def __init__(self, rows: Tensor, file: TensorFile) -> None:
+        self.file = file
         self._begin = rows.data_ptr()
         self._page_bytes = mmap.PAGESIZE
-        num_pages = rows.nbytes // self._page_bytes + 2
+        num_pages = rows.nbytes // self._page_bytes + 2 if _can_ask() else 0
         self._asked = torch.zeros(num_pages, dtype=torch.uint8, device="cpu")
         self._faults = 0
 
@@ -36,8 +39,14 @@ class ReadAhead:
         Args:
             rows: (m, v) the table.
             slots: (...) int64; those outside the table are left out.
+
+        Raises:
+            CheckpointError: the file was cut or written to since it was opened.
         """
-        if is_transformed() or not is_plain(rows) or rows.data_ptr() != self._begin or choose_backend(rows) != "cpu":
+        if is_transformed() or not is_plain(rows) or rows.data_ptr() != self._begin:
+            return
+        self.file.require_unchanged()
+        if not _can_ask() or choose_backend(rows) != "cpu":
             return
         from pkmem.ops.cpu.ahead import ask_for_rows
 
@@ -50,7 +59,7 @@ class ReadAhead:
         self._faults = faults
 
 
-def can_read_ahead() -> bool:
+def _can_ask() -> bool:
     """Whether this system takes advice on what will be read."""
     return hasattr(mmap, "MADV_WILLNEED")
 
