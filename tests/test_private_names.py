@@ -33,6 +33,7 @@ NAMES = {
     "_attn_implementation",  # of a config: how the decoder given attends
     "_clip_grad_norm",  # of Trainer: clips before a step
     "_experts_implementation",  # of a config: how its experts are run
+    "_hf_hook",  # of a module: what accelerate does around its forward: tests/lm/test_offloading.py
     "_get_dtype_plan",  # of a model: what is loaded in fp32 though asked for in half precision
     "_is_hf_initialized",  # of a module: its weights are drawn already
     "_is_stateful",  # of a model: its cache cannot go back, so no assistant helps it

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from pkmem import ops
+from pkmem.layer.journey import sent_to
 from pkmem.layer.values import NeuronTable, Table
 from pkmem.ops.mapped_rows import MappedRows
 from pkmem.ops.packing import BITS, pack_rows, require_bits, row_bytes, unpack_rows
@@ -68,11 +69,14 @@ class QuantisedValues(nn.Module):
 
     def forward(self, slots: Tensor, weights: Tensor) -> Tensor:
         """Slots and weights (n, h, knn) -> sums over heads and neighbours (n, v) fp32 (eq. 3)."""
+        here = slots.device
+        slots, weights = sent_to(self.weight, slots, weights)
         if self.mapped is not None and not torch.compiler.is_compiling():
             self.mapped.ask(self.weight.detach(), slots)
-        return ops.packed_sum(
+        sums = ops.packed_sum(
             self.weight, slots.flatten(1), weights.flatten(1), self.width, self.bits, backend=self.backend
         )
+        return sums.to(here)
 
     def norms(self) -> Tensor:
         """The norm of each value, (m,) fp32."""

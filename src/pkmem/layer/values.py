@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from pkmem import ops
 from pkmem.layer.drawing import draw_normal, new_seed, tables_stay_undrawn
 from pkmem.layer.huge_pages import prefer_huge_pages
+from pkmem.layer.journey import sent_to
 from pkmem.layer.room import require_room
 from pkmem.ops.mapped_rows import MappedRows
 from pkmem.ops.reading_log import ReadLog
@@ -95,10 +96,13 @@ class ValueTable(Table):
 
     def forward(self, slots: Tensor, weights: Tensor) -> Tensor:
         """Slots and weights (n, h, knn) -> sums over heads and neighbours (n, v) (eq. 3)."""
+        here = slots.device
+        slots, weights = sent_to(self.weight, slots, weights)
         self.ask_ahead(slots)
-        return ops.weighted_sum(
+        sums = ops.weighted_sum(
             self.weight, slots.flatten(1), weights.flatten(1), log=self.log_of_reads(), backend=self.backend
         )
+        return sums.to(here)
 
 
 @final
@@ -107,9 +111,11 @@ class NeuronTable(Table):
 
     def forward(self, slots: Tensor, x: Tensor) -> Tensor:
         """Slots (n, h, knn) and hidden states (n, d) -> their inner products (n, h, knn)."""
+        here = slots.device
+        slots, x = sent_to(self.weight, slots, x)
         self.ask_ahead(slots)
         products = ops.row_products(self.weight, slots.flatten(1), x, log=self.log_of_reads(), backend=self.backend)
-        return products.view_as(slots)
+        return products.view_as(slots).to(here)
 
 
 def tables_in(module: nn.Module) -> list[Table]:

@@ -27,6 +27,7 @@ from pkmem.layer.memory import memories_in
 from pkmem.layer.quantised import quantise_values
 from pkmem.layer.values import tables_in
 from pkmem.lm.mapping import leave_out_tables_that_come_later, map_tables, require_another_folder, tables_come_later
+from pkmem.lm.offloading import keep_tables_where_they_are
 from pkmem.lm.padding import keep_mask_with, keeping_mask, real_tokens, under_mask
 from pkmem.lm.placement import MemoryMLP, Placement, insert_memories
 from pkmem.lm.signature import decoder_signature
@@ -164,6 +165,7 @@ class PkmemForCausalLM(PreTrainedModel, GenerationMixin):
                 f"the checkpoint lacks {len(missing)} weights, {missing[0]} among them: "
                 "it is broken or of another model; save it again with save_pretrained"
             )
+        keep_tables_where_they_are(model)
         if stored is not None and model.config.value_bits != VALUE_BITS[stored]:
             model.quantise_values(stored)
         return (model, info) if wants_info else model
