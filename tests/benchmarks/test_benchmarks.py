@@ -13,6 +13,11 @@ FOLDER = Path(__file__).parents[2] / "benchmarks"
 LINES = {
     "operators": ["selection, s 16: torch / ours", "bag, width 16: pure read / ours"],
     "packed_rows": ["64 slots x 24: fp32 / int8", "64 slots x 24: int4 / pure read of the same rows"],
+    "mapped_tables": [
+        "int8: one fault after another / asked ahead",
+        "fp32: pages of 4096 bytes read for each distinct row, asked ahead",
+        "mapped, warm: decode, ms a token",
+    ],
     "layer_forward": ["width 16, s 16, 32 tokens: ours / floor"],
     "training_step": ["width 16, s 16, 32 tokens: SparseAdam / ours", "width 16, s 16, 32 tokens: ours / floor"],
     "growth": ["256 slots: ours / floor", "s 32 over s 8: growth of ours / growth of the floor"],
