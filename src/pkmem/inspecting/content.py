@@ -130,7 +130,7 @@ class _Writer:
         before = {}
         if self.compared is not None:
             other = self.compared.reads[i]
-            self._counts(f"{name}.compared", other)
+            self.blocks[f"{name}.compared"] = pack_counts(torch.stack([head.num_reads for head in other.heads]))
             before["compared"] = [_figures(counts) for counts in [*other.heads, other.all_heads]]
         slots = self._read_most(reads.all_heads)
         self.blocks[f"{name}.slots"] = pack_counts(slots)

@@ -58,14 +58,14 @@ function scaleOf(show, counts) {
       colour: (slot) => between(stops, 0.5 + change[slot] / far / 2),
       stops,
       ticks: [
-        [0, `1/${(2 ** far).toPrecision(2)}`],
+        [0, `\u00f7 ${counted.format(Math.round(10 * 2 ** far) / 10)}`],
         [0.5, "as many"],
-        [1, `${(2 ** far).toPrecision(2)} times`],
+        [1, `\u00d7 ${counted.format(Math.round(10 * 2 ** far) / 10)}`],
       ],
       about: "reads in the compared model, plus 1, over those here, plus 1",
       swatches: [
-        [stops[0], `read here alone: ${counted.format(gone)} slots`],
-        [stops[2], `read there alone: ${counted.format(come)} slots`],
+        [null, `Read here alone: ${counted.format(gone)} slots; in the compared model alone: ${counted.format(come)}.`],
+        [null, "Colours: reads in the compared model, plus 1, over those here, plus 1; logarithmic."],
       ],
     };
   }
@@ -120,11 +120,11 @@ function paint() {
   }
   at("swatches").replaceChildren(
     ...scale.swatches.map(([colour, text]) => {
+      if (colour === null) return make("span", { class: "swatch" }, text);
       const box = make("i", { "aria-hidden": "true" });
       box.style.background = css(colour);
       return make("span", { class: "swatch" }, box, text);
     }),
-    ...(scale.about ? [make("span", { class: "swatch" }, `Colours: ${scale.about}.`)] : []),
   );
   draw();
 }
@@ -195,8 +195,8 @@ function slotUnder(event) {
 function tell(slot) {
   if (slot === null || !view.counts) return;
   const { reads, top1, compared } = view.counts;
-  const here = state.show === "top1" ? `a head's best ${counted.format(reads[slot])} times` : `${counted.format(reads[slot])} reads`;
+  const what = { top1: "reads as a head's best", compared: "reads in the compared model" }[state.show] || "reads";
   const best = top1 ? `, ${counted.format(top1[slot])} as a head's best` : "";
-  const there = compared ? `; ${counted.format(compared[slot])} reads in the compared model` : "";
-  at("under").textContent = `Slot ${nameOf(state.memory, slot)}: ${here}${best}${there}`;
+  const there = compared ? `; ${counted.format(compared[slot])} in the compared model` : "";
+  at("under").textContent = `Slot ${nameOf(state.memory, slot)}: ${counted.format(reads[slot])} ${what}${best}${there}`;
 }

@@ -54,6 +54,7 @@ async function choose(change) {
     showFigures();
   } else if (changed("slot")) draw();
   tell(state.slot);
+  if (changed("slot", "memory", "head", "show")) at("said").textContent = state.slot === null ? "" : at("under").textContent;
   const tasks = [];
   if (changed("memory", "slot") || !at("slot").firstChild) tasks.push(showSlot());
   if (changed("memory", "token")) tasks.push(showToken());
@@ -67,8 +68,8 @@ async function loadCounts() {
   const { reads, top1 } = await loadOf(memory, ["reads", "top1"]);
   const counts = { reads: countsOf(reads, memory, head), top1: countsOf(top1, memory, head) };
   if (facts.compared !== null) {
-    const compared = await loadOf(memory, ["compared.reads"]);
-    counts.compared = countsOf(compared["compared.reads"], memory, head);
+    const { compared } = await loadOf(memory, ["compared"]);
+    counts.compared = countsOf(compared, memory, head);
   }
   view.counts = counts;
   if (show === "top1") view.counts = { reads: counts.top1 };
@@ -175,7 +176,8 @@ async function start() {
   for (const name of Object.keys(facts.blocks)) await load(name); // before they are asked for
 }
 
-start().catch((error) => {
+addEventListener("unhandledrejection", ({ reason }) => {
   at("trouble").hidden = false;
-  at("trouble").textContent = `This page could not be read whole (${error.message}): write it again, or open it in a browser of 2023 or later.`;
+  at("trouble").textContent = `Something went wrong (${reason.message}): write the page again, or open it in a browser of 2023 or later.`;
 });
+start();

@@ -23,6 +23,9 @@ def require_own_page(out: Path) -> None:
     Raises:
         ValueError: there is something else.
     """
+    folder = next((folder for folder in out.parents if folder.exists()), Path())
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is not a directory: choose another --page")
     if out.is_dir():
         raise ValueError(f"{out} is a directory: give --page the name of a file, such as {out / 'memory.html'}")
     if out.exists() or out.is_symlink():

@@ -8,6 +8,7 @@ const BEFORE = 16;
 const BEHIND = 12;
 
 const headNames = (bits) => headsOf(bits).join(", ");
+const headWords = (bits) => `${headsOf(bits).length > 1 ? "heads" : "head"} ${headNames(bits)}`;
 const weightText = (weight) => {
   if (weight >= 100) return counted.format(Math.round(weight));
   return weight >= 0.001 ? weight.toPrecision(2) : weight.toExponential(1);
@@ -39,11 +40,12 @@ function table(heads, rows) {
 function showFigures() {
   const memory = facts.memories[state.memory];
   const names = [...Array.from({ length: memory.heads }, (_, head) => `head ${head}`), "all heads"];
-  const rows = [];
+  const [rows, chosen] = [[], []];
   for (const i of [memory.heads, ...Array(memory.heads).keys()]) {
     const of = [[names[i], memory.figures[i]]];
-    if (memory.compared) of.push([`${names[i]}, compared`, memory.compared[i]]);
+    if (memory.compared) of.push([`\u2007compared`, memory.compared[i]]);
     for (const [name, figures] of of) {
+      if (i === (state.head < 0 ? memory.heads : state.head)) chosen.push(rows.length);
       rows.push([
         name,
         counted.format(figures.reads),
@@ -56,10 +58,7 @@ function showFigures() {
     }
   }
   const shown = table(["", "reads", "usage", "top-1 usage", "KL", "dead slots", "hottest 1 %"], rows);
-  const chosen = state.head < 0 ? names.at(-1) : names[state.head];
-  for (const row of shown.querySelectorAll("tbody tr")) {
-    if (row.cells[0].textContent.split(", ")[0] === chosen) row.setAttribute("class", "chosen");
-  }
+  shown.querySelectorAll("tbody tr").forEach((row, i) => row.classList.toggle("chosen", chosen.includes(i)));
   at("figures").replaceChildren(shown.firstChild);
 }
 
@@ -134,6 +133,7 @@ async function valueOf(number, place) {
   if (memory.notProjected) return [title, make("p", {}, memory.notProjected)];
   const names = ["tokensFor", "tokensAgainst", "deviations"];
   const [found, vocabulary] = [await loadOf(number, names), await words()];
+  if (found.deviations[place] === 0) return [title, make("p", {}, "Nothing: it makes all tokens alike, as zeros do.")];
   const most = facts.blocks[`${memory.name}.tokensFor`][1][1];
   const chips = (tokens) =>
     make(
@@ -144,7 +144,7 @@ async function valueOf(number, place) {
       ),
     );
   const expert = memory.isExperts
-    ? " The slot is an expert of one neuron: this is its output weight, which a token may also read with the opposite sign."
+    ? " The slot is an expert of one neuron: this is its output weight, which the neuron's activation scales beside the weight of its key."
     : "";
   return [
     title,
@@ -167,7 +167,7 @@ async function contextsOf(number, place) {
     const position = found.contextAt[i];
     if (position >= facts.numTokens) break;
     const open = make("button", { type: "button", onclick: () => choose({ position }) }, "open text");
-    const about = `weight ${weightText(found.contextWeights[i])}, heads ${headNames(found.contextHeads[i])} `;
+    const about = `weight ${weightText(found.contextWeights[i])}, ${headWords(found.contextHeads[i])} `;
     items.push(make("li", {}, await stretch(position), make("span", { class: "about" }, about, open)));
   }
   const title = make("h3", {}, "Tokens that read it most strongly");
@@ -181,11 +181,12 @@ async function showToken() {
   const names = ["Weight", "Count"].flatMap((order) => ["Slots", "Weights", "Counts"].map((what) => `by${order}${what}`));
   const [found, types, vocabulary] = await Promise.all([loadOf(number, names), load("types"), words()]);
   const place = placeIn(types, token);
+  if (place < 0) return at("token").replaceChildren();
   const rowsBy = (order) => {
     const rows = [];
     for (let i = place * memory.numOfTokens; i < (place + 1) * memory.numOfTokens; i++) {
       const slot = found[`by${order}Slots`][i];
-      if (place < 0 || slot >= memory.numSlots) break;
+      if (slot >= memory.numSlots) break;
       rows.push([slotLink(slot), weightText(found[`by${order}Weights`][i]), counted.format(found[`by${order}Counts`][i])]);
     }
     return table(["slot", "weight", "times"], rows);
