@@ -28,6 +28,14 @@ from pkmem.text import train_tokenizer
 from tiny import MEMORY, MODEL
 
 VOCABULARY = 300
+HOSTILE = (
+    "</script><script>document.title='owned'</script>",
+    "<img src=x onerror=\"document.title='owned'\">",
+    "'\"`${document.title='owned'}",
+    "<!-- <script>",
+    "\x00 \u202e \ud800 \U0001f600 \u2028",
+    "{{script}} {{data}}",
+)
 
 
 def tokenizer_of(text: str = "a b c") -> PreTrainedTokenizerBase:

@@ -22,8 +22,7 @@ async function decode(name) {
   const [dtype] = facts.blocks[name];
   const letters = atob(document.getElementById(name).textContent);
   const deflated = Uint8Array.from({ length: letters.length }, (_, i) => letters.charCodeAt(i));
-  const stream = new Blob([deflated]).stream().pipeThrough(new DecompressionStream("deflate"));
-  const bytes = new Uint8Array(await new Response(stream).arrayBuffer());
+  const bytes = await inflate(deflated);
   if (dtype === "json") return JSON.parse(new TextDecoder().decode(bytes));
   const size = kinds[dtype].BYTES_PER_ELEMENT;
   const length = bytes.length / size;
@@ -34,6 +33,26 @@ async function decode(name) {
   }
   if (dtype !== "bfloat16") return numbers;
   return new Float32Array(Uint32Array.from(numbers, (half) => half << 16).buffer);
+}
+
+async function inflate(deflated) {
+  const { readable, writable } = new DecompressionStream("deflate");
+  const writer = writable.getWriter();
+  Promise.all([writer.write(deflated), writer.close()]).catch(() => {}); // the reader hears of it, too
+  const reader = readable.getReader();
+  const parts = [];
+  let length = 0;
+  for (let part = await reader.read(); !part.done; part = await reader.read()) {
+    parts.push(part.value);
+    length += part.value.length;
+  }
+  const bytes = new Uint8Array(length);
+  let place = 0;
+  for (const part of parts) {
+    bytes.set(part, place);
+    place += part.length;
+  }
+  return bytes;
 }
 
 /** The last place in an ascending array whose number is at most `number`, -1 if there is none. */
@@ -66,7 +85,7 @@ const percent = (share) => (share === null ? "none" : `${(100 * share).toFixed(1
 
 /** A text with what cannot be seen, or turns the direction of writing, made visible. */
 function visible(text, keepLines) {
-  return text.replace(/[\u0000-\u001f\u007f-\u009f\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff]/g, (letter) => {
+  return text.replace(/[\u0000-\u001f\u007f-\u009f\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff]|\p{Cs}/gu, (letter) => {
     if (letter === "\n") return keepLines ? "\u21b5\n" : "\u21b5";
     if (letter === "\t") return "\u21e5";
     return `\\u${letter.charCodeAt(0).toString(16).padStart(4, "0")}`;
