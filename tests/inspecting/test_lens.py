@@ -49,7 +49,9 @@ def test_where_values_cannot_be_projected_the_reason_is_said() -> None:
     embedding = output_embedding(model, VOCABULARY)
     assert why_not_projected(only_memory(model), embedding) == ""
     assert "output gate" in why_not_projected(only_memory(build({"gate": True})), embedding)
-    assert why_not_projected(only_memory(model), embedding[:, :30]) == "A value has 32 numbers, the output embedding 30."
+    assert (
+        why_not_projected(only_memory(model), embedding[:, :30]) == "A value has 32 numbers, the output embedding 30."
+    )
     assert "no output embedding" in why_not_projected(only_memory(model), None)
     model.base.lm_head = torch.nn.Identity()
     assert output_embedding(model, VOCABULARY) is None

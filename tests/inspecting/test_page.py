@@ -18,6 +18,7 @@ from pkmem.inspecting.lens import output_embedding, project_values
 from pkmem.inspecting.page import write_page
 from pkmem.layer.memory import memories_in
 
+
 def test_a_page_has_what_was_read(tmp_path: Path) -> None:
     model, texts, tokenizer = build(memory_layers=[0, 1]), ragged(32, 5, 0, 17), tokenizer_of()
     page = Page(page_of(tmp_path / "x.html", model, texts, tokenizer))
@@ -34,7 +35,9 @@ def test_a_page_has_what_was_read(tmp_path: Path) -> None:
         assert page[f"{name}.reads"].tolist() == [head.num_reads.tolist() for head in reads.heads]
         assert page[f"{name}.top1"].tolist() == [head.num_top1.tolist() for head in reads.heads]
         np.testing.assert_allclose(page[f"{name}.weight"], reads.all_heads.weight_sum, rtol=0.004)
-        assert facts["figures"] == [c.summary() | {"reads": int(c.num_reads.sum())} for c in [*reads.heads, reads.all_heads]]
+        assert facts["figures"] == [
+            c.summary() | {"reads": int(c.num_reads.sum())} for c in [*reads.heads, reads.all_heads]
+        ]
         slots = reads.all_heads.num_reads.nonzero().flatten()
         assert page[f"{name}.slots"].tolist() == slots.tolist()
         np.testing.assert_allclose(page[f"{name}.contextWeights"], reads.context_weights[slots], rtol=0.004)
@@ -68,7 +71,10 @@ def test_a_budget_cuts_contexts_reads_and_slots(tmp_path: Path, monkeypatch) -> 
     slots = page["memory_0.slots"]
     assert len(slots) == 10
     assert sorted(reads[slots]) == sorted(reads)[-10:]
-    assert page["memory_0.contextAt"].tolist() == whole["memory_0.contextAt"][np.isin(whole["memory_0.slots"], slots), :3].tolist()
+    assert (
+        page["memory_0.contextAt"].tolist()
+        == whole["memory_0.contextAt"][np.isin(whole["memory_0.slots"], slots), :3].tolist()
+    )
     assert page["memory_0.tokensFor"].shape == (10, 2)
     assert page["memory_0.readSlots"].tolist() == whole["memory_0.readSlots"][:50, :1].tolist()
     assert page["memory_0.byWeightSlots"].shape[1] == 160 // (4 * len(page["types"]))

@@ -19,7 +19,20 @@ KINDS = {
     "experts": {"experts": True, "heads": 3},
     "gate": {"gate": True, "value_dim": 20},
 }
-LENGTHS = (32, 5, 17, 0, 1, 9, 32, 32, 32, 32, 3, 32)  # two batches; the first has to be padded, the text without tokens too
+LENGTHS = (
+    32,
+    5,
+    17,
+    0,
+    1,
+    9,
+    32,
+    32,
+    32,
+    32,
+    3,
+    32,
+)  # two batches; the first has to be padded, the text without tokens too
 
 
 @pytest.fixture(params=KINDS, ids=KINDS)
@@ -140,7 +153,10 @@ def test_nobody_watches_afterwards_and_too_many_heads_are_refused() -> None:
         raise RuntimeError
     assert only_memory(model).watchers == ()
     many = build({"heads": 33})
-    with pytest.raises(ValueError, match="heads is 33 but must be at most 32 for a page"), watching_reads(many, torch.zeros(0)):
+    with (
+        pytest.raises(ValueError, match="heads is 33 but must be at most 32 for a page"),
+        watching_reads(many, torch.zeros(0)),
+    ):
         pass
     assert only_memory(many).watchers == ()
 

@@ -22,7 +22,8 @@ async function decode(name) {
   const [dtype] = facts.blocks[name];
   const letters = atob(document.getElementById(name).textContent);
   const deflated = Uint8Array.from({ length: letters.length }, (_, i) => letters.charCodeAt(i));
-  const bytes = await inflate(deflated);
+  const stream = new Blob([deflated]).stream().pipeThrough(new DecompressionStream("deflate"));
+  const bytes = new Uint8Array(await new Response(stream).arrayBuffer());
   if (dtype === "json") return JSON.parse(new TextDecoder().decode(bytes));
   const size = kinds[dtype].BYTES_PER_ELEMENT;
   const length = bytes.length / size;
@@ -33,26 +34,6 @@ async function decode(name) {
   }
   if (dtype !== "bfloat16") return numbers;
   return new Float32Array(Uint32Array.from(numbers, (half) => half << 16).buffer);
-}
-
-async function inflate(deflated) {
-  const { readable, writable } = new DecompressionStream("deflate");
-  const writer = writable.getWriter();
-  Promise.all([writer.write(deflated), writer.close()]).catch(() => {}); // the reader hears of it, too
-  const reader = readable.getReader();
-  const parts = [];
-  let length = 0;
-  for (let part = await reader.read(); !part.done; part = await reader.read()) {
-    parts.push(part.value);
-    length += part.value.length;
-  }
-  const bytes = new Uint8Array(length);
-  let place = 0;
-  for (const part of parts) {
-    bytes.set(part, place);
-    place += part.length;
-  }
-  return bytes;
 }
 
 /** The last place in an ascending array whose number is at most `number`, -1 if there is none. */
