@@ -48,7 +48,7 @@ def test_what_is_missing_for_a_page_is_named(run: Path, plain_gpt2: Path, text: 
         inspect_saved(run, str(text), 320, 5, None, run)
     with pytest.raises(ValueError, match="hottest is -1 but must be >= 0"):
         inspect_saved(run, str(text), 320, -1, out)
-    with pytest.raises(ValueError, match="no memories in .*: a page needs a model with some"):
+    with pytest.raises(ValueError, match=r"no memories in .*: a page needs a model with some"):
         inspect_saved(plain_gpt2, str(text), 320, 5, out)
     out.write_text("mine")
     with pytest.raises(ValueError, match=r"x\.html is there and is no page of `pkmem inspect`: choose another --page"):

@@ -21,7 +21,8 @@ async function loadOf(memory, names) {
 async function decode(name) {
   const [dtype] = facts.blocks[name];
   const letters = atob(document.getElementById(name).textContent);
-  const deflated = Uint8Array.from({ length: letters.length }, (_, i) => letters.charCodeAt(i));
+  const deflated = new Uint8Array(letters.length);
+  for (let i = 0; i < letters.length; i++) deflated[i] = letters.charCodeAt(i);
   const stream = new Blob([deflated]).stream().pipeThrough(new DecompressionStream("deflate"));
   const bytes = new Uint8Array(await new Response(stream).arrayBuffer());
   if (dtype === "json") return JSON.parse(new TextDecoder().decode(bytes));

@@ -172,8 +172,11 @@ async function start() {
     await Promise.all([showText(), showToken()]);
     await showReads(false);
   }
+  // what the first click asks for, then the rest, before it is asked for
+  const soon = OF_A_SLOT.map((name) => `${facts.memories[state.memory].name}.${name}`);
+  for (const name of ["vocabulary", ...soon]) if (name in facts.blocks) await load(name);
   document.body.dataset.ready = "yes";
-  for (const name of Object.keys(facts.blocks)) await load(name); // before they are asked for
+  for (const name of Object.keys(facts.blocks)) await load(name);
 }
 
 addEventListener("unhandledrejection", ({ reason }) => {

@@ -79,6 +79,8 @@ async function stretch(position) {
   );
 }
 
+const OF_A_SLOT = ["slots", "weight", "tokensFor", "tokensAgainst", "deviations", "contextAt", "contextWeights", "contextHeads"];
+
 async function showSlot() {
   const { slot, memory: number } = state;
   if (slot === null) {
