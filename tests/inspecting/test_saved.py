@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from inspected import Page
+from inspected import Page, build, tokenizer_of
 from pkmem.cli import main
-from pkmem.inspecting.saved import inspect_saved
+from pkmem.inspecting.saved import inspect_saved, require_comparable
 from pkmem.training.saved import describe_saved
 
 pytest_plugins = "tiny"
@@ -73,9 +73,33 @@ def test_another_tokenizer_is_not_compared(run: Path, other: Path, text: Path) -
     refused(run, other, text, rf"number of the token 'a': \d+ in .* but \d+ in .*other: {fix}")
 
 
-def test_another_context_or_no_memory_is_not_compared(run: Path, other: Path, plain_gpt2: Path, text: Path) -> None:
+def test_other_memories_or_none_are_not_compared(run: Path, other: Path, plain_gpt2: Path, text: Path) -> None:
     config = json.loads((other / "config.json").read_text())
     refused(run, plain_gpt2, text, "memories: 1 in .* but 0 in ")
     config["memory"]["knn"] = 3
     (other / "config.json").write_text(json.dumps(config))
     refused(run, other, text, "memory_0's knn: 4 in .* but 3 in ")
+
+
+@pytest.mark.parametrize(
+    ("memory", "model", "difference"),
+    [
+        ({"heads": 3}, {}, "memory_0's heads: 2 in one but 3 in other"),
+        ({"num_sub_keys": 9}, {}, "memory_0's num_sub_keys: 8 in one but 9 in other"),
+        ({"keys": "flat"}, {}, "memory_0's keys: product in one but flat in other"),
+        ({"experts": True}, {}, "memory_0's experts: False in one but True in other"),
+        ({}, {"memory_layers": [0, 1]}, "memories: 1 in one but 2 in other"),
+        ({}, {"context_tokens": 16}, "context: 32 in one but 16 in other"),
+    ],
+    ids=str,
+)
+def test_a_difference_of_shape_is_named(memory: dict, model: dict, difference: str) -> None:
+    tokenizer = tokenizer_of()
+    one = (Path("one"), build(), tokenizer)
+    require_comparable(
+        one, (Path("other"), build({"query_norm": "layer"}, width=64), tokenizer)
+    )  # of no matter to slots
+    with pytest.raises(ValueError, match=f"{difference}: --compare takes another checkpoint of the same model"):
+        require_comparable(one, (Path("other"), build(memory, **model), tokenizer))
+    with pytest.raises(ValueError, match=r"tokens of the tokenizer: 259 in one but \d+ in other"):
+        require_comparable(one, (Path("other"), build(), tokenizer_of("the the the they they they")))

@@ -68,14 +68,24 @@ def project_values(
     most, deviations = min(most, len(embedding)), torch.zeros(len(slots))
     sides = [torch.zeros(len(slots), most, dtype=torch.int64) for _ in range(2)]
     at_once = max(1, _LOGITS_AT_ONCE // max(1, len(embedding)))
+    centre, covariance = _moments(embedding)
     for first in tqdm(range(0, len(slots), at_once), "projecting values", disable=not progress):
         part = slice(first, first + at_once)
-        logits = values_of(memory, slots[part]) @ embedding.T
-        for target, largest in zip(sides, (True, False), strict=True):
-            target[part] = logits.topk(most, largest=largest).indices
-        spread = logits.std(dim=1, correction=0).clamp_min(torch.finfo(logits.dtype).tiny)
-        deviations[part] = (logits.amax(1) - logits.mean(1)) / spread
+        values = values_of(memory, slots[part])
+        logits = values @ embedding.T
+        largest, sides[0][part] = logits.topk(most)
+        sides[1][part] = logits.topk(most, largest=False).indices
+        values = values.double()
+        spread = (values @ covariance * values).sum(1).clamp_min(0).sqrt()
+        deviations[part] = ((largest[:, 0] - values @ centre) / spread.clamp_min(1e-300)).float()
     return Projection(sides[0], sides[1], deviations)
+
+
+def _moments(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean (d,) and covariance (d, d) of rows, fp64: those of their products with any vector, without the products."""
+    rows = rows.double()
+    centre = rows.mean(0)
+    return centre, (rows - centre).T @ (rows - centre) / len(rows)
 
 
 def values_of(memory: ProductKeyMemory, slots: Tensor) -> Tensor:

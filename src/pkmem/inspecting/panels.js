@@ -306,6 +306,8 @@ async function showReads(follows) {
   }
   const kept = found.readSlots.length / num;
   const token = tokens[state.at];
+  const first = rows.length ? `: slot ${nameOf(number, found.readSlots[state.at * num])}` : "";
+  if (follows) at("said").textContent = visible(vocabulary[token], false) + first;
   const what =
     state.at < kept
       ? `reads in ${memory.name}; of up to ${memory.heads * memory.knn} reads this page keeps the ${num} of largest weight. Fewer tokens (--max_tokens) leave room for more.`
