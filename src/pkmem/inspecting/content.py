@@ -18,13 +18,12 @@ from pkmem.layer.quantised import QuantisedValues
 from pkmem.layer.usage import MemoryUsage
 from pkmem.lm.inspection import one_after_another
 
-# What a page holds of each kind, all memories together. With 2 x 65,536 slots that are all read at 100,000 tokens, each of
-# the first four makes 1 to 2 MB.
+# What a page holds of each kind, all memories together: 7 MB where 2 x 65,536 slots are all read by 100,000 tokens.
 _SLOTS = 1 << 17  # with contexts and tokens for and against: the most read ones
 _CONTEXTS = 400_000
 _PROJECTED = 800_000
 _READS = 400_000
-_OF_TOKENS = 200_000
+_OF_TOKENS = 150_000
 _MOST_PROJECTED, _MOST_OF_TOKENS = 10, 10
 
 
