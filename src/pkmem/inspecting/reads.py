@@ -37,8 +37,8 @@ class MemoryReads:
     """Watches what a memory reads on a text that is known beforehand, until `close()`.
 
     A token reads a slot once here, though several of its heads may: with the sum of their weights, which is what the
-    slot's value is multiplied with. Holds 96 bytes per slot, 192 per token, and 16 per pair of a token of the
-    vocabulary and a slot that it reads, at most one pair a read.
+    slot's value is multiplied with, where the slots are no experts. Holds 120 bytes per slot and 24 more for each head, 192
+    per token, and 16 per pair of a token of the vocabulary and a slot that it reads, at most one pair a read.
 
     Args:
         memory: the memory to watch.
