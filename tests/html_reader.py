@@ -14,7 +14,7 @@ class Reader(HTMLParser):
 
     def handle_starttag(self, tag, attributes) -> None:
         self.seen.append((tag, dict(attributes)))
-        if tag not in ("meta", "img"):
+        if tag not in ("meta", "img", "input"):
             self.open.append(tag)
 
     def handle_endtag(self, tag) -> None:

@@ -91,7 +91,7 @@ def test_help_names_verbs_and_options(verb: list[str], capsys: pytest.CaptureFix
         ],
         "eval": ["--data", "--speed", "--max_tokens", "--context_tokens", "Example:"],
         "generate": ["--prompt", "--temperature", "--top_k", "--seed", "Example:"],
-        "inspect": ["--data", "--hottest", "Example:"],
+        "inspect": ["--data", "--hottest", "--page", "--compare", "Example:"],
         "demo": ["--out", "--overwrite", "ten minutes"],
         "experiment": ["--scale", "--seeds", "--out", "--data", "--resume", "--dry_run", "table1", "Example:"],
         "report": ["--out", "folders", "Example:"],

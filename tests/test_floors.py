@@ -22,6 +22,7 @@ ORDER = {  # folders from the ground up, each with its files in order: a file im
     "training": "recipe reading together state shards checkpoint named_state saver "
     "screening export tables_apart saved conversion reading_ahead start journal trainer processes prepare parallel run",
     "editing": "fingerprint rounding edit directory listing near_misses questions surroundings kept_answers progress rehearsal reads others elsewhere choosing holding course learning lesson retrofit verbs",
+    "inspecting": "sums reads lens packing content page saved",
     "experiments": "benchmarks environment plots page family results costs claims grid report demo",
     "experiments.learning": "kinds quiz asking examination teaching trial results cells grid",
     "experiments ": "verb",
@@ -36,6 +37,7 @@ GATES = {  # the only files that may import a library, anywhere in them
         "pkmem.text.tokenizer",
         "pkmem.text.tokens",
         "pkmem.training.*",
+        "pkmem.inspecting.*",
         "pkmem.editing.*",
         "pkmem.experiments.costs",
         "pkmem.experiments.demo",

@@ -31,7 +31,8 @@ def test_the_wheel_trains_where_there_is_no_checkout(tmp_path: Path) -> None:
     call(sys.executable, "-m", "pip", "wheel", "--no-deps", "--wheel-dir", wheels, ROOT)
     (wheel,) = wheels.iterdir()
     shipped = set(zipfile.ZipFile(wheel).namelist())
-    source = {f"pkmem/{file.relative_to(ROOT / 'src' / 'pkmem')}" for file in (ROOT / "src" / "pkmem").rglob("*.py")}
+    files = [file for kind in ("py", "html", "css", "js") for file in (ROOT / "src" / "pkmem").rglob(f"*.{kind}")]
+    source = {f"pkmem/{file.relative_to(ROOT / 'src' / 'pkmem')}" for file in files}
     assert source | {"pkmem/py.typed", "pkmem/configs/laptop.yaml"} <= shipped
 
     call(sys.executable, "-m", "venv", environment)
@@ -46,4 +47,6 @@ def test_the_wheel_trains_where_there_is_no_checkout(tmp_path: Path) -> None:
     assert "4_layers" in call(pkmem, "experiment", "table1", "--dry_run")
     (empty / "text.txt").write_text("\n".join(map(str, range(20_000))))
     call(pkmem, "train", "--data", "text.txt", "--out", "run", *TINY.split())
+    call(pkmem, "inspect", "run", "--data", "text.txt", "--page", "memory.html")
+    assert "Map of the slots" in (empty / "memory.html").read_text()
     assert "memory_0 at" in call(pkmem, "inspect", "run")

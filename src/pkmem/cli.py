@@ -169,13 +169,16 @@ def _inspect_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--data", type=str | None, default=None, help="a text to read, to say how they are used")
     parser.add_argument("--max_tokens", type=int, default=100_000, help="tokens of it to read")
     parser.add_argument("--hottest", type=int, default=5, help="slots to show per memory, and who reads them")
+    parser.add_argument("--page", type=str | None, default=None, help="HTML file to write, to look inside in a browser")
+    parser.add_argument("--compare", type=str | None, default=None, help="another checkpoint, for the page to compare")
 
 
 def _inspect(options: Namespace) -> None:
-    """Look inside the memories: sizes, values, who reads what. Example: pkmem inspect runs/x --data python"""
-    from pkmem.training.saved import describe_saved
+    """Look inside the memories: sizes, values, who reads what. Example: pkmem inspect runs/x --data python --page x.html"""
+    from pkmem.inspecting.saved import inspect_saved
 
-    print(describe_saved(Path(options.model), options.data, options.max_tokens, options.hottest))
+    page, compare = (given and Path(given) for given in (options.page, options.compare))
+    print(inspect_saved(Path(options.model), options.data, options.max_tokens, options.hottest, page, compare))
 
 
 def _export_arguments(parser: ArgumentParser) -> None:
