@@ -18,6 +18,10 @@ LINES = {
         "fp32: pages of 4096 bytes read for each distinct row, asked ahead",
         "mapped, warm: decode, ms a token",
     ],
+    "decode": [
+        "the demo's, 1 at once: in place of an MLP / no memory",
+        "the demo's, 8 at once: beside an MLP / no memory",
+    ],
     "layer_forward": ["width 16, s 16, 32 tokens: ours / floor"],
     "training_step": ["width 16, s 16, 32 tokens: SparseAdam / ours", "width 16, s 16, 32 tokens: ours / floor"],
     "growth": ["256 slots: ours / floor", "s 32 over s 8: growth of ours / growth of the floor"],
