@@ -85,6 +85,9 @@ def test_a_question_is_asked_where_it_is_named(answered):
 
     assert asking.check(decoder(), circumstances()) == 199 / 200
     assert asking.right == set(range(200)) - {7}
+    assert asking.hard == [0]
+    assert asking.check(decoder()) == 1.0
+    assert asking.hard == []
 
 
 def test_where_circumstances_change_an_answer_is_learned_if_it_is_firm(answered):

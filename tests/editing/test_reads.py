@@ -95,3 +95,5 @@ def test_the_rows_that_matter_and_that_nothing_else_reads_are_taught():
     shared = rows_to_teach([matter[0], matter[0]], [background[0], background[0]], ["a", "a"], [], 1)
     assert {name: rows.tolist() for name, rows in shared.items()} == {"a": [1]}
     assert rows_to_teach(matter, background, ["a", "b"], [{"a": torch.arange(4), "b": torch.arange(3)}], 9) == {}
+    sharp = rows_to_teach(matter, background, ["a", "b"], [], 3, sharpness=4.0)  # ranks: 0, 4, 0, 3; 0, 9 / 16, 1
+    assert {name: rows.tolist() for name, rows in sharp.items()} == {"a": [1, 3], "b": [2]}

@@ -15,6 +15,8 @@ from pkmem.editing.questions import Question, answer_losses, batches
 from pkmem.editing.reads import Reads, reading, rows_to_teach, tables_of, weight_of_rows
 from pkmem.layer.memory import memories_in
 
+_BESIDE_OTHERS = 100.0  # sharpness: edits whose rows other edits' questions read hang on each other
+
 
 def choose_rows(
     model: PreTrainedModel, questions: Sequence[Question], elsewhere: Elsewhere, others: Iterable[Edit], most: int
@@ -48,7 +50,9 @@ def choose_rows(
             matter[place] += weight_of_rows(read, len(matter[place]))
     names = [next(name for name, table in tables.items() if table is memory.values) for memory in memories]
     background = [elsewhere.weight_of_rows(place, len(matter[place])) for place in range(len(memories))]
-    rows = rows_to_teach(matter, background, names, [edit.rows for edit in others], most)
+    others = list(others)
+    sharpness = _BESIDE_OTHERS if others else 1.0
+    rows = rows_to_teach(matter, background, names, [edit.rows for edit in others], most, sharpness)
     if not rows:
         raise ValueError(
             "every row that these facts read belongs to another edit: forget one, or retrofit with more sub-keys"

@@ -19,8 +19,8 @@ from pkmem.editing.rounding import rounded
 _FEWEST_UPDATES = 6  # of an epoch: a short lesson is gone through several times
 _CALMED = 0.95  # per epoch, the learning rate: late steps shall not undo what was learned before
 _IN_TEXT = 0.5  # of the time
-_FEWEST_DRAWN, _MOST_DRAWN = 4, 16  # times that some of the other edits are drawn to see whether answers hold
-_ASKED_BESIDE_DRAWN = 320  # about so many answers, where the times are between those
+_FEWEST_DRAWN, _MOST_DRAWN = 4, 64  # times that some of the other edits are drawn to see whether answers hold
+_ASKED_BESIDE_DRAWN, _ASKED_AT_LAST = 160, 640  # about so many answers, where the times are between those
 
 
 class Course:
@@ -59,7 +59,7 @@ class Course:
         self._times = -(-_FEWEST_UPDATES // -(-len(questions) // batch_size))
         self._most_texts = max(map(len, in_text.values()), default=0)
         self._draw = torch.Generator().manual_seed(seed)
-        self._hard: list[list[int]] = []  # edits beside which the answers did not hold when they were checked
+        self._hard: list[list[int]] = []  # edits beside which an answer did not hold when all were checked
         self._changes = [part.change for part in model.modules() if isinstance(part, RowsInTraining)]
         self._optimizer = torch.optim.Adam(self._changes, lr=lr, betas=(0.9, 0.98))
 
@@ -79,22 +79,29 @@ class Course:
                 self.num_updates += 1
         self.num_epochs += 1
 
-    def check(self) -> float:
+    def check(self, at_last: bool = False) -> float:
         """Rounds the change as it will be kept, a byte for each number; returns the share of answers that are right then.
 
-        Right is what is so whichever of the other edits are in.
+        Right is what is so whichever of the other edits are in, as far as was tried.
+
+        Args:
+            at_last: tries more of them, as for what will not be learned any more.
         """
+        if at_last and not self._others.num:
+            return self.progress.share  # there is nothing else to try
         for change in self._changes:
             change.data = rounded(change.data)
-        self._hard = []
-        return self.progress.check(self._model, self._circumstances())
+        asked = _ASKED_AT_LAST if at_last else _ASKED_BESIDE_DRAWN
+        tried = list[list[int]]()
+        times = min(max(asked // self.progress.num, _FEWEST_DRAWN), _MOST_DRAWN)
+        share = self.progress.check(self._model, (None for _ in self._in_turn(times, tried)))
+        self._hard = [tried[number] for number in self.progress.hard]
+        return share
 
-    def _circumstances(self) -> Iterator[None]:
-        times = min(max(_ASKED_BESIDE_DRAWN // self.progress.num, _FEWEST_DRAWN), _MOST_DRAWN)
+    def _in_turn(self, times: int, tried: list[list[int]]) -> Iterator[list[int]]:
         for inside in self._others.in_turn(self._draw, times):
-            yield
-            if self.progress.share_learned < 1:  # here
-                self._hard.append(inside)
+            tried.append(inside)
+            yield inside
 
     @property
     def share_learned(self) -> float:
@@ -106,7 +113,10 @@ class Course:
         """The share that is right still of what the other edits taught, wherever they are in."""
         if self._known is None:
             return 1.0
-        return self._known.check(self._model, self._others.in_turn(self._draw, _FEWEST_DRAWN))
+        tried = list[list[int]]()
+        share = self._known.check(self._model, self._in_turn(_FEWEST_DRAWN, tried))
+        self._hard += [tried[number] for number in self._known.hard]
+        return share
 
     def _ask(self, places: Sequence[int]) -> Tensor:
         """The losses of some questions: some as they stand, some in other text, which are longer."""

@@ -117,7 +117,9 @@ def learn(
                     reached = course.check()
                     if is_done or course.progress.share_learned >= recall:
                         kept = course.check_known()
-                        is_done = is_done or course.share_learned >= recall
+                        if is_done or course.share_learned >= recall:
+                            reached = course.check(at_last=True)
+                            is_done = is_done or course.share_learned >= recall
                 training += clock.lap()
                 bar.set_description(f"learned {course.progress.share:.0%} of {len(questions)} answers")
                 bar.update()

@@ -25,6 +25,9 @@ class Progress:
         seed: of the order.
         circumstances_change: an answer may be sure in one and wrong in another, so that it counts as sure only after a
             check, and as learned only if it is firm.
+
+    Attributes:
+        hard: the numbers of the circumstances of the last check, from 0, in which an answer was not learned.
     """
 
     def __init__(
@@ -32,6 +35,7 @@ class Progress:
     ) -> None:
         self._questions, self._batch_size = questions, batch_size
         self._circumstances_change = circumstances_change
+        self.hard: list[int] = []
         self._draw = random.Random(seed)
         self._right: set[int] = set()
         self._learned: set[int] = set()
@@ -103,12 +107,15 @@ class Progress:
         """
         order = sorted(range(len(self._questions)), key=lambda place: len(self._questions[place].prompt))
         right, learned, sure = set(order), set(order), set(order)
-        for wanted in circumstances:
+        self.hard = []
+        for number, wanted in enumerate(circumstances):
             asked = order if wanted is None else [place for place in order if place in wanted]
             self._sure.update(asked)  # until an answer is not
             with in_eval_mode(model):
                 for first in range(0, len(asked), BATCH_QUESTIONS):
                     self.ask(model, asked[first : first + BATCH_QUESTIONS])
+            if not self._learned.issuperset(asked):
+                self.hard.append(number)
             right.difference_update(set(asked) - self._right)
             learned.difference_update(set(asked) - self._learned)
             sure.difference_update(set(asked) - self._sure)

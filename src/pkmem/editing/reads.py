@@ -133,6 +133,7 @@ def rows_to_teach(
     names: Sequence[str],
     taken: Iterable[dict[str, Tensor]],
     most: int,
+    sharpness: float = 1.0,
 ) -> dict[str, Tensor]:
     """The rows that matter most for some answers and that other text reads least, as TF-IDF ranks words.
 
@@ -142,6 +143,7 @@ def rows_to_teach(
         names: of each memory, its table.
         taken: rows by table that must not be taught.
         most: how many rows to take in all, >= 1.
+        sharpness: the power of a row's rarity, >= 1; the higher, the less a row that matters may be read elsewhere.
 
     Returns:
         by table its rows, sorted; no table without any.
@@ -149,7 +151,7 @@ def rows_to_teach(
     rank: dict[str, Tensor] = {}
     for amount, background, name in zip(matter, elsewhere, names, strict=True):
         rarity = background.clamp(_RAREST, 1.0).log() / math.log(_RAREST)
-        rank[name] = rank.get(name, 0.0) + amount * rarity
+        rank[name] = rank.get(name, 0.0) + amount * rarity**sharpness
     for rows in taken:
         for name in rows.keys() & rank.keys():
             rank[name][rows[name].to(rank[name].device)] = 0.0

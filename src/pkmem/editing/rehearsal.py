@@ -54,6 +54,11 @@ class Rehearsal:
         """The share that was right and firm when it was last asked, 1 where there is nothing."""
         return self._progress.share_learned if self._lessons else 1.0
 
+    @property
+    def hard(self) -> list[int]:
+        """The numbers of the circumstances of the last check in which something was not right and firm."""
+        return self._progress.hard
+
     def ask_some(self, model: PreTrainedModel, inside: Sequence[int]) -> Tensor | float:
         """The mean loss of a few answers that edits taught which are in, most of them not sure.
 
