@@ -28,7 +28,9 @@ def post(port: int, path: str, **question: object) -> bytes:
 
 
 @pytest.mark.linux
-@pytest.mark.case("Hugging Face protocol", "`transformers serve`, by three lines of Python", "works: docs/scripts/serve.py", "")
+@pytest.mark.case(
+    "Hugging Face protocol", "`transformers serve`, by three lines of Python", "works: docs/scripts/serve.py", ""
+)
 def test_the_server_writes_what_the_model_writes(run: Path, tmp_path: Path) -> None:
     folder = str(run / "model")
     model, tokenizer = load_saved(run)

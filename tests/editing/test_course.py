@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from lessons import FACTS, pupil, tokenizer
+from made_edits import made_edit
 from pkmem.editing.course import Course
 from pkmem.editing.elsewhere import Elsewhere
 from pkmem.editing.holding import Hold
@@ -16,27 +17,28 @@ TEXT = ["the cat sat on a mat and saw two dogs", "Rome is far from Oslo"]
 
 @pytest.fixture
 def made():
-    """A course of four questions two at a time, and the rows that it changes."""
+    """A course of four questions two at a time, the rows that it changes, and two other edits."""
     model = pupil()
     model.requires_grad_(False)
     facts = FACTS[:2]
     elsewhere = Elsewhere(model, tokenizer(), facts, Others(model, []), [], TEXT, 0)
     in_text = in_other_text(model, tokenizer(), facts, elsewhere.texts, 0)
     parts = {name: RowsInTraining(table, torch.arange(len(table.weight))) for name, table in tables_of(model).items()}
+    beside = Others(model, [made_edit(model, [row]) for row in (3, 5)])
     with in_place_of_tables(model, parts):
         asked = questions_of(facts, tokenizer(), model)
         hold, others = Hold(elsewhere, 1e-3, 1e-3), Others(model, [])
-        yield Course(model, asked, in_text, hold, others, None, 0.1, 2, 0), list(parts.values())
+        yield Course(model, asked, in_text, hold, others, None, 0.1, 2, 0), list(parts.values()), beside
 
 
 def test_an_epoch_goes_through_few_questions_until_it_has_six_updates(made):
-    course, _ = made
+    course, _, _ = made
     course.epoch()
     assert (course.num_epochs, course.num_updates) == (1, 6)
 
 
 def test_steps_become_smaller(made):
-    course, _ = made
+    course, _, _ = made
     rates = []
     for _ in range(3):
         course.epoch()
@@ -45,7 +47,7 @@ def test_steps_become_smaller(made):
 
 
 def test_a_check_rounds_and_asks(made):
-    course, parts = made
+    course, parts, _ = made
     assert course.check() == 0.0
     course.epoch()
     assert not all(torch.equal(part.change, rounded(part.change)) for part in parts)
@@ -54,3 +56,34 @@ def test_a_check_rounds_and_asks(made):
     assert course.check() == course.progress.share == 1.0
     assert course.check_known() == course.share_learned == 1.0
     assert all(torch.equal(part.change, rounded(part.change)) for part in parts)
+
+
+def test_at_last_more_combinations_of_the_others_are_tried(made, monkeypatch):
+    course, _, beside = made
+    assert course.check(at_last=True) == course.progress.share == 0.0  # there are no others, and nothing was asked
+    course._others = beside
+    tried = []
+    in_turn = Others.in_turn
+    monkeypatch.setattr(Others, "in_turn", lambda *given: tried.append(given[2]) or in_turn(*given))
+    course.check()
+    course.check(at_last=True)
+    assert tried == [40, 64]  # of 160 and 640 answers
+
+
+def test_updates_are_made_beside_what_did_not_hold(made):
+    course, _, beside = made
+
+    class Known:
+        hard = (0, 2)
+
+        def check(self, model, circumstances):
+            self.asked = list(circumstances)
+            return 0.5
+
+    course._others = beside
+    course._known = Known()
+    assert course.check_known() == 0.5
+    assert course._hard == [course._known.asked[0], course._known.asked[2]]
+    course.check()  # nothing is learned yet
+    assert len(course._hard) == 42
+    assert course._hard[-1] == [0, 1]
