@@ -91,7 +91,7 @@ def step_of(model: PreTrainedModel, batch: int) -> Callable[[], object]:
 
 def _step(model: PreTrainedModel, cache: DynamicCache, tokens: torch.Tensor) -> None:
     model(input_ids=tokens, past_key_values=cache, use_cache=True)
-    cache.crop(PROMPT)
+    cache.crop(-1)
 
 
 if __name__ == "__main__":

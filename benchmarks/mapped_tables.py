@@ -1,8 +1,8 @@
 """What does a table cost that stays in its file: to open it, to read rows that are not in memory yet, and for each token?
 
-    python benchmarks/mapped_tables.py      # 11 GB of disk, ten minutes; as root it limits the memory of a process, too
+    python benchmarks/mapped_tables.py      # 5 GB of disk and of memory, ten minutes; as root it limits the memory of a process, too
 
-Rows: a file is dropped from the system's cache before each turn, then as many rows are read as a prompt of 128 tokens reads.
+Rows: a file is dropped from the system's cache before each turn, then as many rows are read as a prompt of 512 tokens reads.
 Models: a decoder of two blocks with one memory of 4.3 GB writes on in fresh processes, its table in memory, or mapped.
 """
 
@@ -20,14 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import harness
 from harness import Options, Ratio, Report, in_fresh_process
 from pkmem import MemoryConfig, add_memory
-from pkmem.files.tensor_file import TensorFile
+from pkmem.files.tensor_file import TensorFile, write_tensor_file
 from pkmem.layer.memory import memories_in
 from pkmem.ops.mapped_rows import MappedRows
 from pkmem.ops.packing import row_bytes
@@ -35,8 +34,8 @@ from pkmem.training.tables_apart import TABLES, write_with_tables_apart
 
 PAGE = mmap.PAGESIZE
 FORMS = {"fp32": 4 * 512, "bf16": 2 * 512, "int8": row_bytes(512, 8), "int4": row_bytes(512, 4)}  # bytes of a row
-ROWS = 1 << 22
-READS = 128 * 128  # tokens times heads times neighbours
+TABLE_BYTES = 1 << 32
+READS = 512 * 128  # tokens times heads times neighbours
 THREADS = 32
 WAYS = (
     "one fault after another",
@@ -51,7 +50,7 @@ LIMIT = 1 << 30  # bytes that a process may hold, pages of files counted
 
 def main() -> None:
     """Measures both and writes mapped_tables.json and mapped_tables.md."""
-    options = harness.start(__doc__, repeats=5, parts=("rows", "models"))
+    options = harness.start(__doc__, repeats=3, parts=("rows", "models"))
     report = Report("mapped_tables", options)
     with tempfile.TemporaryDirectory(prefix="pkmem-mapped-", dir=options.out) as folder:
         if "rows" in options.only:
@@ -67,11 +66,11 @@ def main() -> None:
 
 def rows(report: Report, options: Options, folder: Path, form: str, num_bytes: int) -> None:
     """The same rows of a cold file, read in several ways, in turns."""
-    num_rows, reads = (4096, 64) if options.smoke else (ROWS, READS)
+    num_rows, reads = (4096, 64) if options.smoke else (TABLE_BYTES // num_bytes, READS)
     file = folder / f"{form}.safetensors"
-    save_file({"rows": torch.randint(256, (num_rows, num_bytes), dtype=torch.uint8)}, file)
-    _begin_on_a_page(file)
-    sync(file)
+    some = torch.randint(256, (min(num_rows, 1 << 12), num_bytes), dtype=torch.uint8)
+    layout = {"rows": (torch.uint8, (num_rows, num_bytes))}
+    write_tensor_file(file, layout, lambda name: _repeated(some, num_rows), {}, begins_at=PAGE)
     seconds: dict[str, list[float]] = {way: [] for way in WAYS}
     pages: dict[str, list[float]] = {way: [] for way in WAYS}
     for turn in range(options.repeats):
@@ -92,6 +91,11 @@ def rows(report: Report, options: Options, folder: Path, form: str, num_bytes: i
         ratios = (slow / fast for slow, fast in zip(seconds[way], seconds[AHEAD], strict=True))
         report.add(f"{form}: {way} / {AHEAD}", Ratio.of(ratios))
     report.add(f"{form}: rows a second, {AHEAD}", Ratio.of(reads / taken for taken in seconds[AHEAD]))
+
+
+def _repeated(some: Tensor, num_rows: int) -> Iterator[Tensor]:
+    for first in range(0, num_rows, len(some)):
+        yield some[: num_rows - first]
 
 
 def _fault_by_fault(file: Path, slots: Tensor) -> Tensor:
@@ -139,16 +143,6 @@ READERS: dict[str, Callable[[Path, Tensor], Tensor]] = {
     THREADED: _by_threads,
     AHEAD: _asked_ahead,
 }
-
-
-def _begin_on_a_page(file: Path) -> None:
-    """Fills the header up, as `pkmem convert` does."""
-    stored = TensorFile(file).stored["rows"]
-    if stored.start % PAGE:
-        length = stored.start - 8
-        filled = length + -stored.start % PAGE
-        whole = file.read_bytes()
-        file.write_bytes(filled.to_bytes(8, "little") + whole[8 : 8 + length].ljust(filled) + whole[8 + length :])
 
 
 def drop(file: Path) -> None:
@@ -231,6 +225,7 @@ def make(folder: Path, num_sub_keys: int | None) -> None:
 
 def write_on(folder: Path, values: str | None, limited: Path | None) -> dict[str, Any]:
     """Opens a model, reads a prompt and writes tokens, each the likeliest one."""
+    _warm_up()
     if limited is not None:
         (limited / "cgroup.procs").write_text(str(os.getpid()))
     held, start = _resident(), time.perf_counter()
@@ -250,6 +245,15 @@ def write_on(folder: Path, values: str | None, limited: Path | None) -> dict[str
             taken.append(time.perf_counter() - start)
     found |= {"decode": statistics.fmean(taken), "tokens": [int(token) for token in tokens]}
     return found | {"peak_bytes": harness.peak_bytes() - held}
+
+
+def _warm_up() -> None:
+    """Loads libraries and kernels with a model that is not measured."""
+    decoder = LlamaForCausalLM(LlamaConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=64))
+    model = add_memory(decoder, [0], MemoryConfig(num_sub_keys=64, query_norm="layer"), placement="parallel").eval()
+    with torch.no_grad():
+        for num_tokens in (PROMPT, 1):
+            model(input_ids=torch.ones(1, num_tokens, dtype=torch.int64))
 
 
 def _resident() -> int:
