@@ -52,7 +52,7 @@ def main() -> None:
     """Measures both and writes mapped_tables.json and mapped_tables.md."""
     options = harness.start(__doc__, repeats=3, parts=("rows", "models"))
     report = Report("mapped_tables", options)
-    with tempfile.TemporaryDirectory(prefix="pkmem-mapped-", dir=options.out) as folder:
+    with tempfile.TemporaryDirectory(prefix="pkmem-mapped-") as folder:
         if "rows" in options.only:
             for form, num_bytes in FORMS.items():
                 rows(report, options, Path(folder), form, num_bytes)

@@ -49,6 +49,9 @@ def main() -> None:
         forward,
         training_step,
         peak_memory,
+        decode,
+        mapped_rows,
+        mapped_models,
         gpu_reference,
         gpu_code,
         reliability,
@@ -275,6 +278,50 @@ def peak_memory() -> str:
     needed = [f"{lines[f'{case}: pkmem: parameters and moments, GB']['median']:.2f}" for case in cases]
     sizes = ["width 512, 512² slots, GB", "width 256, 1024² slots, GB"]
     return _table(["trained with", *sizes], [*rows, ["*parameters and moments alone*", *needed]])
+
+
+def decode() -> str:
+    """What a memory adds to a token that is written."""
+    lines = _lines("decode")
+    rows = [
+        [f"{case}: {way}", *(_ratio(lines[f"{case}, {batch} at once: {way} / no memory"]) for batch in (1, 8, 32))]
+        for case in ("30 blocks, width 576", "the demo's")
+        for way in ("in place of an MLP", "beside an MLP", "beside an MLP, int8")
+    ]
+    return _table(["a memory in", "1 text at once", "8", "32"], rows)
+
+
+def mapped_rows() -> str:
+    """How rows come from a file that is not in memory yet."""
+    lines = _lines("mapped_tables")
+    peers = ("one fault after another", "one fault after another, told to be at random", "32 threads with pread")
+    rows = [
+        [
+            form,
+            f"{lines[f'{form}: pages of 4096 bytes read for each distinct row, asked ahead']['median']:.2f}",
+            f"{lines[f'{form}: rows a second, asked ahead']['median']:,.0f}",
+            *(_ratio(lines[f"{form}: {peer} / asked ahead"]) for peer in peers),
+        ]
+        for form in ("fp32", "bf16", "int8", "int4")
+    ]
+    return _table(["width 512", "pages a row", "rows a second", *(f"{peer}, times as long" for peer in peers)], rows)
+
+
+def mapped_models() -> str:
+    """What a model costs whose table stays in its file."""
+    lines = _lines("mapped_tables")
+    ways = dict.fromkeys(what.split(": ")[0] for what in lines if ": opening, s" in what)
+    kinds = {
+        "opening, s": "s",
+        "held after opening, MB": "MB",
+        "prompt, s for 256 tokens": "s",
+        "decode, ms a token": "ms",
+    }
+    rows = [
+        [way, *(f"{lines[f'{way}: {kind}']['median']:,.{0 if unit == 'MB' else 2}f}" for kind, unit in kinds.items())]
+        for way in ways
+    ]
+    return _table(["", *kinds], rows)
 
 
 def gpu_reference() -> str:
