@@ -182,20 +182,23 @@ def models(report: Report, options: Options, folder: Path) -> None:
     report.add("table, GB", table.stat().st_size / 1e9)
     with limited_memory(None if options.smoke else LIMIT) as join:
         ways = {
-            "in memory": ("memory", None, False, None),
+            "in memory": ("memory", "copied", False, None),
             "mapped, warm": ("memory", "mmap", False, None),
             "mapped, cold": ("memory", "mmap", True, None),
+            "as transformers loads it, cold": ("memory", None, True, None),
             **({"mapped, a process of 1.1 GB, cold": ("memory", "mmap", True, join)} if join else {}),
             "no memory": ("dense", None, False, None),
         }
+        if options.smoke:
+            ways = {way: ways[way] for way in ("in memory", "mapped, warm")}
         if not join:
             report.note("this system let nobody limit the memory of a process")
         found: dict[str, list[dict[str, Any]]] = {way: [] for way in ways}
         for _ in range(options.repeats):
-            for way, (name, values, cold, place) in ways.items():
+            for way, (name, how, cold, place) in ways.items():
                 if cold:
                     drop(table)
-                found[way].append(in_fresh_process(write_on, folder / name, values, place))
+                found[way].append(in_fresh_process(write_on, folder / name, how, place))
     tokens = {tuple(one["tokens"]) for way in ways if way != "no memory" for one in found[way]}
     report.add("different texts written, of all that have the memory", len(tokens))
     report.details["models"] = {way: [one["decode"] for one in all_found] for way, all_found in found.items()}
@@ -223,14 +226,16 @@ def make(folder: Path, num_sub_keys: int | None) -> None:
     write_with_tables_apart(folder, model, NoTokenizer())  # type: ignore[arg-type]
 
 
-def write_on(folder: Path, values: str | None, limited: Path | None) -> dict[str, Any]:
-    """Opens a model, reads a prompt and writes tokens, each the likeliest one."""
+def write_on(folder: Path, how: str | None, limited: Path | None) -> dict[str, Any]:
+    """Opens a model, reads a prompt and writes tokens, each the likeliest one; its table mapped, copied or as it comes."""
     _warm_up()
     if limited is not None:
         (limited / "cgroup.procs").write_text(str(os.getpid()))
     held, start = _resident(), time.perf_counter()
-    options = {} if values is None else {"values": values}
+    options = {"values": how} if how == "mmap" else {}
     model = AutoModelForCausalLM.from_pretrained(folder, **options).eval()
+    for one in memories_in(model).values() if how == "copied" else ():
+        one.values.weight.data = one.values.weight.data.clone()  # transformers leaves weights in their file, too
     found: dict[str, Any] = {"opening": time.perf_counter() - start, "opened_bytes": _resident() - held}
     prompt = torch.arange(PROMPT)[None] * 7 % 4096
     with torch.no_grad():

@@ -192,7 +192,8 @@ class ShardedTable(Table):
 
     def __init__(self, whole: Table, shards: Shards) -> None:
         nn.Module.__init__(self)
-        self.shards, self.backend, self.log, self.std = shards, whole.backend, None, whole.std
+        self.shards, self.backend, self.std = shards, whole.backend, whole.std
+        self.log, self.mapped = None, None
         given = whole.weight.detach()
         shape = (len(given), shards.num_columns)
         device = shards.device if given.is_meta else given.device
