@@ -1,6 +1,6 @@
 """A second device on a machine that has one: its tensors compute on the CPU, and mix with no others, as those of a GPU.
 
-python far_device.py        # what it promises, checked; imported, it is registered with torch for the whole process
+To import this registers the device with torch for the whole process.
 """
 
 from typing import Any

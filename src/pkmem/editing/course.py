@@ -92,7 +92,7 @@ class Course:
         for change in self._changes:
             change.data = rounded(change.data)
         asked = _ASKED_AT_LAST if at_last else _ASKED_BESIDE_DRAWN
-        tried = list[list[int]]()
+        tried: list[list[int]] = []
         times = min(max(asked // self.progress.num, _FEWEST_DRAWN), _MOST_DRAWN)
         share = self.progress.check(self._model, (None for _ in self._in_turn(times, tried)))
         self._hard = [tried[number] for number in self.progress.hard]
@@ -113,7 +113,7 @@ class Course:
         """The share that is right still of what the other edits taught, wherever they are in."""
         if self._known is None:
             return 1.0
-        tried = list[list[int]]()
+        tried: list[list[int]] = []
         share = self._known.check(self._model, self._in_turn(_FEWEST_DRAWN, tried))
         self._hard += [tried[number] for number in self._known.hard]
         return share
