@@ -12,7 +12,7 @@ from pkmem.editing.questions import BATCH_QUESTIONS, Question, answer_losses
 from pkmem.lm.evaluation import in_eval_mode
 
 _SURE = 0.03  # nats per token, below which an answer needs no more teaching
-_FIRM = 0.1  # nats per token, below which a right answer stays right where circumstances differ a little
+_FIRM = 0.05  # nats per token, below which a right answer stays right where circumstances differ a little
 _REVISITED = 0.15  # share of the questions with such an answer that an epoch asks again
 
 
