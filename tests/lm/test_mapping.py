@@ -1,9 +1,13 @@
 """mapping.py: models whose tables stay in their file answer as those that are loaded, and nothing is lost."""
 
 import copy
+import hashlib
 import json
 import os
 import pickle
+import shutil
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -163,6 +167,57 @@ def test_a_file_that_is_cut_or_written_to_is_named_before_it_is_read(num_tokens,
             os.utime(file, ns=(1, 1))  # clocks may be too coarse to see it
         with pytest.raises(CheckpointError, match=f"{file} was cut or written to since it was opened: load the model"):
             model(tokens)
+
+
+READ_IN_ANOTHER_PROCESS = """
+import hashlib, sys, torch
+from pathlib import Path
+from transformers import AutoModelForCausalLM
+import pkmem
+
+folder = Path(sys.argv[1])
+model = AutoModelForCausalLM.from_pretrained(folder, values="mmap").eval()
+try:
+    (folder / "more").touch()
+except OSError as error:
+    print("read-only" if "Read-only" in str(error) else error)
+else:
+    print("written to")
+with torch.no_grad():
+    logits = model(torch.arange(12).view(1, -1)).logits
+    rows = next(part.values.weight for part in model.modules() if isinstance(part, pkmem.ProductKeyMemory))
+    rows.sum()
+print(hashlib.sha256(logits.numpy().tobytes()).hexdigest())
+parts = Path("/proc/self/smaps").read_text().split("VmFlags")
+part = next(part for part in parts if "model.safetensors" in part)
+print(sum(int(line.split()[1]) for line in part.splitlines() if line.startswith("Shared_Clean")) * 1024)
+print(sum(int(line.split()[1]) for line in part.splitlines() if line.startswith("Private_Dirty")) * 1024)
+"""
+AS_READ_ONLY = 'mount --bind "$1" "$1" && mount -o remount,bind,ro "$1" && exec "$2" -c "$3" "$1"'
+
+
+@pytest.mark.linux
+@torch.no_grad()
+def test_processes_share_its_pages_on_a_read_only_file_system(tmp_path):
+    in_own_tree = [shutil.which("unshare") or "unshare", "--mount", "--map-root-user"]
+    if subprocess.run([*in_own_tree, "sh", "-c", "mount --bind /usr /usr"], capture_output=True).returncode:
+        pytest.skip("this system lets nobody mount anything")
+    folder = tmp_path / "model"
+    add_memory(decoder(), [1], replace(MEMORY, num_sub_keys=64)).save_pretrained(folder)
+    model = load(folder, values="mmap")
+    table = next(iter(tables_in(model)))
+    table.weight.sum()  # this process has all its pages
+    read = subprocess.run(
+        [*in_own_tree, "sh", "-c", AS_READ_ONLY, "sh", folder, sys.executable, READ_IN_ANOTHER_PROCESS],
+        capture_output=True,
+        text=True,
+    )
+    assert read.returncode == 0, read.stderr
+    mounted, logits, shared, written = read.stdout.split()
+    assert mounted == "read-only"
+    assert logits == hashlib.sha256(model(torch.arange(12).view(1, -1)).logits.numpy().tobytes()).hexdigest()
+    assert int(shared) >= table.weight.nbytes
+    assert int(written) == 0
 
 
 @pytest.mark.skipif(os.name == "nt", reason="a mapped file cannot be replaced there")
