@@ -90,6 +90,24 @@ def test_a_question_is_asked_where_it_is_named(answered):
     assert asking.hard == []
 
 
+@pytest.mark.parametrize(("least", "num_tried"), [(1.0, 3), (199 / 200, 3), (0.99, 5), (0.0, 5)])
+def test_a_check_ends_early_where_the_share_wanted_is_out_of_reach(least, num_tried, answered):
+    asking, _, rights = answered
+    tried = []
+
+    def circumstances():
+        for number in range(5):
+            rights[7], rights[9] = number not in (0, 2), number != 2  # wrong in the first and the third
+            tried.append(number)
+            yield
+
+    asking.check(decoder(), circumstances(), least)
+    assert tried == list(range(num_tried))
+    assert asking.hard == [0, 2]
+    assert asking.share_learned == 198 / 200
+    assert {7, 9} <= {place for batch in asking.epoch() for place in batch}
+
+
 def test_where_circumstances_change_an_answer_is_learned_if_it_is_firm(answered):
     steady, losses, rights = answered
     losses[3], rights[5] = 0.2, False
@@ -98,7 +116,7 @@ def test_where_circumstances_change_an_answer_is_learned_if_it_is_firm(answered)
         assert asking.share_learned == 0
         assert asking.check(decoder()) == asking.share == 199 / 200
         assert asking.share_learned == learned / 200
-    losses[3] = 0.09
+    losses[3] = 0.04
     changing.ask(None, [3])
     assert changing.share_learned == 199 / 200
 

@@ -79,12 +79,13 @@ class Course:
                 self.num_updates += 1
         self.num_epochs += 1
 
-    def check(self, at_last: bool = False) -> float:
+    def check(self, least: float = 0.0, at_last: bool = False) -> float:
         """Rounds the change as it will be kept, a byte for each number; returns the share of answers that are right then.
 
         Right is what is so whichever of the other edits are in, as far as was tried.
 
         Args:
+            least: the check may end early once it is clear that a smaller share than this is learned, in [0, 1].
             at_last: tries more of them, as for what will not be learned any more.
         """
         if at_last and not self._others.num:
@@ -94,7 +95,7 @@ class Course:
         asked = _ASKED_AT_LAST if at_last else _ASKED_BESIDE_DRAWN
         tried: list[list[int]] = []
         times = min(max(asked // self.progress.num, _FEWEST_DRAWN), _MOST_DRAWN)
-        share = self.progress.check(self._model, (None for _ in self._in_turn(times, tried)))
+        share = self.progress.check(self._model, (None for _ in self._in_turn(times, tried)), least)
         self._hard = [tried[number] for number in self.progress.hard]
         return share
 
@@ -109,12 +110,12 @@ class Course:
         known = 1.0 if self._known is None else self._known.share_learned
         return min(self.progress.share_learned, known)
 
-    def check_known(self) -> float:
-        """The share that is right still of what the other edits taught, wherever they are in."""
+    def check_known(self, least: float = 0.0) -> float:
+        """The share that is right still of what the other edits taught, wherever they are in; `least` as for `check`."""
         if self._known is None:
             return 1.0
         tried: list[list[int]] = []
-        share = self._known.check(self._model, self._in_turn(_FEWEST_DRAWN, tried))
+        share = self._known.check(self._model, self._in_turn(_FEWEST_DRAWN, tried), least)
         self._hard += [tried[number] for number in self._known.hard]
         return share
 

@@ -114,11 +114,12 @@ def learn(
                 course.epoch()
                 is_done = course.num_epochs == most_epochs
                 if is_done or course.progress.share >= _CHECKED * recall:
-                    reached = course.check()
+                    least = 0.0 if is_done else recall  # nothing comes after the last epoch: then all is asked
+                    reached = course.check(least)
                     if is_done or course.progress.share_learned >= recall:
-                        kept = course.check_known()
+                        kept = course.check_known(least)
                         if is_done or course.share_learned >= recall:
-                            reached = course.check(at_last=True)
+                            reached = course.check(least, at_last=True)
                             is_done = is_done or course.share_learned >= recall
                 training += clock.lap()
                 bar.set_description(f"learned {course.progress.share:.0%} of {len(questions)} answers")

@@ -13,6 +13,7 @@ from pkmem.lm.evaluation import in_eval_mode
 
 _SURE = 0.03  # nats per token, below which an answer needs no more teaching
 _FIRM = 0.05  # nats per token, below which a right answer stays right where circumstances differ a little
+_MANY_HARD = 2  # circumstances, which are enough to learn in
 _REVISITED = 0.15  # share of the questions with such an answer that an epoch asks again
 
 
@@ -97,13 +98,14 @@ class Progress:
                 self._sure.add(place)
         return losses
 
-    def check(self, model: Any, circumstances: Iterable[Collection[int] | None] = (None,)) -> float:
+    def check(self, model: Any, circumstances: Iterable[Collection[int] | None] = (None,), least: float = 0.0) -> float:
         """Asks all questions, so that what was forgotten meanwhile is taught again; returns the share of right answers.
 
         Args:
             model: to be asked.
             circumstances: brings them about one after another, each with the places that are asked in it, None for all;
                 an answer is right if it is wherever it is asked.
+            least: the check may end early once it is clear that a smaller share than this is learned, in [0, 1].
         """
         order = sorted(range(len(self._questions)), key=lambda place: len(self._questions[place].prompt))
         right, learned, sure = set(order), set(order), set(order)
@@ -119,5 +121,7 @@ class Progress:
             right.difference_update(set(asked) - self._right)
             learned.difference_update(set(asked) - self._learned)
             sure.difference_update(set(asked) - self._sure)
+            if len(learned) < least * len(order) and len(self.hard) >= _MANY_HARD:
+                break
         self._right, self._learned, self._sure = right, learned, sure
         return self.share

@@ -69,17 +69,18 @@ class Rehearsal:
         places = self._progress.next(self._places_of(inside), _UNSURE_AT_ONCE, _SURE_AT_ONCE)
         return self._progress.ask(model, places).mean() if places else 0.0
 
-    def check(self, model: PreTrainedModel, circumstances: Iterable[Sequence[int]]) -> float:
+    def check(self, model: PreTrainedModel, circumstances: Iterable[Sequence[int]], least: float = 0.0) -> float:
         """Asks everything; returns the share that is right still, 1 where there is nothing.
 
         Args:
             model: to be asked.
             circumstances: brings them about one after another, each with the edits that are in; an answer is right if it
                 is wherever its edit is in.
+            least: see `Progress.check`.
         """
         if not self._lessons:
             return 1.0
-        return self._progress.check(model, (self._places_of(inside) for inside in circumstances))
+        return self._progress.check(model, (self._places_of(inside) for inside in circumstances), least)
 
     def _places_of(self, inside: Sequence[int]) -> list[int]:
         return [place for place, lesson in enumerate(self._lessons) if lesson in inside]
