@@ -15,6 +15,7 @@ TRITON_3_7 = find_spec("triton") and Version(version("triton")) >= Version("3.7"
 FILE = Path(__file__).parents[2] / "benchmarks" / "gpu_code.py"
 
 
+@pytest.mark.slow  # most of a minute: tests/ops/test_triton_compiled.py compiles the kernels, too
 @pytest.mark.skipif(not TRITON_3_7, reason="needs Triton 3.7: compilers before it spill 8 bytes of one kernel")
 def test_nothing_is_spilled_and_bounding_beats_sorting(tmp_path: Path) -> None:
     environ = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

@@ -48,7 +48,8 @@ def test_every_cell_of_every_family_makes_a_recipe(name: str, scale: str) -> Non
     for run in runs:
         assert run.recipe.training.seed == 3
         assert run.recipe.data == "d"
-    models = {repr((r.recipe.model, r.recipe.memory)) for r in runs if family.cells[r.cell].like is None}
+    recipes = [run.recipe for run in runs if family.cells[run.cell].like is None]
+    models = {repr((recipe.model, recipe.memory, recipe.training.num_tokens)) for recipe in recipes}
     assert len(models) == sum(cell.like is None for cell in family.cells.values())
     if scale != "laptop":
         assert "not run yet" in family.about

@@ -34,6 +34,8 @@ def build(norm: str = "batch", **options) -> ProductKeyMemory:
     for name, tensor in (*memory.query.norm.named_parameters(), *memory.query.norm.named_buffers()):
         if tensor.is_floating_point():
             nn.init.uniform_(tensor, -0.5 if "bias" in name or "mean" in name else 0.5, 1.5)
+    if memory.keys.log_temperature is not None:
+        nn.init.uniform_(memory.keys.log_temperature, -2, 1)
     return memory
 
 
@@ -61,7 +63,8 @@ def by_parts(memory: ProductKeyMemory, x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
-    "options", [{}, {"gate": True, "value_dim": 11}, {"knn": 1}, {"knn": 37}, {"num_sub_keys": 64}]
+    "options",
+    [{}, {"gate": True, "value_dim": 11}, {"knn": 1}, {"knn": 37}, {"num_sub_keys": 64}, {"learned_temperature": True}],
 )
 @pytest.mark.parametrize("norm", NORMS)
 @torch.no_grad()
