@@ -55,7 +55,6 @@ def test_the_output_is_as_wide_as_a_value_or_as_the_model_behind_a_gate(options,
         ({"dim": np.float64(64)}, "dim is 64.0 but must be an integer >= 1"),
         ({"gate": "false"}, "gate is 'false' but must be True or False"),
         ({"experts": 1}, "experts is 1 but must be True or False"),
-        ({"learned_temperature": 0.5}, "learned_temperature is 0.5 but must be True or False"),
         ({"query_norm": None}, "query_norm is None but must be one of 'batch', 'layer', 'rms', 'none'"),
     ],
 )

@@ -34,8 +34,6 @@ def build(norm: str = "batch", **options) -> ProductKeyMemory:
     for name, tensor in (*memory.query.norm.named_parameters(), *memory.query.norm.named_buffers()):
         if tensor.is_floating_point():
             nn.init.uniform_(tensor, -0.5 if "bias" in name or "mean" in name else 0.5, 1.5)
-    if memory.keys.log_temperature is not None:
-        nn.init.uniform_(memory.keys.log_temperature, -2, 1)
     return memory
 
 
@@ -63,8 +61,7 @@ def by_parts(memory: ProductKeyMemory, x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
-    "options",
-    [{}, {"gate": True, "value_dim": 11}, {"knn": 1}, {"knn": 37}, {"num_sub_keys": 64}, {"learned_temperature": True}],
+    "options", [{}, {"gate": True, "value_dim": 11}, {"knn": 1}, {"knn": 37}, {"num_sub_keys": 64}]
 )
 @pytest.mark.parametrize("norm", NORMS)
 @torch.no_grad()

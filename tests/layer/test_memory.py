@@ -26,8 +26,6 @@ VARIANTS = {
     "flat": {"keys": "flat"},
     "experts": {"experts": True, "value_dim": 3},
     "gated experts": {"experts": True, "gate": True},
-    "temperature": {"learned_temperature": True},
-    "flat, temperature": {"keys": "flat", "learned_temperature": True},
 }
 NORMS = ("batch", "layer", "rms", "none")
 
@@ -37,8 +35,6 @@ def make(norm: str = "none", dtype: torch.dtype = torch.float64, **options) -> P
     memory = ProductKeyMemory(dataclasses.replace(TINY, query_norm=norm, **options))
     for parameter in memory.query.norm.parameters():
         nn.init.uniform_(parameter, 0.5, 1.5)
-    if memory.keys.log_temperature is not None:
-        nn.init.uniform_(memory.keys.log_temperature, -2, 1)
     return memory.to(dtype)
 
 
@@ -54,8 +50,6 @@ def read(memory: ProductKeyMemory, query: Tensor, x: Tensor | None = None) -> Te
     else:
         all_scores = np.einsum("nhq,hmq->nhm", oracle.fp64(query), oracle.fp64(memory.keys.keys))
         scores, slots = oracle.best_first(all_scores, memory.config.knn)
-    if memory.config.learned_temperature:
-        scores = scores / np.exp(oracle.fp64(memory.keys.log_temperature))[:, None]
     n = len(slots)
     slots, weights = slots.reshape(n, -1), softmax(scores).reshape(n, -1)
     if memory.neurons is not None:

@@ -37,13 +37,6 @@ def test_sizes_place_and_norms_of_a_memory() -> None:
     ]
 
 
-def test_learned_temperatures_are_shown() -> None:
-    model = build_model(MODEL, replace(MEMORY, learned_temperature=True), vocab_size=300, eos_token_id=0)
-    (memory,) = memories_in(model).values()
-    memory.keys.log_temperature.data[:] = torch.tensor([0.25, 1.5]).log()
-    assert "query 8 (batch norm), temperatures 0.25 1.5\n" in describe_memories(model)
-
-
 def test_a_shared_table_is_named_as_such() -> None:
     shared = describe_memories(build(memory_layers=[0, 1], share_values=True))
     assert shared.count("shared with memory_0") == 1

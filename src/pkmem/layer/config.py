@@ -19,7 +19,6 @@ class MemoryConfig:
         query_hidden_dim: None for a linear query network, else the hidden width of a two-layer one.
         query_norm: "batch" is the paper's; it lets later tokens reach earlier ones in training mode.
             "layer" and "rms" normalise each query alone and are causal; "none".
-        learned_temperature: each head's scores are divided by a learned number, 1 at first, before their softmax.
         value_dim: width v of a value; None means `dim`.
         gate: Memory+'s output `W2(m(x) * silu(W1 x))` (Berges et al. 2024), of width `dim`.
         experts: each slot is an expert of one neuron, `v * gelu(u x)`, with u in a second table of width `dim` (PEER,
@@ -39,7 +38,6 @@ class MemoryConfig:
     query_dim: int = 256
     query_hidden_dim: int | None = None
     query_norm: Literal["batch", "layer", "rms", "none"] = "batch"
-    learned_temperature: bool = False
     value_dim: int | None = None
     gate: bool = False
     experts: bool = False
@@ -61,7 +59,7 @@ class MemoryConfig:
         for name, choices in (("query_norm", ("batch", "layer", "rms", "none")), ("keys", ("product", "flat"))):
             choice = getattr(self, name)
             require(choice in choices, name, choice, f"one of {', '.join(map(repr, choices))}")
-        for name in ("learned_temperature", "gate", "experts"):
+        for name in ("gate", "experts"):
             require(isinstance(getattr(self, name), bool), name, getattr(self, name), "True or False")
         for name in ("query_dropout", "dropout"):
             require(is_share(getattr(self, name)), name, getattr(self, name), "in [0, 1)")

@@ -118,7 +118,6 @@ def _weights_of(memory: Any) -> LayerWeights | None:
         tuple([statistics.get(name) for name in NORM_TENSORS[kind]]),
         torch.finfo(torch.float32).eps if eps is None else eps,
         keys._parameters.get("sub_keys"),
-        keys._parameters.get("log_temperature"),
         weight,
         gates,
         keys.knn,
@@ -158,9 +157,7 @@ def _fit(x: Tensor, layer: LayerWeights) -> bool:
 
     Packed values are bytes. Where weights are not so, the parts say what is wrong.
     """
-    temperature = () if layer.log_temperature is None else (layer.log_temperature,)
-    weights = (layer.project, layer.bias, *layer.norm_tensors, layer.sub_keys, *temperature, *(layer.gate or ()))
-    for tensor in (x, *weights):
+    for tensor in (x, layer.project, layer.bias, *layer.norm_tensors, layer.sub_keys, *(layer.gate or ())):
         if not is_plain(tensor) or tensor.dtype is not torch.float32 or not tensor.is_cpu:
             return False
     if not is_plain(layer.values) or not layer.values.is_cpu:
@@ -176,7 +173,6 @@ def _fit(x: Tensor, layer: LayerWeights) -> bool:
         layer.project.shape == (channels, width)
         and layer.bias.shape == (channels,)
         and all(tensor.shape == norm_shape for tensor in layer.norm_tensors)
-        and all(tensor.shape == (heads,) for tensor in temperature)
         and 1 <= layer.knn <= num_sub_keys
         and num_sub_keys**2 <= min(num_slots, 1 << 32)
         and (

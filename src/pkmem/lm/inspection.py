@@ -42,20 +42,13 @@ def describe_memories(model: PreTrainedModel) -> str:
             f"memory_{i} at {name}",
             f"  {config.num_slots:,} slots ({config.num_sub_keys} x {config.num_sub_keys} sub-keys), "
             f"{config.heads} heads x {config.knn} neighbours, query {config.query_dim} ({config.query_norm} norm)"
-            + (", each slot an expert of one neuron" if config.experts else "")
-            + _temperatures(memory.keys.log_temperature),
+            + (", each slot an expert of one neuron" if config.experts else ""),
             f"  values {weight.shape[0]:,} x {width} {stored}, "
             f"{weight.numel() * weight.element_size() / 1e6:,.1f} MB"
             + (f", shared with {shared}" if shared != f"memory_{i}" else ""),
             f"  norm of a value: median {norms.median():.3f}, smallest {norms.min():.3f}, largest {norms.max():.3f}",
         ]
     return "\n".join(lines)
-
-
-def _temperatures(logarithms: Tensor | None) -> str:
-    if logarithms is None:
-        return ""
-    return ", temperatures " + " ".join(f"{temperature:.3g}" for temperature in logarithms.exp().tolist())
 
 
 def describe_reads(

@@ -84,7 +84,6 @@ class LayerWeights(NamedTuple):
         norm_tensors: as `NORM_TENSORS` names them, (h * q,) each for "batch", else (q,).
         eps: what the norm adds to the variance.
         sub_keys: (h, 2, s, q / 2).
-        log_temperature: None, or (h,) the logarithm of what each head's scores are divided by.
         values: (s ** 2, v) fp32, bf16 or fp16; or packed rows (s ** 2, row_bytes) uint8, see `pkmem.ops.packing`.
         gate: None, or W1 (v, d) and W2 (d', v) of Memory+'s output `W2(m(x) * silu(W1 x))`.
         knn: slots per head, in [1, s].
@@ -98,7 +97,6 @@ class LayerWeights(NamedTuple):
     norm_tensors: tuple[Tensor, ...]
     eps: float
     sub_keys: Tensor
-    log_temperature: Tensor | None
     values: Tensor
     gate: tuple[Tensor, Tensor] | None
     knn: int

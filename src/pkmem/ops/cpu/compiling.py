@@ -44,7 +44,7 @@ def warmup(dtypes: tuple[torch.dtype, ...] = _DTYPES) -> int:
         values = weights.to(dtype)
         bag.weighted_sum(values, slots[0], weights)
         query_network, gate = (weights.expand(2, 1), weights[0].expand(2)), (weights, weights)
-        decoding.decode(weights, LayerWeights(*query_network, "none", (), 1.0, sub_keys, None, values, gate, 1, 1))
+        decoding.decode(weights, LayerWeights(*query_network, "none", (), 1.0, sub_keys, values, gate, 1, 1))
         bag.row_products(values, slots[0], values)
         reads = rows.sort_reads([slots[0]], [weights], [values], 1)
         rows.weighted_sum_grad_values(reads, 1)

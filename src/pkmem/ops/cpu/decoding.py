@@ -27,10 +27,9 @@ def decode(x: Tensor, layer: LayerWeights) -> Tensor:
     norms += [np.empty(0, np.float32)] * (4 - len(norms))
     tokens, reads = array(x), (len(x), layer.sub_keys.shape[0] * layer.knn)
     weights, slots = np.empty(reads, np.float32), np.empty(reads, np.int64)
-    log_temperature = np.empty(0, np.float32) if layer.log_temperature is None else array(layer.log_temperature)
     choose(
         tokens, array(layer.project), array(layer.bias), _NORMS.index(layer.norm), *norms, layer.eps,
-        array(layer.sub_keys), log_temperature, layer.knn, weights, slots,
+        array(layer.sub_keys), layer.knn, weights, slots,
     )  # fmt: skip
     if layer.bits is None:
         summed = layer.values.new_empty(len(x), layer.width)
@@ -48,9 +47,7 @@ def decode(x: Tensor, layer: LayerWeights) -> Tensor:
 
 
 @kernel
-def choose(  # type: ignore[no-untyped-def]
-    x, weight, bias, norm, scale, shift, mean, variance, eps, sub_keys, log_temperature, knn, weights, slots
-):
+def choose(x, weight, bias, norm, scale, shift, mean, variance, eps, sub_keys, knn, weights, slots):  # type: ignore[no-untyped-def]
     """Writes weights and slots (n, h * knn)."""
     tokens = len(x)
     heads, _, num_sub_keys, half = sub_keys.shape
@@ -73,8 +70,6 @@ def choose(  # type: ignore[no-untyped-def]
     select(half_scores, knn, scores, slots.reshape(tokens, heads, knn), 0, tokens)
     for token in range(tokens):
         for head in range(heads):
-            if len(log_temperature) > 0:
-                scores[token, head] *= np.exp(-log_temperature[head])
             _softmax(scores[token, head])
 
 
