@@ -24,10 +24,10 @@ def made():
     elsewhere = Elsewhere(model, tokenizer(), facts, Others(model, []), [], TEXT, 0)
     in_text = in_other_text(model, tokenizer(), facts, elsewhere.texts, 0)
     parts = {name: RowsInTraining(table, torch.arange(len(table.weight))) for name, table in tables_of(model).items()}
-    beside = Others(model, [made_edit(model, [row]) for row in (3, 5)])
+    beside, others = Others(model, [made_edit(model, [row]) for row in (3, 5)]), Others(model, [])
     with in_place_of_tables(model, parts):
         asked = questions_of(facts, tokenizer(), model)
-        hold, others = Hold(elsewhere, 1e-3, 1e-3), Others(model, [])
+        hold = Hold(elsewhere, 1e-3, 1e-3)
         yield Course(model, asked, in_text, hold, others, None, 0.1, 2, 0), list(parts.values()), beside
 
 
@@ -70,20 +70,47 @@ def test_at_last_more_combinations_of_the_others_are_tried(made, monkeypatch):
     assert tried == [40, 64]  # of 160 and 640 answers
 
 
+def test_what_is_known_is_tried_where_it_is_likeliest_to_be_wrong(made):
+    course, _, beside = made
+    course._others = beside
+
+    class Known:
+        def places_of(self, inside):
+            return [10 * edit for edit in inside]
+
+        def hardest(self, model, effects):
+            assert beside.inside == [True, True]
+            assert effects is beside.effects
+            return [(7, [1]), (9, [0])]
+
+    tried = []
+    asked = [(places, list(beside.inside)) for places in course._known_in_turn(Known(), tried)]
+    assert asked[0] == ([], [False, False])
+    assert asked[2:] == [([0, 10], [True, True]), ([7], [False, True]), ([9], [True, False])]
+    assert tried[2:] == [[0, 1], [1], [0]]
+
+
 def test_updates_are_made_beside_what_did_not_hold(made):
     course, _, beside = made
 
     class Known:
         hard = (0, 2)
 
-        def check(self, model, circumstances):
-            self.asked = list(circumstances)
-            return 0.5
+        def check(self, model, circumstances, least):
+            list(circumstances)
+            return least
 
-    course._others = beside
-    course._known = Known()
-    assert course.check_known() == 0.5
-    assert course._hard == [course._known.asked[0], course._known.asked[2]]
+        def places_of(self, inside):
+            return inside
+
+        def hardest(self, model, effects):
+            return []
+
+    course._others, course._known = beside, Known()
+    assert course.check_known(0.5) == 0.5
+    assert course._hard == [[], [0, 1]]
     course.check()  # nothing is learned yet
     assert len(course._hard) == 42
     assert course._hard[-1] == [0, 1]
+    course.check(least=1.0)
+    assert len(course._hard) == 2

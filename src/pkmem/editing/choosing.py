@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from pkmem.editing.edit import Edit
 from pkmem.editing.elsewhere import Elsewhere
-from pkmem.editing.questions import Question, answer_losses, batches
-from pkmem.editing.reads import Reads, reading, rows_to_teach, tables_of, weight_of_rows
+from pkmem.editing.questions import Question, batches
+from pkmem.editing.reads import Reads, rows_to_teach, tables_of, weight_of_rows
+from pkmem.editing.sensitivity import sensitivities
 from pkmem.layer.memory import memories_in
 
 _BESIDE_OTHERS = 100.0  # sharpness: edits whose rows other edits' questions read hang on each other
@@ -39,15 +39,9 @@ def choose_rows(
     memories = list(memories_in(model).values())
     matter = [torch.zeros(len(memory.values.weight), dtype=torch.float64, device=model.device) for memory in memories]
     for batch in batches(sorted(questions, key=lambda question: len(question.prompt)), 32):
-        found: dict[int, Reads] = {}
-        with reading(model, found.__setitem__), _probing(memories) as probes:
-            answer_losses(model, batch)[0].sum().backward()
-        for place, (probe, mask) in probes.items():
-            assert probe.grad is not None
-            strength = probe.grad.flatten(0, -2).float().norm(dim=-1)
-            strength = strength if mask is None else strength[mask.flatten()]
-            read = Reads(found[place].slots, found[place].weights * strength[:, None])
-            matter[place] += weight_of_rows(read, len(matter[place]))
+        for weight_of, part in zip(matter, sensitivities(model, batch)[1], strict=True):
+            weights = part.reads.weights * part.gradient.norm(dim=-1, keepdim=True)
+            weight_of += weight_of_rows(Reads(part.reads.slots, weights), len(weight_of))
     names = [next(name for name, table in tables.items() if table is memory.values) for memory in memories]
     background = [elsewhere.weight_of_rows(place, len(matter[place])) for place in range(len(memories))]
     others = list(others)
@@ -58,24 +52,3 @@ def choose_rows(
             "every row that these facts read belongs to another edit: forget one, or retrofit with more sub-keys"
         )
     return rows
-
-
-@contextlib.contextmanager
-def _probing(memories: Sequence[nn.Module]) -> Iterator[dict[int, tuple[Tensor, Tensor | None]]]:
-    """Within the block each memory adds zeros to what it gives, whose gradient is that of its output; and its mask."""
-    probes: dict[int, tuple[Tensor, Tensor | None]] = {}
-
-    def probed(place: int, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
-        probe = torch.zeros_like(out, requires_grad=True)
-        probes[place] = probe, args[1] if len(args) > 1 else None
-        return out + probe
-
-    hooks = [
-        memory.register_forward_hook(lambda _, args, out, place=place: probed(place, args, out))
-        for place, memory in enumerate(memories)
-    ]
-    try:
-        yield probes
-    finally:
-        for hook in hooks:
-            hook.remove()

@@ -115,9 +115,20 @@ class Course:
         if self._known is None:
             return 1.0
         tried: list[list[int]] = []
-        share = self._known.check(self._model, self._in_turn(_FEWEST_DRAWN, tried), least)
+        share = self._known.check(self._model, self._known_in_turn(self._known, tried), least)
         self._hard += [tried[number] for number in self._known.hard]
         return share
+
+    def _known_in_turn(self, known: Rehearsal, tried: list[list[int]]) -> Iterator[list[int]]:
+        """Beside some and all of the others, and what is likeliest to be wrong where it is."""
+        for inside in self._others.in_turn(self._draw, 1):
+            tried.append(inside)
+            yield known.places_of(inside)
+        self._others.hold_all()
+        for place, inside in known.hardest(self._model, self._others.effects):
+            self._others.hold_only(inside)
+            tried.append(inside)
+            yield [place]
 
     def _ask(self, places: Sequence[int]) -> Tensor:
         """The losses of some questions: some as they stand, some in other text, which are longer."""

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
+from pkmem.editing.company import Effects
 from pkmem.editing.edit import Edit
 from pkmem.editing.fingerprint import saved_tensors, table_names
 
@@ -21,10 +22,12 @@ class Others:
 
     Attributes:
         inside: (n,) which of them the model has.
+        effects: what each does to the losses of answers.
     """
 
     def __init__(self, model: nn.Module, edits: Sequence[Edit]) -> None:
         self.inside = [edit.is_in(model) for edit in edits]
+        self.effects = Effects(model, edits)
         self._edits = edits
         tensors = saved_tensors(model)
         self._tables = {name: tensors[name] for name in table_names(model)}
@@ -52,13 +55,17 @@ class Others:
                 edit.write(self._tables, edit.new if wanted else edit.old)
                 self.inside[place] = wanted
 
+    def hold_only(self, places: Sequence[int]) -> None:
+        """Lets the model have those at these places, and no other."""
+        self.hold([place in places for place in range(len(self._edits))])
+
     def hold_none(self) -> None:
         """Lets the model have none of them."""
-        self.hold([False] * len(self._edits))
+        self.hold_only([])
 
     def hold_all(self) -> None:
         """Lets the model have all of them."""
-        self.hold([True] * len(self._edits))
+        self.hold_only(range(len(self._edits)))
 
     def in_turn(self, draw: torch.Generator, times: int) -> Iterator[list[int]]:
         """The model without any, with some of them, drawn so many times, and with all: their places.
@@ -86,7 +93,7 @@ class Others:
             return []
         if hard and torch.rand((), generator=draw) < 0.5:
             inside = hard[int(torch.randint(len(hard), (), generator=draw))]
-            self.hold([place in inside for place in range(len(self._edits))])
+            self.hold_only(inside)
             return list(inside)
         return self._hold_share((2 * torch.rand((), generator=draw) - 1).clamp_min(0), draw)
 

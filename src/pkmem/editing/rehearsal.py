@@ -8,11 +8,13 @@ from collections.abc import Iterable, Sequence
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from pkmem.editing.company import Effects
 from pkmem.editing.progress import Progress
 from pkmem.editing.questions import BATCH_QUESTIONS, Question, as_questions
 from pkmem.text.facts import Fact
 
 _QUESTIONS = 400  # of all other edits together
+_HARDEST = 16  # questions asked where they are hardest
 _UNSURE_AT_ONCE, _SURE_AT_ONCE = 8, 2  # answers of an update
 
 
@@ -41,10 +43,9 @@ class Rehearsal:
             at_first.check(model)
         kept = sorted(at_first.right)
         self._lessons = [asked[place][0] for place in kept]
-        self._progress = Progress(
-            [questions[place] for place in kept], BATCH_QUESTIONS, seed, circumstances_change=True
-        )
-        self.check(model, [range(len(lessons))])
+        self._questions = [questions[place] for place in kept]
+        self._progress = Progress(self._questions, BATCH_QUESTIONS, seed, circumstances_change=True)
+        self.check(model, [range(len(kept))])
 
     def __len__(self) -> int:
         return len(self._lessons)
@@ -66,21 +67,31 @@ class Rehearsal:
             model: to be asked.
             inside: which of the edits it has.
         """
-        places = self._progress.next(self._places_of(inside), _UNSURE_AT_ONCE, _SURE_AT_ONCE)
+        places = self._progress.next(self.places_of(inside), _UNSURE_AT_ONCE, _SURE_AT_ONCE)
         return self._progress.ask(model, places).mean() if places else 0.0
 
     def check(self, model: PreTrainedModel, circumstances: Iterable[Sequence[int]], least: float = 0.0) -> float:
-        """Asks everything; returns the share that is right still, 1 where there is nothing.
+        """Asks what was taught; returns the share that is right still, 1 where there is nothing: see `Progress.check`."""
+        return self._progress.check(model, circumstances, least) if self._lessons else 1.0
+
+    def places_of(self, inside: Sequence[int]) -> list[int]:
+        """The places of the questions about what some edits taught."""
+        return [place for place, lesson in enumerate(self._lessons) if lesson in inside]
+
+    def hardest(self, model: PreTrainedModel, effects: Effects) -> list[tuple[int, list[int]]]:
+        """The questions likeliest to be answered wrong once some edits are taken out, and beside which others.
 
         Args:
-            model: to be asked.
-            circumstances: brings them about one after another, each with the edits that are in; an answer is right if it
-                is wherever its edit is in.
-            least: see `Progress.check`.
+            model: has all the edits.
+            effects: of these.
+
+        Returns:
+            places of questions, and for each the places of the edits that are in, its own among them.
         """
         if not self._lessons:
-            return 1.0
-        return self._progress.check(model, (self._places_of(inside) for inside in circumstances), least)
-
-    def _places_of(self, inside: Sequence[int]) -> list[int]:
-        return [place for place, lesson in enumerate(self._lessons) if lesson in inside]
+            return []
+        losses, added = effects.on(model, self._questions)
+        added[range(len(added)), self._lessons] = 0.0  # an answer is asked for where what taught it is in
+        worst = losses - added.clamp_max(0).sum(1)
+        places = worst.topk(min(_HARDEST, len(worst))).indices.tolist()
+        return [(place, (added[place] >= 0).nonzero().flatten().tolist()) for place in places]
