@@ -8,8 +8,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from pkmem.editing.company import Effects
 from pkmem.editing.edit import Edit
+from pkmem.editing.effects import Effects
 from pkmem.editing.fingerprint import saved_tensors, table_names
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pkmem.editing.company import Effects
+from pkmem.editing.effects import Effects
 from pkmem.editing.progress import Progress
 from pkmem.editing.questions import BATCH_QUESTIONS, Question, as_questions
 from pkmem.text.facts import Fact

@@ -12,8 +12,8 @@ def experiment_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "name",
         type=str,
-        help="table1, speed, size, position, keys or heads of the paper; layers, scaling, facts beyond it; learn for "
-        "facts taught to a pretrained model",
+        help="table1, speed, size, position, keys or heads of the paper; layers, scaling, dead_slots, facts beyond it; "
+        "learn for facts taught to a pretrained model",
     )
     parser.add_argument("--scale", type=str, default="laptop", help="laptop, gpu or paper")
     parser.add_argument("--seeds", type=int, default=1, help="seeds 0 .. SEEDS - 1 of each model")

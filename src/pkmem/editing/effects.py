@@ -1,7 +1,7 @@
-"""Beside which other edits an answer is likeliest to be wrong.
+"""What having an edit does to the answers that others taught, to first order.
 
-What an edit adds to what a question reads, times the gradient of the answer's loss there, is to first order what the loss
-gains by it. A draw of edits seldom has all that harm an answer, and the sum of their small harms is what makes it wrong.
+What an edit adds to what a question reads, times the gradient of the answer's loss there, is about what the loss gains by
+it. A draw of edits seldom has all that harm an answer, and the sum of their small harms is what makes it wrong.
 """
 
 from __future__ import annotations
@@ -22,7 +22,13 @@ from pkmem.layer.memory import memories_in
 
 
 class _Changes(NamedTuple):
-    """What edits change in a table: (m,) the place of each of its rows among t rows, -1 for others; of these, whose it is, and (t, v) by how much."""
+    """What edits change in a table.
+
+    Args:
+        place: (m,) int64 of each of its rows among the t that change, -1 for the others.
+        owner: (t,) int64, the edit that changes it.
+        change: (t, v) fp32.
+    """
 
     place: Tensor
     owner: Tensor

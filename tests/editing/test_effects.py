@@ -1,4 +1,4 @@
-"""company.py: what edits do to answers, against putting them in."""
+"""effects.py: what edits do to answers, against putting them in."""
 
 import dataclasses
 
@@ -7,9 +7,8 @@ import torch
 
 from lessons import FACTS, pupil, tokenizer
 from made_edits import made_edit
-from pkmem.editing import company
-from pkmem.editing.company import Effects
-from pkmem.editing.questions import answer_losses, as_questions
+from pkmem.editing.effects import Effects
+from pkmem.editing.questions import answer_losses, as_questions, batches
 from pkmem.editing.reads import RowsInTraining, in_place_of_tables, tables_of
 
 
@@ -19,12 +18,10 @@ def small(edit, share):
     return dataclasses.replace(edit, new=new)
 
 
-@pytest.mark.parametrize("batch", [32, 2])
+@pytest.mark.parametrize("size", [32, 2])
 @torch.no_grad()
-def test_effects_are_what_small_edits_do(batch, monkeypatch):
-    monkeypatch.setattr(
-        company, "batches", lambda questions: [questions[i : i + batch] for i in range(0, len(questions), batch)]
-    )
+def test_effects_are_what_small_edits_do(size, monkeypatch):
+    monkeypatch.setattr("pkmem.editing.effects.batches", lambda questions: batches(questions, size))
     model = pupil().double().requires_grad_(False)
     questions = as_questions(FACTS, tokenizer())
     num_slots = len(next(iter(tables_of(model).values())).weight)
