@@ -583,7 +583,10 @@ def test_a_dry_run_trains_nothing(capsys: pytest.CaptureFixture) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["experiment", "tabel1"], "no experiment 'tabel1': did you mean 'table1'? they are facts, heads, keys"),
+        (
+            ["experiment", "tabel1"],
+            "no experiment 'tabel1': did you mean 'table1'? they are dead_slots, facts, heads, keys",
+        ),
         (["experiment", "size", "--scale", "phone"], "no scale 'phone': they are laptop, gpu, paper"),
         (["experiment", "size", "--seeds", "0"], "seeds is 0 but must be >= 1"),
         (["report", "."], "no result in .: make one with `pkmem experiment NAME --out .`"),
