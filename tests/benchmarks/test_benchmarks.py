@@ -32,6 +32,7 @@ LINES = {
 }
 TUNED_MALLOC = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "99999999999", "MALLOC_TOP_PAD_": "67108864"}
 STARTS_AGAIN = "operators"  # the one that must set the variables itself
+A_MINUTE_EACH = {"demo_backends", "mapped_tables", "plan_time"}  # several processes, each of which imports everything
 
 
 def run(name: str, out: Path) -> subprocess.CompletedProcess:
@@ -42,7 +43,9 @@ def run(name: str, out: Path) -> subprocess.CompletedProcess:
     return subprocess.run(command, env=environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("name", LINES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in A_MINUTE_EACH else name for name in LINES]
+)
 def test_a_benchmark_runs_and_leaves_its_figures(name, tmp_path) -> None:
     finished = run(name, tmp_path)
     assert finished.returncode == 0, finished.stderr
