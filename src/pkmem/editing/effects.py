@@ -40,7 +40,10 @@ class Effects:
 
     Args:
         model: whose memories read from their tables.
-        edits: e of them.
+        edits: e >= 0 of them, with rows of their own.
+
+    Raises:
+        ValueError: the model's tables cannot be taught: see `pkmem.editing.reads.tables_of`.
     """
 
     def __init__(self, model: nn.Module, edits: Sequence[Edit]) -> None:
@@ -55,11 +58,14 @@ class Effects:
         ]
 
     def on(self, model: PreTrainedModel, questions: Sequence[Question]) -> tuple[Tensor, Tensor]:
-        """The losses of answers as they are, (q,), and what each edit adds to them if it is in and was not, (q, e).
+        """The losses of answers as they are, and what each edit adds to them by being in rather than out.
 
         Args:
             model: the one of these edits, with some of them in.
-            questions: q of them.
+            questions: q >= 1 of them.
+
+        Returns:
+            (q,) losses and (q, e) what is added, both in nats per token.
         """
         losses, effects = [], []
         for batch in batches(questions):

@@ -33,8 +33,11 @@ def sensitivities(model: PreTrainedModel, questions: Sequence[Question]) -> tupl
     """The losses of some answers, (q,) nats per token, and what each memory has to do with them.
 
     Args:
-        model: with memories.
-        questions: q of them, in one batch.
+        model: with memories, all of which it reads.
+        questions: q >= 1 of them, in one batch.
+
+    Returns:
+        the losses, and of each memory, in the order of `memories_in`, its reads and the gradient there.
     """
     found: dict[int, Reads] = {}
     memories = list(memories_in(model).values())
