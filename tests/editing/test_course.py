@@ -15,9 +15,9 @@ from pkmem.editing.surroundings import in_other_text
 TEXT = ["the cat sat on a mat and saw two dogs", "Rome is far from Oslo"]
 
 
-@pytest.fixture
-def made():
-    """A course of four questions two at a time, the rows that it changes, and two other edits."""
+@pytest.fixture(params=[False])
+def made(request):
+    """A course of four questions two at a time, the rows that it changes, and two other edits, which it may mind."""
     model = pupil()
     model.requires_grad_(False)
     facts = FACTS[:2]
@@ -28,13 +28,31 @@ def made():
     with in_place_of_tables(model, parts):
         asked = questions_of(facts, tokenizer(), model)
         hold = Hold(elsewhere, 1e-3, 1e-3)
-        yield Course(model, asked, in_text, hold, others, None, 0.1, 2, 0), list(parts.values()), beside
+        minded = beside if request.param else others
+        yield Course(model, asked, in_text, hold, minded, None, 0.1, 2, 0), list(parts.values()), beside
 
 
 def test_an_epoch_goes_through_few_questions_until_it_has_six_updates(made):
     course, _, _ = made
     course.epoch()
     assert (course.num_epochs, course.num_updates) == (1, 6)
+
+
+@pytest.mark.parametrize("made", [True], indirect=True)
+def test_beside_others_the_model_has_the_mean_of_the_latest_updates(made, monkeypatch):
+    course, parts, _ = made
+    steps = []
+    step = course._optimizer.step
+    monkeypatch.setattr(course._optimizer, "step", lambda: (step(), steps.append(parts[0].change.detach().clone())))
+    course.epoch()
+    assert torch.allclose(parts[0].change, torch.stack(steps).mean(0), atol=1e-6)
+    course.check()  # rounds
+    before = []
+    ask = course._ask
+    monkeypatch.setattr(course, "_ask", lambda places: before.append(parts[0].change.detach().clone()) or ask(places))
+    latest = steps[-1]
+    course.epoch()
+    assert torch.equal(before[0], latest)
 
 
 def test_steps_become_smaller(made):
@@ -109,8 +127,9 @@ def test_updates_are_made_beside_what_did_not_hold(made):
     course._others, course._known = beside, Known()
     assert course.check_known(0.5) == 0.5
     assert course._hard == [[], [0, 1]]
-    course.check()  # nothing is learned yet
-    assert len(course._hard) == 42
+    course.check(least=1.0)  # ends at the second, since nothing is learned yet
+    assert len(course._hard) == 4
+    assert course._hard[:3] == [[], [0, 1], []]
+    course.check()
+    assert len(course._hard) == 8
     assert course._hard[-1] == [0, 1]
-    course.check(least=1.0)
-    assert len(course._hard) == 2

@@ -111,7 +111,7 @@ def test_a_check_ends_early_where_the_share_wanted_is_out_of_reach(least, num_tr
 def test_where_circumstances_change_an_answer_is_learned_if_it_is_firm(answered):
     steady, losses, rights = answered
     losses[3], rights[5] = 0.2, False
-    changing = Progress([Question([place], [0]) for place in range(200)], 50, 0, circumstances_change=True)
+    changing = Progress([Question([place], [0]) for place in range(200)], 50, 0, firm=0.05)
     for asking, learned in ((steady, 199), (changing, 198)):
         assert asking.share_learned == 0
         assert asking.check(decoder()) == asking.share == 199 / 200
@@ -135,7 +135,7 @@ def test_what_is_not_sure_comes_next(answered):
 
 
 def test_where_circumstances_change_checks_alone_are_sure(answered):
-    asking = Progress(answered[0]._questions, 50, 0, circumstances_change=True)
+    asking = Progress(answered[0]._questions, 50, 0, firm=0.05)
     for batch in asking.epoch():
         asking.ask(None, batch)
     assert len([place for batch in asking.epoch() for place in batch]) == 200

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from pkmem.editing.averaging import RunningMean
 from pkmem.editing.holding import Hold
 from pkmem.editing.others import Others
 from pkmem.editing.progress import Progress
@@ -21,6 +22,10 @@ _CALMED = 0.95  # per epoch, the learning rate: late steps shall not undo what w
 _IN_TEXT = 0.5  # of the time
 _FEWEST_DRAWN, _MOST_DRAWN = 4, 64  # times that some of the other edits are drawn to see whether answers hold
 _ASKED_BESIDE_DRAWN, _ASKED_AT_LAST = 160, 640  # about so many answers, where the times are between those
+_FIRM = 0.05  # nats per token, below which a right answer stays right beside others than those that were tried
+_BESIDE_OTHERS = 4.0  # what answers weigh then against the hold, or it is long before they are firm
+_MEAN_KEEPS = 0.9  # at an update, beside others: single updates make one answer or another infirm by chance
+_HARD_KEPT = 8  # of several checks: what was mended for the last one alone is soon lost for the one before
 
 
 class Course:
@@ -53,30 +58,39 @@ class Course:
         seed: int,
     ) -> None:
         self.num_epochs = self.num_updates = 0
-        self.progress = Progress(questions, batch_size, seed, circumstances_change=others.num > 0)
+        self.progress = Progress(questions, batch_size, seed, firm=_FIRM if others.num else None)
         self._model, self._in_text, self._lr = model, in_text, lr
         self._hold, self._others, self._known = hold, others, known
         self._times = -(-_FEWEST_UPDATES // -(-len(questions) // batch_size))
         self._most_texts = max(map(len, in_text.values()), default=0)
         self._draw = torch.Generator().manual_seed(seed)
-        self._hard: list[list[int]] = []  # edits beside which an answer did not hold when all were checked
+        self._hard: list[list[int]] = []  # edits beside which an answer did not hold when all were checked, latest last
         self._changes = [part.change for part in model.modules() if isinstance(part, RowsInTraining)]
         self._optimizer = torch.optim.Adam(self._changes, lr=lr, betas=(0.9, 0.98))
+        self._mean = RunningMean(self._changes, _MEAN_KEEPS) if others.num else None
 
     def epoch(self) -> None:
-        """An update for each batch of what is still to be learned."""
+        """An update for each batch of what is still to be learned; beside others the model then has the mean of the latest."""
+        if self._mean is not None:
+            self._mean.leave()
         for group in self._optimizer.param_groups:
             group["lr"] = self._lr * _CALMED**self.num_epochs
         for _ in range(self._times):
             for places in self.progress.epoch():
                 inside = self._others.hold_some(self._draw, self._hard)
-                loss = self._ask(places).mean() + self._hold.loss(self._model, self.num_epochs, self._draw)
+                loss = self._ask(places).mean()
                 if self._known is not None:
                     loss = loss + self._known.ask_some(self._model, inside)
-                loss.backward()
+                if self._others.num:
+                    loss = _BESIDE_OTHERS * loss
+                (loss + self._hold.loss(self._model, self.num_epochs, self._draw)).backward()
                 self._optimizer.step()
                 self._optimizer.zero_grad()
                 self.num_updates += 1
+                if self._mean is not None:
+                    self._mean.count()
+        if self._mean is not None:
+            self._mean.enter()
         self.num_epochs += 1
 
     def check(self, least: float = 0.0, at_last: bool = False) -> float:
@@ -96,7 +110,7 @@ class Course:
         tried: list[list[int]] = []
         times = min(max(asked // self.progress.num, _FEWEST_DRAWN), _MOST_DRAWN)
         share = self.progress.check(self._model, (None for _ in self._in_turn(times, tried)), least)
-        self._hard = [tried[number] for number in self.progress.hard]
+        self._found_hard(tried, self.progress.hard)
         return share
 
     def _in_turn(self, times: int, tried: list[list[int]]) -> Iterator[list[int]]:
@@ -116,8 +130,11 @@ class Course:
             return 1.0
         tried: list[list[int]] = []
         share = self._known.check(self._model, self._known_in_turn(self._known, tried), least)
-        self._hard += [tried[number] for number in self._known.hard]
+        self._found_hard(tried, self._known.hard)
         return share
+
+    def _found_hard(self, tried: Sequence[list[int]], hard: Sequence[int]) -> None:
+        self._hard = (self._hard + [tried[number] for number in hard])[-_HARD_KEPT:]
 
     def _known_in_turn(self, known: Rehearsal, tried: list[list[int]]) -> Iterator[list[int]]:
         """Beside some and all of the others, and what is likeliest to be wrong where it is."""

@@ -12,7 +12,6 @@ from pkmem.editing.questions import BATCH_QUESTIONS, Question, answer_losses
 from pkmem.lm.evaluation import in_eval_mode
 
 _SURE = 0.03  # nats per token, below which an answer needs no more teaching
-_FIRM = 0.05  # nats per token, below which a right answer stays right where circumstances differ a little
 _MANY_HARD = 2  # circumstances, which are enough to learn in
 _REVISITED = 0.15  # share of the questions with such an answer that an epoch asks again
 
@@ -24,18 +23,18 @@ class Progress:
         questions: n of them.
         batch_size: questions of a batch, >= 1.
         seed: of the order.
-        circumstances_change: an answer may be sure in one and wrong in another, so that it counts as sure only after a
-            check, and as learned only if it is firm.
+        firm: where circumstances change, nats per token, below which a right answer counts as learned; and as sure it counts
+            only after a check. None where they do not.
 
     Attributes:
         hard: the numbers of the circumstances of the last check, from 0, in which an answer was not learned.
     """
 
     def __init__(
-        self, questions: Sequence[Question], batch_size: int, seed: int, circumstances_change: bool = False
+        self, questions: Sequence[Question], batch_size: int, seed: int, firm: float | None = None
     ) -> None:
         self._questions, self._batch_size = questions, batch_size
-        self._circumstances_change = circumstances_change
+        self._firm = firm
         self.hard: list[int] = []
         self._draw = random.Random(seed)
         self._right: set[int] = set()
@@ -89,12 +88,12 @@ class Progress:
         """
         losses, is_right = answer_losses(model, instead or [self._questions[place] for place in places])
         for place, loss, right in zip(places, losses.tolist(), is_right.tolist(), strict=True):
-            learned = right and (loss < _FIRM or not self._circumstances_change)
+            learned = right and (self._firm is None or loss < self._firm)
             (self._right.add if right else self._right.discard)(place)
             (self._learned.add if learned else self._learned.discard)(place)
             if not (right and loss < _SURE):
                 self._sure.discard(place)
-            elif not self._circumstances_change:
+            elif self._firm is None:
                 self._sure.add(place)
         return losses
 

@@ -15,6 +15,7 @@ from pkmem.text.facts import Fact
 
 _QUESTIONS = 400  # of all other edits together
 _HARDEST = 16  # questions asked where they are hardest
+_FIRM = 0.2  # nats per token, there
 _UNSURE_AT_ONCE, _SURE_AT_ONCE = 8, 2  # answers of an update
 
 
@@ -44,7 +45,7 @@ class Rehearsal:
         kept = sorted(at_first.right)
         self._lessons = [asked[place][0] for place in kept]
         self._questions = [questions[place] for place in kept]
-        self._progress = Progress(self._questions, BATCH_QUESTIONS, seed, circumstances_change=True)
+        self._progress = Progress(self._questions, BATCH_QUESTIONS, seed, firm=_FIRM)
         self.check(model, [range(len(kept))])
 
     def __len__(self) -> int:
