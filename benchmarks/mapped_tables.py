@@ -2,7 +2,8 @@
 
     python benchmarks/mapped_tables.py      # 5 GB of disk and of memory, ten minutes; as root it limits the memory of a process, too
 
-Rows: a file is dropped from the system's cache before each turn, then as many rows are read as a prompt of 512 tokens reads.
+Rows: a file is dropped from the system's cache before each turn, then as many rows are read as a prompt of 64 or 512 tokens
+reads. Many threads that wait for a row each show what the disk can give at most.
 Models: a decoder of two blocks with one memory of 4.3 GB writes on in fresh processes, its table in memory, or mapped.
 """
 
@@ -19,7 +20,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numba import njit, types
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -35,12 +38,12 @@ from pkmem.training.tables_apart import TABLES, write_with_tables_apart
 PAGE = mmap.PAGESIZE
 FORMS = {"fp32": 4 * 512, "bf16": 2 * 512, "int8": row_bytes(512, 8), "int4": row_bytes(512, 4)}  # bytes of a row
 TABLE_BYTES = 1 << 32
-READS = 512 * 128  # tokens times heads times neighbours
-THREADS = 32
+TOKENS, READS_OF_TOKEN = (64, 512), 128
+THREADS = 64
 WAYS = (
     "one fault after another",
     "one fault after another, told to be at random",
-    "32 threads with pread",
+    f"{THREADS} threads with pread",
     "asked ahead",
 )
 PLAIN, AT_RANDOM, THREADED, AHEAD = WAYS
@@ -52,6 +55,7 @@ def main() -> None:
     """Measures both and writes mapped_tables.json and mapped_tables.md."""
     options = harness.start(__doc__, repeats=3, parts=("rows", "models"))
     report = Report("mapped_tables", options)
+    _read_rows(0, np.zeros(0, np.int64), np.empty((0, 1), np.uint8), 0, 0)  # compiles it
     with tempfile.TemporaryDirectory(prefix="pkmem-mapped-") as folder:
         if "rows" in options.only:
             for form, num_bytes in FORMS.items():
@@ -65,12 +69,27 @@ def main() -> None:
 
 
 def rows(report: Report, options: Options, folder: Path, form: str, num_bytes: int) -> None:
-    """The same rows of a cold file, read in several ways, in turns."""
-    num_rows, reads = (4096, 64) if options.smoke else (TABLE_BYTES // num_bytes, READS)
+    """A file of rows, read cold by prompts of several lengths."""
+    num_rows = 4096 if options.smoke else TABLE_BYTES // num_bytes
     file = folder / f"{form}.safetensors"
     some = torch.randint(256, (min(num_rows, 1 << 12), num_bytes), dtype=torch.uint8)
     layout = {"rows": (torch.uint8, (num_rows, num_bytes))}
     write_tensor_file(file, layout, lambda name: _repeated(some, num_rows), {}, begins_at=PAGE)
+    sync(file)
+    for tokens in TOKENS:
+        prompt(
+            report,
+            options,
+            file,
+            f"{form}, {tokens} tokens",
+            num_rows,
+            tokens if options.smoke else tokens * READS_OF_TOKEN,
+        )
+    file.unlink()
+
+
+def prompt(report: Report, options: Options, file: Path, case: str, num_rows: int, reads: int) -> None:
+    """The same rows of a cold file, read in several ways, in turns."""
     seconds: dict[str, list[float]] = {way: [] for way in WAYS}
     pages: dict[str, list[float]] = {way: [] for way in WAYS}
     for turn in range(options.repeats):
@@ -82,15 +101,14 @@ def rows(report: Report, options: Options, folder: Path, form: str, num_bytes: i
             sums.add(int(READERS[way](file, slots).sum()))
             seconds[way].append(time.perf_counter() - start)
             pages[way].append((_read_from_disk() - before) / PAGE / len(slots.unique()))
-        assert len(sums) == 1, f"{form}: the ways read different rows"
-    file.unlink()
-    report.details[f"{form}, {reads} rows of {num_bytes} bytes"] = seconds
+        assert len(sums) == 1, f"{case}: the ways read different rows"
+    report.details[f"{case}, {reads} rows"] = seconds
     for way in WAYS:
-        report.add(f"{form}: pages of {PAGE} bytes read for each distinct row, {way}", Ratio.of(pages[way]))
+        report.add(f"{case}: pages of {PAGE} bytes read for each distinct row, {way}", Ratio.of(pages[way]))
     for way in (PLAIN, AT_RANDOM, THREADED):
         ratios = (slow / fast for slow, fast in zip(seconds[way], seconds[AHEAD], strict=True))
-        report.add(f"{form}: {way} / {AHEAD}", Ratio.of(ratios))
-    report.add(f"{form}: rows a second, {AHEAD}", Ratio.of(reads / taken for taken in seconds[AHEAD]))
+        report.add(f"{case}: {way} / {AHEAD}", Ratio.of(ratios))
+    report.add(f"{case}: rows a second, {AHEAD}", Ratio.of(reads / taken for taken in seconds[AHEAD]))
 
 
 def _repeated(some: Tensor, num_rows: int) -> Iterator[Tensor]:
@@ -122,15 +140,22 @@ def _by_threads(file: Path, slots: Tensor) -> Tensor:
     width = stored.shape[1]
     descriptor = os.open(file, os.O_RDONLY)
     os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
-
-    def some(places: list[int]) -> bytes:
-        return b"".join(os.pread(descriptor, width, stored.start + place * width) for place in places)
-
-    parts = [part.tolist() for part in slots.tensor_split(8 * THREADS)]
+    read = np.empty((len(slots), width), np.uint8)
+    starts = stored.start + slots.numpy() * width
+    parts = np.array_split(np.arange(len(slots)), THREADS)
     with ThreadPoolExecutor(THREADS) as pool:
-        read = b"".join(pool.map(some, parts))
+        list(pool.map(lambda part: _read_rows(descriptor, starts, read, part[0], part[-1] + 1), parts))
     os.close(descriptor)
-    return torch.frombuffer(bytearray(read), dtype=torch.uint8).view(-1, width)
+    return torch.from_numpy(read)
+
+
+_pread = types.ExternalFunction("pread", types.intp(types.int32, types.uintp, types.uintp, types.int64))
+
+
+@njit(nogil=True)
+def _read_rows(descriptor, starts, read, first, last):  # type: ignore[no-untyped-def]
+    for row in range(first, last):
+        _pread(np.int32(descriptor), np.uintp(read[row].ctypes.data), np.uintp(read.shape[1]), starts[row])
 
 
 def _picked(table: Tensor, slots: Tensor) -> Tensor:

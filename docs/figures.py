@@ -294,15 +294,16 @@ def decode() -> str:
 def mapped_rows() -> str:
     """How rows come from a file that is not in memory yet."""
     lines = _lines("mapped_tables")
-    peers = ("one fault after another", "one fault after another, told to be at random", "32 threads with pread")
+    peers = ("one fault after another", "one fault after another, told to be at random", "64 threads with pread")
+    cases = [f"{form}, {tokens} tokens" for tokens in (64, 512) for form in ("fp32", "bf16", "int8", "int4")]
     rows = [
         [
-            form,
-            f"{lines[f'{form}: pages of 4096 bytes read for each distinct row, asked ahead']['median']:.2f}",
-            f"{lines[f'{form}: rows a second, asked ahead']['median']:,.0f}",
-            *(_ratio(lines[f"{form}: {peer} / asked ahead"]) for peer in peers),
+            case,
+            f"{lines[f'{case}: pages of 4096 bytes read for each distinct row, asked ahead']['median']:.2f}",
+            f"{lines[f'{case}: rows a second, asked ahead']['median']:,.0f}",
+            *(_ratio(lines[f"{case}: {peer} / asked ahead"]) for peer in peers),
         ]
-        for form in ("fp32", "bf16", "int8", "int4")
+        for case in cases
     ]
     return _table(["width 512", "pages a row", "rows a second", *(f"{peer}, times as long" for peer in peers)], rows)
 

@@ -14,8 +14,8 @@ LINES = {
     "operators": ["selection, s 16: torch / ours", "bag, width 16: pure read / ours"],
     "packed_rows": ["64 slots x 24: fp32 / int8", "64 slots x 24: int4 / pure read of the same rows"],
     "mapped_tables": [
-        "int8: one fault after another / asked ahead",
-        "fp32: pages of 4096 bytes read for each distinct row, asked ahead",
+        "int8, 64 tokens: one fault after another / asked ahead",
+        "fp32, 512 tokens: pages of 4096 bytes read for each distinct row, asked ahead",
         "mapped, warm: decode, ms a token",
     ],
     "decode": [
