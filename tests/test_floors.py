@@ -21,7 +21,7 @@ ORDER = {  # folders from the ground up, each with its files in order: a file im
     "lm": "config evaluation speed padding signature placement stored offloading mapping huggingface modeling_pkmem build smollm2 recall inspection autoload",
     "training": "recipe reading together state shards checkpoint named_state saver "
     "screening export tables_apart saved conversion reading_ahead start journal trainer processes prepare parallel run",
-    "editing": "fingerprint rounding edit directory listing near_misses questions surroundings kept_answers progress reads sensitivity effects rehearsal others elsewhere choosing holding averaging course learning lesson retrofit verbs",
+    "editing": "fingerprint rounding edit directory listing near_misses questions surroundings kept_answers progress reads sensitivity rehearsal others elsewhere choosing holding averaging course learning lesson retrofit verbs",
     "inspecting": "sums reads lens packing content page saved",
     "experiments": "benchmarks environment plots page family results costs claims grid report demo",
     "experiments.learning": "kinds quiz asking examination teaching trial results cells grid",

@@ -88,48 +88,50 @@ def test_at_last_more_combinations_of_the_others_are_tried(made, monkeypatch):
     assert tried == [40, 64]  # of 160 and 640 answers
 
 
-def test_what_is_known_is_tried_where_it_is_likeliest_to_be_wrong(made):
+class Known:
+    """A rehearsal in which the second and third circumstances are always hard."""
+
+    hard = (1, 2)
+
+    def check(self, model, circumstances, least):
+        list(circumstances)
+        return least
+
+    def places_of(self, inside):
+        return [10 * edit for edit in inside]
+
+
+def test_what_is_known_is_asked_alone_beside_some_and_beside_all(made):
     course, _, beside = made
     course._others = beside
-
-    class Known:
-        def places_of(self, inside):
-            return [10 * edit for edit in inside]
-
-        def hardest(self, model, effects):
-            assert beside.inside == [True, True]
-            assert effects is beside.effects
-            return [(7, [1]), (9, [0])]
-
     tried = []
     asked = [(places, list(beside.inside)) for places in course._known_in_turn(Known(), tried)]
-    assert asked[0] == ([], [False, False])
-    assert asked[2:] == [([0, 10], [True, True]), ([7], [False, True]), ([9], [True, False])]
-    assert tried[2:] == [[0, 1], [1], [0]]
+    assert asked[:3] == [([0], [True, False]), ([10], [False, True]), ([], [False, False])]
+    assert len(asked) == 3 + 4 + 1
+    assert asked[-1] == ([0, 10], [True, True])
+    assert tried[:3] == [[0], [1], []]
+    assert tried[-1] == [0, 1]
 
 
 def test_updates_are_made_beside_what_did_not_hold(made):
     course, _, beside = made
-
-    class Known:
-        hard = (0, 2)
-
-        def check(self, model, circumstances, least):
-            list(circumstances)
-            return least
-
-        def places_of(self, inside):
-            return inside
-
-        def hardest(self, model, effects):
-            return []
-
     course._others, course._known = beside, Known()
     assert course.check_known(0.5) == 0.5
-    assert course._hard == [[], [0, 1]]
-    course.check(least=1.0)  # ends at the second, since nothing is learned yet
-    assert len(course._hard) == 4
-    assert course._hard[:3] == [[], [0, 1], []]
+    assert course._hard == [[], [1]]
+    tried = []
+    assert list(course._in_turn(3, tried)) == tried
+    assert tried[:3] == [[], [1], []]
+    assert tried[-1] == [0, 1]
+    course.check(least=1.0)  # ends at the first, since nothing is learned yet
+    assert course._hard == [[], [1]]
     course.check()
-    assert len(course._hard) == 8
-    assert course._hard[-1] == [0, 1]
+    assert course._hard[0] == [0, 1]
+    assert sorted(course._hard) == [[], [0], [0, 1], [1]]
+
+
+def test_of_many_that_were_hard_the_latest_are_kept(made):
+    course, _, _ = made
+    course._found_hard([[number] for number in range(12)], range(12))
+    assert course._hard == [[number] for number in range(11, 3, -1)]
+    course._found_hard([[5], [20], [5]], [1, 2])
+    assert course._hard == [[5], [20], [11], [10], [9], [8], [7], [6]]

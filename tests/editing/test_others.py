@@ -56,6 +56,15 @@ def test_some_are_drawn_from_none_to_all():
     assert seen == {(), (0,), (1,), (0, 1)}
 
 
+def test_each_is_in_alone():
+    model, edits = with_edits()
+    others = Others(model, edits)
+    assert [(inside, held(model, edits)) for inside in others.one_by_one()] == [
+        ([0], [True, False]),
+        ([1], [False, True]),
+    ]
+
+
 def test_half_of_the_time_it_is_what_was_hard():
     model, edits = with_edits()
     others, draw = Others(model, edits), torch.Generator().manual_seed(0)

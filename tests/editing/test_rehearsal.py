@@ -64,27 +64,3 @@ def test_an_answer_is_asked_for_wherever_its_edit_is_in(taught):
 
 def test_nothing_to_ask_is_learned():
     assert Rehearsal(pupil(), tokenizer(), [FACTS], 0).share_learned == 1.0
-
-
-class Harm:
-    """What two edits do to the first three questions; nothing to the others."""
-
-    def __init__(self, losses, added):
-        self._losses, self._added = losses, added
-
-    def on(self, model, questions):
-        losses, added = torch.zeros(len(questions)), torch.zeros(len(questions), 2)
-        losses[:3], added[:3] = torch.tensor(self._losses), torch.tensor(self._added)
-        return losses, added
-
-
-def test_the_hardest_are_those_that_hang_on_other_edits(taught, monkeypatch):
-    asked = Rehearsal(taught, tokenizer(), [FACTS[:1], FACTS[1:3]], 0)
-    assert asked.places_of([0]) == [0, 1]
-    monkeypatch.setattr(rehearsal, "_HARDEST", 2)
-    # The first hangs on the other edit most, the second on its own alone, the third is of the second edit.
-    harm = Harm([0.1, 0.5, 0.1], [[0.0, -0.9], [-2.0, 0.3], [-0.2, -2.0]])
-    assert asked.hardest(taught, harm) == [(0, [0]), (1, [0, 1])]
-    monkeypatch.setattr(rehearsal, "_HARDEST", 3)
-    assert asked.hardest(taught, harm)[2] == (2, [1])
-    assert Rehearsal(pupil(), tokenizer(), [FACTS], 0).hardest(pupil(), harm) == []

@@ -149,6 +149,29 @@ def test_what_a_directory_lacks_or_says_wrong_is_named(tmp_path):
         PkmemForCausalLM.from_pretrained("somebody/model", values="mmap")
 
 
+@pytest.mark.parametrize("form", FORMS)
+@torch.no_grad()
+def test_one_token_is_read_by_one_kernel_which_asks_for_its_rows(form, tmp_path, monkeypatch):
+    pytest.importorskip("numba")
+    from pkmem.ops.cpu import decoding
+
+    read, asked = [], []
+    decode, ask = decoding.decode, MappedRows.ask
+    monkeypatch.setattr("pkmem.ops.cpu.decode", lambda x, layer: read.append(len(x)) or decode(x, layer))
+    monkeypatch.setattr(
+        MappedRows, "ask", lambda mapped, rows, slots: asked.append(slots.shape) or ask(mapped, rows, slots)
+    )
+    folder = saved(tmp_path / "model", form)
+    loaded, mapped = (memories_in(load(folder, **options)).values() for options in ({}, {"values": "mmap"}))
+    for held, in_file in zip(loaded, mapped, strict=True):
+        for memory in (held, in_file):
+            memory.keys.float(), memory.query.float()
+        x = torch.randn(1, 32)
+        assert torch.equal(in_file(x), held(x))
+    assert read == [1] * 4
+    assert asked == [(1, MEMORY.heads * MEMORY.knn)] * 2
+
+
 @pytest.mark.parametrize("num_tokens", [1, 12])
 @torch.no_grad()
 def test_a_file_that_is_cut_or_written_to_is_named_before_it_is_read(num_tokens, tmp_path):

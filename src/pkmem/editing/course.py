@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -22,6 +23,7 @@ _CALMED = 0.95  # per epoch, the learning rate: late steps shall not undo what w
 _IN_TEXT = 0.5  # of the time
 _FEWEST_DRAWN, _MOST_DRAWN = 4, 64  # times that some of the other edits are drawn to see whether answers hold
 _ASKED_BESIDE_DRAWN, _ASKED_AT_LAST = 160, 640  # about so many answers, where the times are between those
+_KNOWN_DRAWN = 4  # times that what others taught is asked beside some
 _FIRM = 0.05  # nats per token, below which a right answer stays right beside others than those that were tried
 _BESIDE_OTHERS = 4.0  # what answers weigh then against the hold, or it is long before they are firm
 _MEAN_KEEPS = 0.9  # at an update, beside others: single updates make one answer or another infirm by chance
@@ -64,7 +66,9 @@ class Course:
         self._times = -(-_FEWEST_UPDATES // -(-len(questions) // batch_size))
         self._most_texts = max(map(len, in_text.values()), default=0)
         self._draw = torch.Generator().manual_seed(seed)
-        self._hard: list[list[int]] = []  # edits beside which an answer did not hold when all were checked, latest last
+        self._hard: list[
+            list[int]
+        ] = []  # edits beside which an answer did not hold when all were checked, latest first
         self._changes = [part.change for part in model.modules() if isinstance(part, RowsInTraining)]
         self._optimizer = torch.optim.Adam(self._changes, lr=lr, betas=(0.9, 0.98))
         self._mean = RunningMean(self._changes, _MEAN_KEEPS) if others.num else None
@@ -99,7 +103,7 @@ class Course:
         Right is what is so whichever of the other edits are in, as far as was tried.
 
         Args:
-            least: the check may end early once it is clear that a smaller share than this is learned, in [0, 1].
+            least: the check ends once it is clear that a smaller share than this is learned, in [0, 1].
             at_last: tries more of them, as for what will not be learned any more.
         """
         if at_last and not self._others.num:
@@ -107,13 +111,18 @@ class Course:
         for change in self._changes:
             change.data = rounded(change.data)
         asked = _ASKED_AT_LAST if at_last else _ASKED_BESIDE_DRAWN
-        tried: list[list[int]] = []
         times = min(max(asked // self.progress.num, _FEWEST_DRAWN), _MOST_DRAWN)
+        tried: list[list[int]] = []
         share = self.progress.check(self._model, (None for _ in self._in_turn(times, tried)), least)
         self._found_hard(tried, self.progress.hard)
         return share
 
     def _in_turn(self, times: int, tried: list[list[int]]) -> Iterator[list[int]]:
+        """Beside what was hard before, which is likeliest to be hard still, and then beside others."""
+        for inside in self._hard:
+            self._others.hold_only(inside)
+            tried.append(inside)
+            yield inside
         for inside in self._others.in_turn(self._draw, times):
             tried.append(inside)
             yield inside
@@ -133,19 +142,18 @@ class Course:
         self._found_hard(tried, self._known.hard)
         return share
 
-    def _found_hard(self, tried: Sequence[list[int]], hard: Sequence[int]) -> None:
-        self._hard = (self._hard + [tried[number] for number in hard])[-_HARD_KEPT:]
+    def _found_hard(self, tried: Sequence[list[int]], numbers: Sequence[int]) -> None:
+        latest: list[list[int]] = []
+        for inside in [*(tried[number] for number in reversed(numbers)), *self._hard]:
+            if inside not in latest:
+                latest.append(inside)
+        self._hard = latest[:_HARD_KEPT]
 
     def _known_in_turn(self, known: Rehearsal, tried: list[list[int]]) -> Iterator[list[int]]:
-        """Beside some and all of the others, and what is likeliest to be wrong where it is."""
-        for inside in self._others.in_turn(self._draw, 1):
+        """Beside none, some and all of the others."""
+        for inside in itertools.chain(self._others.one_by_one(), self._others.in_turn(self._draw, _KNOWN_DRAWN)):
             tried.append(inside)
             yield known.places_of(inside)
-        self._others.hold_all()
-        for place, inside in known.hardest(self._model, self._others.effects):
-            self._others.hold_only(inside)
-            tried.append(inside)
-            yield [place]
 
     def _ask(self, places: Sequence[int]) -> Tensor:
         """The losses of some questions: some as they stand, some in other text, which are longer."""

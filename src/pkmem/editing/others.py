@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from pkmem.editing.edit import Edit
-from pkmem.editing.effects import Effects
 from pkmem.editing.fingerprint import saved_tensors, table_names
 
 
@@ -22,12 +21,10 @@ class Others:
 
     Attributes:
         inside: (n,) which of them the model has.
-        effects: what each does to the losses of answers.
     """
 
     def __init__(self, model: nn.Module, edits: Sequence[Edit]) -> None:
         self.inside = [edit.is_in(model) for edit in edits]
-        self.effects = Effects(model, edits)
         self._edits = edits
         tensors = saved_tensors(model)
         self._tables = {name: tensors[name] for name in table_names(model)}
@@ -67,6 +64,12 @@ class Others:
         """Lets the model have all of them."""
         self.hold_only(range(len(self._edits)))
 
+    def one_by_one(self) -> Iterator[list[int]]:
+        """The model with each of them alone: its place."""
+        for place in range(len(self._edits)):
+            self.hold_only([place])
+            yield [place]
+
     def in_turn(self, draw: torch.Generator, times: int) -> Iterator[list[int]]:
         """The model without any, with some of them, drawn so many times, and with all: their places.
 
@@ -81,9 +84,9 @@ class Others:
         yield list(range(len(self._edits)))
 
     def hold_some(self, draw: torch.Generator, hard: Sequence[Sequence[int]] = ()) -> list[int]:
-        """Lets the model have none, half of the time, and else some, drawn; returns their places.
+        """Lets the model have none or one, half of the time, and else some, drawn; returns their places.
 
-        None is where most is to be learned: what others changed often helps.
+        There most is to be learned: what others changed often helps.
 
         Args:
             draw: draws.
@@ -95,7 +98,13 @@ class Others:
             inside = hard[int(torch.randint(len(hard), (), generator=draw))]
             self.hold_only(inside)
             return list(inside)
-        return self._hold_share((2 * torch.rand((), generator=draw) - 1).clamp_min(0), draw)
+        share = 2 * torch.rand((), generator=draw) - 1
+        if share > 0:
+            return self._hold_share(share, draw)
+        one = int(torch.randint(len(self._edits) + 1, (), generator=draw))
+        inside = [one] if one < len(self._edits) else []
+        self.hold_only(inside)
+        return inside
 
     def _hold_share(self, share: Tensor, draw: torch.Generator) -> list[int]:
         self.hold((torch.rand(len(self._edits), generator=draw) < share).tolist())

@@ -12,7 +12,6 @@ from pkmem.editing.questions import BATCH_QUESTIONS, Question, answer_losses
 from pkmem.lm.evaluation import in_eval_mode
 
 _SURE = 0.03  # nats per token, below which an answer needs no more teaching
-_MANY_HARD = 2  # circumstances, which are enough to learn in
 _REVISITED = 0.15  # share of the questions with such an answer that an epoch asks again
 
 
@@ -30,9 +29,7 @@ class Progress:
         hard: the numbers of the circumstances of the last check, from 0, in which an answer was not learned.
     """
 
-    def __init__(
-        self, questions: Sequence[Question], batch_size: int, seed: int, firm: float | None = None
-    ) -> None:
+    def __init__(self, questions: Sequence[Question], batch_size: int, seed: int, firm: float | None = None) -> None:
         self._questions, self._batch_size = questions, batch_size
         self._firm = firm
         self.hard: list[int] = []
@@ -104,7 +101,7 @@ class Progress:
             model: to be asked.
             circumstances: brings them about one after another, each with the places that are asked in it, None for all;
                 an answer is right if it is wherever it is asked.
-            least: the check may end early once it is clear that a smaller share than this is learned, in [0, 1].
+            least: the check ends once it is clear that a smaller share than this is learned, in [0, 1].
         """
         order = sorted(range(len(self._questions)), key=lambda place: len(self._questions[place].prompt))
         right, learned, sure = set(order), set(order), set(order)
@@ -120,7 +117,8 @@ class Progress:
             right.difference_update(set(asked) - self._right)
             learned.difference_update(set(asked) - self._learned)
             sure.difference_update(set(asked) - self._sure)
-            if len(learned) < least * len(order) and len(self.hard) >= _MANY_HARD:
+            if len(learned) < least * len(order):
+                sure.clear()  # nothing was tried in all circumstances
                 break
         self._right, self._learned, self._sure = right, learned, sure
         return self.share

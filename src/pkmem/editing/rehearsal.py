@@ -8,15 +8,13 @@ from collections.abc import Iterable, Sequence
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pkmem.editing.effects import Effects
 from pkmem.editing.progress import Progress
 from pkmem.editing.questions import BATCH_QUESTIONS, Question, as_questions
 from pkmem.text.facts import Fact
 
 _QUESTIONS = 400  # of all other edits together
-_HARDEST = 16  # questions asked where they are hardest
-_FIRM = 0.2  # nats per token, there
-_UNSURE_AT_ONCE, _SURE_AT_ONCE = 8, 2  # answers of an update
+_FIRM = 0.1  # nats per token, below which an answer stays right beside others than those that were tried
+_UNSURE_AT_ONCE, _SURE_AT_ONCE = 8, 4  # answers of an update
 
 
 class Rehearsal:
@@ -78,21 +76,3 @@ class Rehearsal:
     def places_of(self, inside: Sequence[int]) -> list[int]:
         """The places of the questions about what some edits taught."""
         return [place for place, lesson in enumerate(self._lessons) if lesson in inside]
-
-    def hardest(self, model: PreTrainedModel, effects: Effects) -> list[tuple[int, list[int]]]:
-        """The questions likeliest to be answered wrong once some edits are taken out, and beside which others.
-
-        Args:
-            model: has all the edits.
-            effects: of these.
-
-        Returns:
-            places of questions, and for each the places of the edits that are in, its own among them.
-        """
-        if not self._lessons:
-            return []
-        losses, added = effects.on(model, self._questions)
-        added[range(len(added)), self._lessons] = 0.0  # an answer is asked for where what taught it is in
-        worst = losses - added.clamp_max(0).sum(1)
-        places = worst.topk(min(_HARDEST, len(worst))).indices.tolist()
-        return [(place, (added[place] >= 0).nonzero().flatten().tolist()) for place in places]

@@ -106,7 +106,7 @@ def _weights_of(memory: Any) -> LayerWeights | None:
         if gates is None:
             return None
     weight, is_packed = values._parameters.get("weight"), type(values) is QuantisedValues
-    if weight is None or weight.dim() != 2 or values.mapped is not None:  # its rows are asked for first
+    if weight is None or weight.dim() != 2:
         return None
     kind = _NORMS[type(norm)]
     statistics = norm._parameters | norm._buffers
@@ -123,6 +123,7 @@ def _weights_of(memory: Any) -> LayerWeights | None:
         keys.knn,
         values.width if is_packed else weight.shape[1],
         values.bits if is_packed else None,
+        None if values.mapped is None else values.ask_ahead,
     )
 
 

@@ -71,12 +71,16 @@ class QuantisedValues(nn.Module):
         """Slots and weights (n, h, knn) -> sums over heads and neighbours (n, v) fp32 (eq. 3)."""
         here = slots.device
         slots, weights = sent_to(self.weight, slots, weights)
-        if self.mapped is not None and not torch.compiler.is_compiling():
-            self.mapped.ask(self.weight.detach(), slots)
+        self.ask_ahead(slots)
         sums = ops.packed_sum(
             self.weight, slots.flatten(1), weights.flatten(1), self.width, self.bits, backend=self.backend
         )
         return sums.to(here)
+
+    def ask_ahead(self, slots: Tensor) -> None:
+        """Asks for the rows of slots about to be read, if the table lies in a file."""
+        if self.mapped is not None and not torch.compiler.is_compiling():
+            self.mapped.ask(self.weight.detach(), slots)
 
     def norms(self) -> Tensor:
         """The norm of each value, (m,) fp32."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -89,6 +90,7 @@ class LayerWeights(NamedTuple):
         knn: slots per head, in [1, s].
         width: of a value, v.
         bits: of a number where the values are packed, 8 or 4; else None.
+        ask_ahead: None, or asks for the rows of slots (n, h * knn) that are about to be read from a file.
     """
 
     project: Tensor
@@ -102,3 +104,4 @@ class LayerWeights(NamedTuple):
     knn: int
     width: int
     bits: int | None = None
+    ask_ahead: Callable[[Tensor], None] | None = None

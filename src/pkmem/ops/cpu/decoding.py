@@ -8,6 +8,7 @@ of a plain loop when there is one token to multiply with, and a dozen small call
 from __future__ import annotations
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from pkmem.ops.arguments import NORM_TENSORS, LayerWeights
@@ -31,6 +32,8 @@ def decode(x: Tensor, layer: LayerWeights) -> Tensor:
         tokens, array(layer.project), array(layer.bias), _NORMS.index(layer.norm), *norms, layer.eps,
         array(layer.sub_keys), layer.knn, weights, slots,
     )  # fmt: skip
+    if layer.ask_ahead is not None:
+        layer.ask_ahead(torch.from_numpy(slots))
     if layer.bits is None:
         summed = layer.values.new_empty(len(x), layer.width)
         sum_rows(array(layer.values), slots, weights, array(summed), 0, len(x))
