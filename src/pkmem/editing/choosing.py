@@ -39,7 +39,7 @@ def choose_rows(
     memories = list(memories_in(model).values())
     matter = [torch.zeros(len(memory.values.weight), dtype=torch.float64, device=model.device) for memory in memories]
     for batch in batches(sorted(questions, key=lambda question: len(question.prompt)), 32):
-        for weight_of, part in zip(matter, sensitivities(model, batch)[1], strict=True):
+        for weight_of, part in zip(matter, sensitivities(model, batch), strict=True):
             weights = part.reads.weights * part.gradient.norm(dim=-1, keepdim=True)
             weight_of += weight_of_rows(Reads(part.reads.slots, weights), len(weight_of))
     names = [next(name for name, table in tables.items() if table is memory.values) for memory in memories]

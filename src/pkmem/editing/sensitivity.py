@@ -21,23 +21,21 @@ class Sensitivity(NamedTuple):
     Args:
         reads: what it read there.
         gradient: (n, v) of the questions' losses in what it gave.
-        questions: (n,) int64, whose token it is.
     """
 
     reads: Reads
     gradient: Tensor
-    questions: Tensor
 
 
-def sensitivities(model: PreTrainedModel, questions: Sequence[Question]) -> tuple[Tensor, list[Sensitivity]]:
-    """The losses of some answers, (q,) nats per token, and what each memory has to do with them.
+def sensitivities(model: PreTrainedModel, questions: Sequence[Question]) -> list[Sensitivity]:
+    """What each memory has to do with the losses of some answers.
 
     Args:
         model: with memories, all of which it reads.
         questions: q >= 1 of them, in one batch.
 
     Returns:
-        the losses, and of each memory, in the order of `memories_in`, its reads and the gradient there.
+        of each memory, in the order of `memories_in`, its reads and the gradient there.
     """
     found: dict[int, Reads] = {}
     memories = list(memories_in(model).values())
@@ -47,12 +45,9 @@ def sensitivities(model: PreTrainedModel, questions: Sequence[Question]) -> tupl
     made = []
     for place, gradient in enumerate(gradients):
         mask = probes[place][1]
-        of_tokens = torch.arange(len(questions), device=gradient.device).repeat_interleave(gradient.shape[1])
         flat = gradient.flatten(0, -2).float()
-        if mask is not None:
-            flat, of_tokens = flat[mask.flatten()], of_tokens[mask.flatten()]
-        made.append(Sensitivity(found[place], flat, of_tokens))
-    return losses.detach(), made
+        made.append(Sensitivity(found[place], flat if mask is None else flat[mask.flatten()]))
+    return made
 
 
 @contextlib.contextmanager
