@@ -129,8 +129,16 @@ def test_updates_are_made_beside_what_did_not_hold(made):
     assert sorted(course._hard) == [[], [0], [0, 1], [1]]
 
 
-def test_of_many_that_were_hard_the_latest_are_kept(made):
+def test_without_others_a_check_asks_once(made):
     course, _, _ = made
+    assert course.check() < 1.0
+    tried = []
+    assert list(course._in_turn(3, tried)) == tried == [[]]
+
+
+def test_of_many_that_were_hard_the_latest_are_kept(made):
+    course, _, beside = made
+    course._others = beside
     course._found_hard([[number] for number in range(12)], range(12))
     assert course._hard == [[number] for number in range(11, 3, -1)]
     course._found_hard([[5], [20], [5]], [1, 2])

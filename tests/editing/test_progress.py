@@ -92,7 +92,8 @@ def test_a_question_is_asked_where_it_is_named(answered):
 
 @pytest.mark.parametrize(("least", "num_tried"), [(1.0, 1), (199 / 200, 3), (0.99, 5), (0.0, 5)])
 def test_a_check_ends_early_where_the_share_wanted_is_out_of_reach(least, num_tried, answered):
-    asking, _, rights = answered
+    steady, _, rights = answered
+    asking = Progress(steady._questions, 50, 0, firm=0.05)
     tried = []
 
     def circumstances():
@@ -109,6 +110,15 @@ def test_a_check_ends_early_where_the_share_wanted_is_out_of_reach(least, num_tr
     again = {place for batch in asking.epoch() for place in batch}
     assert wrong <= again
     assert (len(again) == 200) == (num_tried < 5)  # nothing is sure that was not tried everywhere
+
+
+def test_where_circumstances_do_not_change_what_is_sure_stays_so_when_a_check_fails(answered):
+    asking, _, rights = answered
+    rights[7] = False
+    assert asking.check(decoder(), least=1.0) == 199 / 200
+    again = {place for batch in asking.epoch() for place in batch}
+    assert 7 in again
+    assert len(again) < 60
 
 
 def test_where_circumstances_change_an_answer_is_learned_if_it_is_firm(answered):

@@ -66,9 +66,8 @@ class Course:
         self._times = -(-_FEWEST_UPDATES // -(-len(questions) // batch_size))
         self._most_texts = max(map(len, in_text.values()), default=0)
         self._draw = torch.Generator().manual_seed(seed)
-        self._hard: list[
-            list[int]
-        ] = []  # edits beside which an answer did not hold when all were checked, latest first
+        # Edits beside which an answer did not hold when all were checked, latest first.
+        self._hard: list[list[int]] = []
         self._changes = [part.change for part in model.modules() if isinstance(part, RowsInTraining)]
         self._optimizer = torch.optim.Adam(self._changes, lr=lr, betas=(0.9, 0.98))
         self._mean = RunningMean(self._changes, _MEAN_KEEPS) if others.num else None
@@ -143,6 +142,8 @@ class Course:
         return share
 
     def _found_hard(self, tried: Sequence[list[int]], numbers: Sequence[int]) -> None:
+        if not self._others.num:
+            return  # a question is answered or not
         latest: list[list[int]] = []
         for inside in [*(tried[number] for number in reversed(numbers)), *self._hard]:
             if inside not in latest:
@@ -150,7 +151,7 @@ class Course:
         self._hard = latest[:_HARD_KEPT]
 
     def _known_in_turn(self, known: Rehearsal, tried: list[list[int]]) -> Iterator[list[int]]:
-        """Beside none, some and all of the others."""
+        """Each edit alone, and then beside some and all of the others."""
         for inside in itertools.chain(self._others.one_by_one(), self._others.in_turn(self._draw, _KNOWN_DRAWN)):
             tried.append(inside)
             yield known.places_of(inside)

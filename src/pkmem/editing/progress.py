@@ -118,7 +118,8 @@ class Progress:
             learned.difference_update(set(asked) - self._learned)
             sure.difference_update(set(asked) - self._sure)
             if len(learned) < least * len(order):
-                sure.clear()  # nothing was tried in all circumstances
+                if self._firm is not None:
+                    sure.clear()  # nothing was tried in all circumstances
                 break
         self._right, self._learned, self._sure = right, learned, sure
         return self.share
