@@ -1,3 +1,7 @@
+import os
+import subprocess
+import sys
+
 from pkmem.editing.near_misses import near_misses
 from pkmem.text.facts import Fact
 
@@ -39,3 +43,23 @@ def test_the_seed_decides():
 def test_a_fact_alone_has_none():
     assert near_misses(FACTS[:1], 10, 0) == []
     assert near_misses([Fact(("word",), "a"), Fact(("word",), "b")], 10, 0) == []  # nothing of their own
+
+
+def test_the_order_of_sets_does_not_decide():
+    # A process draws the order of its sets of words.
+    source = (
+        "from pkmem.editing.near_misses import near_misses\n"
+        "from pkmem.text.facts import Fact\n"
+        f"print(near_misses([Fact((f'{{name}} was born in',), name) for name in {PEOPLE}], 10, 0))"
+    )
+    made = {
+        subprocess.run(
+            [sys.executable, "-c", source],
+            env=os.environ | {"PYTHONHASHSEED": seed},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for seed in "123"
+    }
+    assert len(made) == 1

@@ -27,8 +27,11 @@ def near_misses(facts: Sequence[Fact], num: int, seed: int) -> list[Fact]:
     if len(facts) < 2:  # which of its words are its own cannot be told
         return []
     draw = random.Random(seed)
+    # Of each fact once; a set's order would be another in each process, and the choices with it.
     found = Counter(
-        word for fact in facts for word in {piece for text in fact.prompts for piece in _PIECE.findall(text)}
+        word
+        for fact in facts
+        for word in dict.fromkeys(piece for text in fact.prompts for piece in _PIECE.findall(text))
     )
     most = max(1, int(_SHARE_OF_SHARED_WORDS * len(facts)))
     own = [word for word, count in found.items() if count <= most and word[0].isalnum()]
