@@ -107,10 +107,8 @@ def test_what_is_known_is_asked_alone_beside_some_and_beside_all(made):
     tried = []
     asked = [(places, list(beside.inside)) for places in course._known_in_turn(Known(), tried)]
     assert asked[:3] == [([0], [True, False]), ([10], [False, True]), ([], [False, False])]
-    assert len(asked) == 3 + 4 + 1
-    assert asked[-1] == ([0, 10], [True, True])
-    assert tried[:3] == [[0], [1], []]
-    assert tried[-1] == [0, 1]
+    assert asked[3:] == [([0, 10], [True, True])]  # of two there is no other set
+    assert tried == [[0], [1], [], [0, 1]]
 
 
 def test_updates_are_made_beside_what_did_not_hold(made):
@@ -119,13 +117,15 @@ def test_updates_are_made_beside_what_did_not_hold(made):
     assert course.check_known(0.5) == 0.5
     assert course._hard == [[], [1]]
     tried = []
-    assert list(course._in_turn(3, tried)) == tried
-    assert tried[:3] == [[], [1], []]
-    assert tried[-1] == [0, 1]
+    assert list(course._in_turn(90, [], tried)) == tried
+    assert tried[:2] == [[], [1]]
+    assert sorted(tried) == [[], [0], [0, 1], [1]]
+    assert list(course._in_turn(90, [[1], [0]], [])) == [[], [0, 1]]
     course.check(least=1.0)  # ends at the first, since nothing is learned yet
     assert course._hard == [[], [1]]
     course.check()
-    assert course._hard[0] == [0, 1]
+    course.check(at_last=True)  # goes on beside those that are left, if any
+    assert sorted(course._asked_beside) == [[], [0], [0, 1], [1]]
     assert sorted(course._hard) == [[], [0], [0, 1], [1]]
 
 
@@ -133,7 +133,7 @@ def test_without_others_a_check_asks_once(made):
     course, _, _ = made
     assert course.check() < 1.0
     tried = []
-    assert list(course._in_turn(3, tried)) == tried == [[]]
+    assert list(course._in_turn(3, [], tried)) == tried == [[]]
 
 
 def test_of_many_that_were_hard_the_latest_are_kept(made):

@@ -74,6 +74,16 @@ def test_what_is_right_must_be_so_in_all_circumstances(answered):
     assert {7, 9} <= {place for batch in asking.epoch() for place in batch}
 
 
+def test_a_check_that_goes_on_forgives_nothing(answered):
+    asking, _, rights = answered
+    rights[7] = False
+    assert asking.check(decoder()) == 199 / 200
+    rights[7], rights[9] = True, False
+    assert asking.check(decoder(), goes_on=True) == asking.share == 198 / 200
+    assert asking.check(decoder(), (), goes_on=True) == 198 / 200
+    assert asking.check(decoder()) == 199 / 200
+
+
 def test_a_question_is_asked_where_it_is_named(answered):
     asking, _, rights = answered
 

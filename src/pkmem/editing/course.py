@@ -68,6 +68,7 @@ class Course:
         self._draw = torch.Generator().manual_seed(seed)
         # Edits beside which an answer did not hold when all were checked, latest first.
         self._hard: list[list[int]] = []
+        self._asked_beside: list[list[int]] = []  # in the check that was made since the last update
         self._changes = [part.change for part in model.modules() if isinstance(part, RowsInTraining)]
         self._optimizer = torch.optim.Adam(self._changes, lr=lr, betas=(0.9, 0.98))
         self._mean = RunningMean(self._changes, _MEAN_KEEPS) if others.num else None
@@ -103,7 +104,7 @@ class Course:
 
         Args:
             least: the check ends once it is clear that a smaller share than this is learned, in [0, 1].
-            at_last: tries more of them, as for what will not be learned any more.
+            at_last: goes on with the check before, and tries more of them, as for what will not be learned any more.
         """
         if at_last and not self._others.num:
             return self.progress.share  # there is nothing else to try
@@ -111,18 +112,20 @@ class Course:
             change.data = rounded(change.data)
         asked = _ASKED_AT_LAST if at_last else _ASKED_BESIDE_DRAWN
         times = min(max(asked // self.progress.num, _FEWEST_DRAWN), _MOST_DRAWN)
+        before = self._asked_beside if at_last else []
         tried: list[list[int]] = []
-        share = self.progress.check(self._model, (None for _ in self._in_turn(times, tried)), least)
+        share = self.progress.check(self._model, (None for _ in self._in_turn(times, before, tried)), least, at_last)
         self._found_hard(tried, self.progress.hard)
+        self._asked_beside = before + tried
         return share
 
-    def _in_turn(self, times: int, tried: list[list[int]]) -> Iterator[list[int]]:
-        """Beside what was hard before, which is likeliest to be hard still, and then beside others."""
-        for inside in self._hard:
+    def _in_turn(self, times: int, before: Sequence[list[int]], tried: list[list[int]]) -> Iterator[list[int]]:
+        """Beside what was hard, which is likeliest to be hard still, and then beside others; but for those of before."""
+        for inside in [inside for inside in self._hard if inside not in before]:
             self._others.hold_only(inside)
             tried.append(inside)
             yield inside
-        for inside in self._others.in_turn(self._draw, times):
+        for inside in self._others.in_turn(self._draw, times, [*before, *tried]):
             tried.append(inside)
             yield inside
 
@@ -152,7 +155,8 @@ class Course:
 
     def _known_in_turn(self, known: Rehearsal, tried: list[list[int]]) -> Iterator[list[int]]:
         """Each edit alone, and then beside some and all of the others."""
-        for inside in itertools.chain(self._others.one_by_one(), self._others.in_turn(self._draw, _KNOWN_DRAWN)):
+        some = self._others.in_turn(self._draw, _KNOWN_DRAWN, tried)  # looks at those tried when it begins
+        for inside in itertools.chain(self._others.one_by_one(), some):
             tried.append(inside)
             yield known.places_of(inside)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -70,18 +70,21 @@ class Others:
             self.hold_only([place])
             yield [place]
 
-    def in_turn(self, draw: torch.Generator, times: int) -> Iterator[list[int]]:
-        """The model without any, with some of them, drawn so many times, and with all: their places.
+    def in_turn(self, draw: torch.Generator, times: int, but: Iterable[list[int]] = ()) -> Iterator[list[int]]:
+        """The model without any, with some of them, drawn so many times, and with all: their places, each set once.
 
-        Where there are none, the model as it is.
+        Args:
+            draw: draws.
+            times: how often; of few edits there are fewer sets than that.
+            but: places of sets that are left out.
         """
-        if self._edits:
-            self.hold_none()
-            yield []
-            for _ in range(times if len(self._edits) > 1 else 0):
-                yield self._hold_share(torch.rand((), generator=draw), draw)
-        self.hold_all()
-        yield list(range(len(self._edits)))
+        drawn = [self._some(torch.rand((), generator=draw), draw) for _ in range(times if len(self._edits) > 1 else 0)]
+        left_out = list(but)
+        for inside in [[], *drawn, list(range(len(self._edits)))]:
+            if inside not in left_out:
+                left_out.append(inside)
+                self.hold_only(inside)
+                yield inside
 
     def hold_some(self, draw: torch.Generator, hard: Sequence[Sequence[int]] = ()) -> list[int]:
         """Lets the model have none or one, half of the time, and else some, drawn; returns their places.
@@ -100,15 +103,17 @@ class Others:
             return list(inside)
         share = 2 * torch.rand((), generator=draw) - 1
         if share > 0:
-            return self._hold_share(share, draw)
+            inside = self._some(share, draw)
+            self.hold_only(inside)
+            return inside
         one = int(torch.randint(len(self._edits) + 1, (), generator=draw))
         inside = [one] if one < len(self._edits) else []
         self.hold_only(inside)
         return inside
 
-    def _hold_share(self, share: Tensor, draw: torch.Generator) -> list[int]:
-        self.hold((torch.rand(len(self._edits), generator=draw) < share).tolist())
-        return [place for place, is_in in enumerate(self.inside) if is_in]
+    def _some(self, share: Tensor, draw: torch.Generator) -> list[int]:
+        drawn = torch.rand(len(self._edits), generator=draw) < share
+        return [place for place, is_in in enumerate(drawn.tolist()) if is_in]
 
 
 @contextlib.contextmanager

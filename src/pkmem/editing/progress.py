@@ -94,7 +94,13 @@ class Progress:
                 self._sure.add(place)
         return losses
 
-    def check(self, model: Any, circumstances: Iterable[Collection[int] | None] = (None,), least: float = 0.0) -> float:
+    def check(
+        self,
+        model: Any,
+        circumstances: Iterable[Collection[int] | None] = (None,),
+        least: float = 0.0,
+        goes_on: bool = False,
+    ) -> float:
         """Asks all questions, so that what was forgotten meanwhile is taught again; returns the share of right answers.
 
         Args:
@@ -102,9 +108,12 @@ class Progress:
             circumstances: brings them about one after another, each with the places that are asked in it, None for all;
                 an answer is right if it is wherever it is asked.
             least: the check ends once it is clear that a smaller share than this is learned, in [0, 1].
+            goes_on: an answer must have been right in the check before, too, since when nothing was learned.
         """
         order = sorted(range(len(self._questions)), key=lambda place: len(self._questions[place].prompt))
         right, learned, sure = set(order), set(order), set(order)
+        if goes_on:
+            right, learned, sure = set(self._right), set(self._learned), set(self._sure)
         self.hard = []
         for number, wanted in enumerate(circumstances):
             asked = order if wanted is None else [place for place in order if place in wanted]
