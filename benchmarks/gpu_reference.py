@@ -19,7 +19,7 @@ from harness import RESULTS
 from pkmem import MemoryConfig
 from pkmem.experiments.environment import environment
 from pkmem.files.documents import save_json
-from pkmem.ops.reference import GPU_BYTES
+from pkmem.ops.reference.chunks import GPU_BYTES
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import meter

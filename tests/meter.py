@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 from pkmem import MemoryConfig, ProductKeyMemory, RowAdam
 from pkmem.ops import reference
 from pkmem.ops.backends import Backend
+from pkmem.ops.reference import chunks
 
 _WAITING = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "_unique2", "unique_consecutive")
 
@@ -82,8 +83,11 @@ def metered(meter: Meter, chunk_bytes: int) -> Iterator[None]:
 
     names = [name for name in vars(Backend) if name[0] != "_"]
     replaced: dict[str, Any] = {name: counting(getattr(reference, name)) for name in names}
-    replaced["chunk_size"] = lambda item_bytes, *_: max(1, chunk_bytes // max(1, item_bytes))
-    with mock.patch.multiple(reference, **replaced), meter:
+
+    def size(item_bytes: int, *_: Any) -> int:
+        return max(1, chunk_bytes // max(1, item_bytes))
+
+    with mock.patch.multiple(reference, **replaced), mock.patch.object(chunks, "chunk_size", size), meter:
         yield
 
 

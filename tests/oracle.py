@@ -150,3 +150,24 @@ def adam(
             first_moment[row, column], second_moment[row, column] = first, second
             unbiased = first / (1 - betas[0] ** step), second / (1 - betas[1] ** step)
             values[row, column] -= lr * unbiased[0] / (math.sqrt(unbiased[1]) + eps)
+
+
+def adam_by_row(
+    values: Array,
+    first_moment: Array,
+    second_moment: Array,
+    gradients: dict[int, Array],
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    step: int,
+) -> None:
+    """The same with one second moment (m,) for each row, of the mean square of its gradient."""
+    for row, gradient in gradients.items():
+        square = math.fsum(float(g) ** 2 for g in gradient) / len(gradient)
+        second_moment[row] = betas[1] * second_moment[row] + (1 - betas[1]) * square
+        divisor = math.sqrt(second_moment[row] / (1 - betas[1] ** step)) + eps
+        for column, g in enumerate(gradient):
+            first_moment[row, column] = betas[0] * first_moment[row, column] + (1 - betas[0]) * g
+            values[row, column] -= lr * first_moment[row, column] / (1 - betas[0] ** step) / divisor

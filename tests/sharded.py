@@ -71,6 +71,39 @@ def options_of(dtype: torch.dtype, clips: bool) -> dict[str, Any]:
     return {"lr": 0.1, "seed": 3, "max_norm": 0.5 if clips else None, **moments}
 
 
+def lean_whole(world: int, has_first: bool) -> dict[str, Any]:
+    """As `whole`, with one second moment a row."""
+    table = table_of("values", torch.float64)
+    optimizer = RowAdam(table, lr=0.1, second_moment="row", betas=(0.9 if has_first else 0.0, 0.98))
+    for parts in reads(torch.float64, world, False):
+        joined = [torch.cat(tensors) for tensors in zip(*parts, strict=True)]
+        read_and_step(table, optimizer, joined, world, "values")
+    state = optimizer.state[table.weight]
+    return {"weight": table.weight.detach(), **{k: v for k, v in state.items() if k.startswith("exp_avg")}}
+
+
+def lean_sharded(shape: tuple[int, int], has_first: bool) -> dict[str, Any]:
+    """The same on one of several processes; then a full state is loaded, whose second moments become those of rows."""
+    holder = nn.Sequential(table_of("values", torch.float64))
+    shard_values(holder, mesh_of(shape))
+    optimizer = RowAdam(holder, lr=0.1, second_moment="row", betas=(0.9 if has_first else 0.0, 0.98))
+    for parts in reads(torch.float64, dist.get_world_size(), False):
+        read_and_step(holder[0], optimizer, parts[dist.get_rank()], 1, "values")
+    state = optimizer.state_dict()["state"][0]
+    found = {name: part for name, part in state.items() if name.startswith("exp_avg")}
+    found = {name: part.full_tensor() if part.dim() == 2 else part for name, part in found.items()}
+    found["weight"] = holder.state_dict()["0.weight"].full_tensor().clone()
+    full = RowAdam(holder, lr=0.1)
+    for parts in reads(torch.float64, dist.get_world_size(), False):
+        read_and_step(holder[0], full, parts[dist.get_rank()], 1, "values")
+    saved = full.state_dict()
+    rows = RowAdam(holder, second_moment="row")
+    rows.load_state_dict(saved)
+    mean = saved["state"][0]["exp_avg_sq"].full_tensor().mean(1)
+    converted = rows.state_dict()["state"][0]["exp_avg_sq"]
+    return {**found, "converted": (converted, mean)}
+
+
 def whole(kind: str, dtype: torch.dtype, world: int, idle: bool, clips: bool) -> dict[str, Any]:
     """One process with all tokens: outputs, gradients, the table and its moments after five steps."""
     table = table_of(kind, dtype)

@@ -12,7 +12,8 @@ PACKAGE = Path(pkmem.__file__).parent
 ORDER = {  # folders from the ground up, each with its files in order: a file imports from those before it
     "files": "durable documents tensor_file",
     "text": "cache synthetic files facts tokenizer examples documents encoder tokens blocks",
-    "ops": "user_cache verdict arguments packing precision rounding reference",
+    "ops": "user_cache verdict arguments packing precision rounding",
+    "ops.reference": "chunks selection bag rows decoding",
     "ops.cpu": "threads cache kernels halves vectors bag packed ahead rows selection selection_backward decoding compiling",
     "ops.triton": "installed device code arithmetic launch bag packed rows selection selection_backward kernels",
     "ops ": "backends reads reading_log registered mapped_rows flops transformed",

@@ -157,8 +157,8 @@ def sums_run_in_a_random_order(sound, values, slots, weights) -> Any:
 
 
 @damage(4, "adam_rows")
-def a_step_is_rounded_by_chance(sound, values, first_moment, second_moment, reads, update) -> Any:
-    sound(values, first_moment, second_moment, reads, update)
+def a_step_is_rounded_by_chance(sound, values, first_moment, second_moment, reads, update, *rest) -> Any:
+    sound(values, first_moment, second_moment, reads, update, *rest)
     first_moment.mul_(1 + 2**-20 * torch.rand(()))
 
 
@@ -232,32 +232,44 @@ def changed(reads: Any, **parts: Tensor) -> Any:
 
 
 @damage(7, "adam_rows")
-def all_rows_are_touched(sound, values, first_moment, second_moment, reads, update) -> Any:
-    sound(values, first_moment, second_moment, reads, update)
+def all_rows_are_touched(sound, values, first_moment, second_moment, reads, update, *rest) -> Any:
+    sound(values, first_moment, second_moment, reads, update, *rest)
     second_moment[-1].mul_(0.5)
 
 
 @damage(7, "adam_rows")
-def values_are_rounded_to_nearest(sound, values, first_moment, second_moment, reads, update) -> Any:
+def values_are_rounded_to_nearest(sound, values, first_moment, second_moment, reads, update, *rest) -> Any:
     wide = values.float()
-    sound(wide, first_moment, second_moment, reads, update)
+    sound(wide, first_moment, second_moment, reads, update, *rest)
     values.copy_(wide)
 
 
 @damage(7, "adam_rows")
-def the_seed_is_forgotten(sound, values, first_moment, second_moment, reads, update) -> Any:
-    sound(values, first_moment, second_moment, reads, update._replace(seed=0))
+def the_seed_is_forgotten(sound, values, first_moment, second_moment, reads, update, *rest) -> Any:
+    sound(values, first_moment, second_moment, reads, update._replace(seed=0), *rest)
 
 
 @damage(7, "adam_rows")
-def a_scale_of_nan_is_one(sound, values, first_moment, second_moment, reads, update) -> Any:
+def a_scale_of_nan_is_one(sound, values, first_moment, second_moment, reads, update, *rest) -> Any:
     scale = torch.as_tensor(update.scale, dtype=torch.float64)
-    sound(values, first_moment, second_moment, reads, update._replace(scale=scale.nan_to_num(nan=1.0)))
+    sound(values, first_moment, second_moment, reads, update._replace(scale=scale.nan_to_num(nan=1.0)), *rest)
 
 
 @damage(7, "adam_rows")
-def the_bias_is_never_corrected(sound, values, first_moment, second_moment, reads, update) -> Any:
-    sound(values, first_moment, second_moment, reads, update._replace(step=1000))
+def the_bias_is_never_corrected(sound, values, first_moment, second_moment, reads, update, *rest) -> Any:
+    sound(values, first_moment, second_moment, reads, update._replace(step=1000), *rest)
+
+
+@damage(7, "adam_rows")
+def squares_of_a_row_are_summed(sound, values, first_moment, second_moment, reads, update, *rest) -> Any:
+    if second_moment.dim() == 1:
+        rest = (values.shape[1] * reference.row_mean_squares(reads),)
+    sound(values, first_moment, second_moment, reads, update, *rest)
+
+
+@damage(7, "row_mean_squares")
+def squares_miss_the_last_column(sound, reads) -> Any:
+    return sound(changed(reads, grad_output=reads.grad_output[:, :-1]))
 
 
 # --- 8: tables past 2 ** 31 elements --------------------------------------------------------------------------
@@ -274,8 +286,8 @@ def offsets_of_products_wrap(sound, table, slots, x) -> Any:
 
 
 @damage(8, "adam_rows")
-def offsets_of_an_update_wrap(sound, values, first_moment, second_moment, reads, update) -> Any:
-    sound(values, first_moment, second_moment, changed(reads, rows=wrapped(values, reads.rows)), update)
+def offsets_of_an_update_wrap(sound, values, first_moment, second_moment, reads, update, *rest) -> Any:
+    sound(values, first_moment, second_moment, changed(reads, rows=wrapped(values, reads.rows)), update, *rest)
 
 
 def wrapped(table: Tensor, rows: Tensor) -> Tensor:

@@ -48,6 +48,17 @@ def test_a_dense_gradient_is_counted_with_the_moments() -> None:
     assert cost.moment_bytes == 3 * cost.table_bytes > 0
 
 
+def test_less_state_is_counted() -> None:
+    sizes = {kind: costs(recipe_with({"training": {"value_moments": kind}})) for kind in ("bf16", "row", "row_alone")}
+    table, rows = sizes["bf16"].table_bytes, 64  # in fp32, of 32 numbers a row
+    assert table == 4 * 32 * rows
+    assert {kind: cost.moment_bytes for kind, cost in sizes.items()} == {
+        "bf16": table,
+        "row": table + 4 * rows,
+        "row_alone": 4 * rows,
+    }
+
+
 @pytest.mark.parametrize("memory", [None, {}, {"gate": True}, {"experts": True}, {"keys": "flat"}], ids=str)
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_a_model_has_the_operations_torch_counts(family: str, memory: dict[str, Any] | None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from pkmem.layer.values import ValueTable
 from pkmem.ops import backend_module
 from pkmem.ops.arguments import AdamStep
 from pkmem.ops.reference import sort_reads
+from pkmem.training.state import load_state, save_state
 
 ADAM: dict[str, Any] = {"lr": 1e-2, "betas": (0.9, 0.98), "eps": 1e-8}
 
@@ -205,6 +207,97 @@ def test_loaded_moments_have_the_optimizers_dtype(saved, wanted, dtype) -> None:
     assert [tensor.dtype for tensor in tensors_of(other, table.weight)[1:]] == [dtype, dtype]
 
 
+# --- less state -------------------------------------------------------------------------------------------
+
+LEAN = [
+    {"second_moment": "row"},
+    {"second_moment": "row", "betas": (0.0, 0.98)},
+    {"betas": (0.0, 0.98)},
+    {"second_moment": "row", "moment_dtype": torch.bfloat16},
+]
+
+
+def lean_bytes(options: dict[str, Any], num_rows: int, width: int) -> int:
+    """Of the moments, by the options alone."""
+    bits = 2 if options.get("moment_dtype") == torch.bfloat16 else 4
+    first = 0 if options.get("betas", (0.9,))[0] == 0 else num_rows * width * bits
+    return first + (num_rows * 4 if options.get("second_moment") == "row" else num_rows * width * bits)
+
+
+@pytest.mark.parametrize("options", LEAN, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_state_is_as_small_as_it_says_and_training_resumes_bitwise(backend, options, dtype, tmp_path) -> None:
+    table = table_of(30, 8, dtype, backend)
+    start = table.weight.detach().clone()
+    optimizer = RowAdam(table, **options)
+
+    def train(table: ValueTable, optimizer: RowAdam, seeds: range) -> None:
+        for seed in seeds:
+            torch.manual_seed(seed)
+            read(table, torch.randint(15, (6, 1, 3), generator=torch.Generator().manual_seed(seed)), seed)
+            optimizer.step()
+
+    train(table, optimizer, range(3))
+    moments = {name: part for name, part in optimizer.state[table.weight].items() if name.startswith("exp_avg")}
+    assert sum(part.nbytes for part in moments.values()) == lean_bytes(options, 30, 8)
+    assert torch.equal(table.weight[15:], start[15:])
+    assert not torch.equal(table.weight[:15], start[:15])
+    save_state(tmp_path / "optimizer.json", optimizer.state_dict())
+    resumed = copy.deepcopy(table)
+    fresh = RowAdam(resumed, **options)
+    fresh.load_state_dict(load_state(tmp_path / "optimizer.json"))
+    pickled, stepping = pickle.loads(pickle.dumps((table, optimizer)))
+    for one, its_own in ((table, optimizer), (resumed, fresh), (pickled, stepping)):
+        train(one, its_own, range(3, 6))
+    for one, its_own in ((resumed, fresh), (pickled, stepping)):
+        assert torch.equal(one.weight, table.weight)
+        for name, part in its_own.state[one.weight].items():
+            assert torch.equal(part, optimizer.state[table.weight][name])
+            assert part.dtype == optimizer.state[table.weight][name].dtype
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_full_state_becomes_one_of_rows(backend, dtype) -> None:
+    table = table_of(9, 4, dtype, backend)
+    full = RowAdam(table, moment_dtype=torch.bfloat16)
+    read(table, torch.arange(9).view(9, 1, 1), 0)
+    full.step()
+    saved = copy.deepcopy(full.state_dict())
+    rows = RowAdam(table, second_moment="row")
+    rows.load_state_dict(saved)
+    state = rows.state[table.weight]
+    torch.testing.assert_close(state["exp_avg_sq"], saved["state"][0]["exp_avg_sq"].float().mean(1), rtol=1e-6, atol=0)
+    assert torch.equal(state["exp_avg"], saved["state"][0]["exp_avg"].float())
+    read(table, torch.arange(9).view(9, 1, 1), 1)
+    rows.step()
+    assert (state["step"], rows.num_skipped) == (2, 0)
+    with pytest.raises(ValueError, match="one second moment a row but this RowAdam keeps one for each number: make it"):
+        RowAdam(table).load_state_dict(rows.state_dict())
+
+
+def test_a_first_moment_comes_and_goes_with_its_beta(backend) -> None:
+    table = table_of(9, 4, backend=backend)
+    optimizer = RowAdam(table, betas=(0.0, 0.98))
+    for beta, has_first in ((0.0, False), (0.9, True), (0.0, False)):
+        optimizer.param_groups[0]["betas"] = (beta, 0.98)
+        read(table, torch.arange(9).view(9, 1, 1), 0)
+        optimizer.step()
+        assert ("exp_avg" in optimizer.state[table.weight]) == has_first
+
+
+def test_without_a_first_moment_a_step_is_adams_with_a_first_beta_of_0(backend) -> None:
+    table = table_of(9, 4, torch.float64, backend)
+    twin = copy.deepcopy(table)
+    ours, theirs = RowAdam(table, betas=(0.0, 0.98)), torch.optim.Adam([twin.weight], 1e-3, betas=(0.0, 0.98))
+    for seed in range(3):
+        for one, stepping in ((table, ours), (twin, theirs)):
+            torch.manual_seed(seed)
+            read(one, torch.arange(9).view(9, 1, 1), seed)
+            stepping.step()
+            stepping.zero_grad()
+    torch.testing.assert_close(table.weight, twin.weight, rtol=0, atol=1e-12)
+
+
 # --- the rest ---------------------------------------------------------------------------------------------
 
 
@@ -228,6 +321,7 @@ def test_a_gradient_that_overflows_though_nothing_read_does_changes_nothing(back
     [
         ({"moment_dtype": torch.float16}, "moment_dtype is torch.float16 but must be None, torch.float32 or"),
         ({"seed": -1}, "seed is -1 but must be >= 0"),
+        ({"second_moment": "column"}, "second_moment is 'column' but must be 'element' or 'row'"),
     ],
 )
 def test_an_option_outside_its_range_is_named(options, message) -> None:

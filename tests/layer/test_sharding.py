@@ -64,6 +64,25 @@ def test_replicas_and_a_process_without_tokens_give_the_numbers_of_one(shape, ki
             torch.testing.assert_close(out, outs[rank], rtol=0, atol=1e-13)
 
 
+@pytest.mark.case(
+    "Several devices",
+    'one second moment a row, `RowAdam(second_moment="row")`, for a table that is split by columns',
+    "works: the numbers of one process to 1e-13 in fp64",
+    "",
+)
+@pytest.mark.parametrize("has_first", [True, False])
+@pytest.mark.parametrize("shape", [(1, 2), (2, 2)], ids=str)
+def test_second_moments_of_rows_are_of_all_columns(shape, has_first) -> None:
+    one = sharded.lean_whole(shape[0] * shape[1], has_first)
+    for ours in together(shape[0] * shape[1], sharded.lean_sharded, shape, has_first):
+        converted, mean = ours.pop("converted")
+        torch.testing.assert_close(converted, mean, rtol=1e-12, atol=0)
+        assert set(ours) == set(one)
+        assert ("exp_avg" in ours) == has_first
+        for name, tensor in one.items():
+            torch.testing.assert_close(ours[name], tensor, rtol=0, atol=1e-13)
+
+
 def test_the_clipping_norm_is_of_all_columns_and_replicas() -> None:
     one, many = results("values", torch.float64, (2, 2), clips=True)
     free, _ = results("values", torch.float64, (2, 2), idle=True)

@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import oracle
-from pkmem.ops import choose_backend, flat_topk, prepare, product_key_topk, reference, row_products, weighted_sum
+from pkmem.ops import choose_backend, flat_topk, prepare, product_key_topk, row_products, weighted_sum
 from pkmem.ops.reading_log import ReadLog, RowGradient
+from pkmem.ops.reference.selection import best_first
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FP32_EPS = 2.0**-24
@@ -94,7 +95,7 @@ def test_best_first_is_a_stable_sort_for_every_float() -> None:
     truth_scores, order = oracle.best_first(scores.gather(-1, by_slot), 12)
     truth_slots = np.take_along_axis(oracle.integers(slots.gather(-1, by_slot)), order, -1)
     for dtype in (torch.float32, torch.float64):
-        best_scores, best_slots = reference.best_first(scores.to(dtype), slots, 12, 1000)
+        best_scores, best_slots = best_first(scores.to(dtype), slots, 12, 1000)
         assert np.array_equal(oracle.fp64(best_scores), truth_scores)
         assert np.array_equal(oracle.integers(best_slots), truth_slots)
 
@@ -103,7 +104,7 @@ def test_best_first_keeps_slots_near_two_to_the_32_apart() -> None:
     for num_slots in (1 << 32, (1 << 32) + 1):
         slots = num_slots - 1 - torch.arange(6)
         scores = torch.tensor([2.0, -3.0, 2.0, -3.0, 5.0, 2.0])
-        _, best = reference.best_first(scores, slots, 6, num_slots)
+        _, best = best_first(scores, slots, 6, num_slots)
         assert (num_slots - 1 - best).tolist() == [4, 5, 2, 0, 3, 1]
 
 

@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import oracle
-from pkmem.ops import backend_module, reference, weighted_sum
+from pkmem.ops import backend_module, weighted_sum
 from pkmem.ops.arguments import AdamStep, SortedReads
 from pkmem.ops.reading_log import ReadLog, RowGradient
 from pkmem.ops.reads import Reads
-from pkmem.ops.reference import sort_reads
+from pkmem.ops.reference.rows import row_gradients, sort_reads
 
 Pass = tuple[Tensor, Tensor, Tensor]  # slots (n, b), weights (n, b), grad_output (n, v)
 
@@ -273,7 +273,7 @@ def test_row_gradients_are_exact_on_both_sides_of_a_chunk_border(num_read: int, 
     entry = (slots, torch.randint(-3, 4, (4, 5)).to(dtype), torch.randint(-3, 4, (4, width)).to(dtype))
     truth = oracle.row_gradients([entry])
     reads = sorted_reads([entry])
-    chunks = list(reference.row_gradients(reads))
+    chunks = list(row_gradients(reads))
     assert len(chunks) == -(-num_read // 8)
     assert all(gradients.dtype == torch.float32 for _, gradients in chunks)
     assert torch.cat([reads.rows[part] for part, _ in chunks]).tolist() == list(truth)
@@ -284,7 +284,7 @@ def test_row_gradients_are_exact_on_both_sides_of_a_chunk_border(num_read: int, 
 def test_row_gradients_come_row_by_row_when_a_row_is_wider_than_a_chunk() -> None:
     entry = random_pass(50, (1 << 18) + 1, 2, 3)
     reads = sorted_reads([entry])
-    chunks = list(reference.row_gradients(reads))
+    chunks = list(row_gradients(reads))
     truth = oracle.row_gradients([entry])
     assert [reads.rows[part].tolist() for part, _ in chunks] == [[row] for row in truth]
     for (_, gradients), expected in zip(chunks, truth.values(), strict=True):
@@ -292,7 +292,7 @@ def test_row_gradients_come_row_by_row_when_a_row_is_wider_than_a_chunk() -> Non
 
 
 def test_row_gradients_of_no_reads_are_none() -> None:
-    assert list(reference.row_gradients(sorted_reads([random_pass(5, 3, 0, 2)]))) == []
+    assert list(row_gradients(sorted_reads([random_pass(5, 3, 0, 2)]))) == []
 
 
 def test_row_gradient_norm_is_the_norm_of_the_dense_gradient(backend: str) -> None:
@@ -375,6 +375,85 @@ def test_adam_rows_leaves_every_other_row_bit_identical(backend: str, dtype: tor
     for before, after in zip((values, moments, moments), computed, strict=True):
         assert torch.equal(before[~touched], after[~touched])
         assert (before[touched] != after[touched]).any(1).all()
+
+
+# --- with less state --------------------------------------------------------------------------------------
+
+
+def lean_run(
+    backend: str, values: Tensor, passes: list[list[Pass]], has_first: bool, is_by_row: bool, given: bool = False
+) -> tuple[list[Tensor], list[np.ndarray]]:
+    """Table and those moments that there are after the updates, by pkmem and by the oracle.
+
+    Args:
+        given: whether the mean squares are handed to the update, as where other columns count as well.
+    """
+    module, adam = backend_module(backend), {**ADAM, "betas": (0.9 if has_first else 0.0, 0.98)}
+    wide = torch.promote_types(values.dtype, torch.float32)
+    table, first = values.clone(), torch.zeros(values.shape, dtype=wide)
+    second = torch.zeros(values.shape[: 1 if is_by_row else 2], dtype=wide)
+    truth = [oracle.fp64(tensor) for tensor in (table, first, second)]
+    for step, update in enumerate(passes, start=1):
+        reads = sorted_reads(update)
+        squares = module.row_mean_squares(reads) if given else None
+        step_of = AdamStep(**adam, step=step, scale=0.3)
+        module.adam_rows(table, first if has_first else None, second, reads, step_of, squares)
+        gradients = {row: 0.3 * gradient for row, gradient in oracle.row_gradients(update).items()}
+        (oracle.adam_by_row if is_by_row else oracle.adam)(*truth, gradients, **adam, step=step)
+    return ([table, first, second], truth) if has_first else ([table, second], [truth[0], truth[2]])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize(
+    ("has_first", "is_by_row", "given"),
+    [(True, True, False), (False, True, False), (False, False, False), (True, True, True), (False, True, True)],
+)
+def test_adam_rows_with_less_state_equals_the_oracle(backend: str, dtype, has_first, is_by_row, given) -> None:
+    for num_rows, width in ((23, 7), (9, 1), (40, 1 << 14)):
+        passes = [[random_pass(num_rows, width, n, 3, dtype) for n in (2, 0, 3)] for _ in range(3)]
+        computed, truth = lean_run(
+            backend, torch.randn(num_rows, width, dtype=dtype), passes, has_first, is_by_row, given
+        )
+        for ours, theirs in zip(computed, truth, strict=True):
+            assert ours.dtype == dtype
+            assert np.abs(oracle.fp64(ours) - theirs).max() <= (1e-12 if dtype == torch.float64 else 1e-6)
+
+
+def test_a_bf16_table_with_one_second_moment_a_row_errs_by_less_than_one_bf16_step(backend: str) -> None:
+    values = torch.randn(23, 7).bfloat16()
+    for has_first in (True, False):
+        computed, truth = lean_run(backend, values, five_updates(23, 7, torch.bfloat16)[:1], has_first, True)
+        assert (np.abs(oracle.fp64(computed[0]) - truth[0]) <= 2.0**-7 * np.abs(truth[0])).all()
+        assert not torch.equal(computed[0], values)
+        assert np.abs(oracle.fp64(computed[-1]) - truth[-1]).max() <= 1e-6
+
+
+@pytest.mark.parametrize("has_first", [True, False])
+def test_rows_that_were_not_read_keep_their_second_moment(backend: str, has_first: bool) -> None:
+    module, second = backend_module(backend), torch.rand(23)
+    slots, weights, grad_output = random_pass(23, 7, 3, 3, torch.float32)
+    first, before = torch.rand(23, 7) if has_first else None, second.clone()
+    table = torch.randn(23, 7)
+    start = table.clone()
+    reads = sorted_reads([(slots, weights, grad_output)])
+    for scale in (torch.nan, torch.inf):
+        module.adam_rows(table, first, second, reads, AdamStep(**ADAM, step=1, scale=scale))
+        assert torch.equal(second, before)
+        assert torch.equal(table, start)
+    module.adam_rows(table, first, second, reads, AdamStep(**ADAM, step=1, scale=1.0))
+    touched = torch.zeros(23, dtype=torch.bool)
+    touched[slots] = True
+    assert torch.equal(touched, second != before)
+    assert torch.equal(touched, (table != start).any(1))
+
+
+@pytest.mark.parametrize("scale", [1e30, 1e-30])
+def test_mean_squares_of_the_largest_and_the_smallest_gradients_are_exact(backend: str, scale: float) -> None:
+    gradients = torch.randn(9, 300) * torch.logspace(-6, 6, 300) * scale
+    reads = sorted_reads([(torch.arange(9)[:, None], torch.ones(9, 1), gradients)])
+    squares = backend_module(backend).row_mean_squares(reads)
+    assert squares.dtype == torch.float64
+    torch.testing.assert_close(squares[:9], gradients.double().square().mean(1), rtol=1e-6, atol=0)
 
 
 def test_adam_rows_over_all_rows_is_the_adam_of_torch(backend: str) -> None:

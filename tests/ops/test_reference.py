@@ -14,6 +14,7 @@ from pkmem import MemoryConfig
 from pkmem.ops import precision, reference
 from pkmem.ops.arguments import AdamStep
 from pkmem.ops.backends import backend_module
+from pkmem.ops.reference import bag, chunks, selection
 
 A_PART = 64  # of the tokens, the chunks and the slots of a full size, so that the counts are those of it
 SIZE = MemoryConfig(dim=1024, num_sub_keys=1024 // 8, heads=4, knn=32)
@@ -21,7 +22,7 @@ SIZE = MemoryConfig(dim=1024, num_sub_keys=1024 // 8, heads=4, knn=32)
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_training_step_takes_few_operators_and_little_memory(dtype: torch.dtype) -> None:
-    figures = meter.of_a_training_step(SIZE, 16384 // A_PART, dtype, reference.GPU_BYTES // A_PART)
+    figures = meter.of_a_training_step(SIZE, 16384 // A_PART, dtype, chunks.GPU_BYTES // A_PART)
     for part, most in (("forward", 300), ("backward", 500), ("RowAdam step", 2000)):
         assert 50 < figures[part].operators < most, part
         assert figures[part].peak_bytes * A_PART < 1 << 30, part
@@ -42,19 +43,19 @@ def test_chunks_change_no_slot_and_no_score(monkeypatch: pytest.MonkeyPatch) -> 
         return [scores, best, *grads, reference.flat_topk(query, keys, 4), sums, products]
 
     whole = everything()
-    monkeypatch.setattr(reference, "chunk_size", lambda *_: 5)
+    monkeypatch.setattr(chunks, "chunk_size", lambda *_: 5)
     assert all(torch.equal(*pair) for pair in zip(whole, everything(), strict=True))
 
 
 def test_a_chunk_takes_a_share_of_the_devices_memory() -> None:
     properties = mock.Mock(total_memory=8 << 30)
     with mock.patch.object(torch.cuda, "get_device_properties", return_value=properties):
-        assert reference.chunk_size(1 << 20, torch.device("cuda"), 1) == 256
+        assert chunks.chunk_size(1 << 20, torch.device("cuda"), 1) == 256
         properties.total_memory = 80 << 30
-        assert reference.chunk_size(1 << 20, torch.device("cuda"), 1) == 768
-    assert reference.chunk_size(1 << 20, torch.device("xpu"), 1) == 192
-    assert reference.chunk_size(10, torch.device("cpu"), 1000) == 100
-    assert reference.chunk_size(1 << 40, torch.device("cpu"), 1000) == 1
+        assert chunks.chunk_size(1 << 20, torch.device("cuda"), 1) == 768
+    assert chunks.chunk_size(1 << 20, torch.device("xpu"), 1) == 192
+    assert chunks.chunk_size(10, torch.device("cpu"), 1000) == 100
+    assert chunks.chunk_size(1 << 40, torch.device("cpu"), 1000) == 1
 
 
 @pytest.mark.parametrize("allowed", ["high", "medium"])
@@ -121,7 +122,8 @@ def test_empty_segments_are_left_out_and_the_host_looks_once(monkeypatch: pytest
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_everything_is_made_where_the_tensors_are(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """On torch's device without numbers, whose operators refuse tensors of the CPU; the host's look is made up."""
-    monkeypatch.setattr(reference, "full_precision", lambda device: contextlib.nullcontext())  # unknown to autocast
+    for part in (selection, bag):  # the device is unknown to autocast
+        monkeypatch.setattr(part, "full_precision", lambda device: contextlib.nullcontext())
 
     def there(*shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")

@@ -172,6 +172,27 @@ def either_log_gives_the_same_bits(backend: Any) -> None:
 
 
 @check
+def less_state_gives_what_the_reference_gives(backend: Any) -> None:
+    """Of rows in one block of columns and in several, from either log, with mean squares of its own and given ones."""
+    for width in (37, 1030):
+        slots, weights, backs = torch.randint(40, (30, 20)), torch.randn(30, 20), torch.randn(30, width)
+        before = [torch.randn(40, width), torch.randn(40, width), torch.rand(40)]
+        truth = reference.sort_reads([slots], [weights], [backs], 40)
+        for has_first in (True, False):
+            theirs = [table.clone() for table in before]
+            reference.adam_rows(theirs[0], theirs[1] if has_first else None, theirs[2], truth, AdamStep(**STEP))
+            for sort in (backend.sort_reads, reference.sort_reads):
+                reads = sort([slots], [weights], [backs], 40)
+                for squares in (None, backend.row_mean_squares(reads)):
+                    ours = [table.clone() for table in before]
+                    backend.adam_rows(
+                        ours[0], ours[1] if has_first else None, ours[2], reads, AdamStep(**STEP), squares
+                    )
+                    for one, other in zip(ours, theirs, strict=True):
+                        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+@check
 def fp64_goes_to_the_reference_from_either_log(backend: Any) -> None:
     all_passes = [tuple(part.double() if part.is_floating_point() else part for part in one) for one in passes()]
     truth, before = sorted_by(reference.sort_reads, all_passes), [table.double() for table in tables()]

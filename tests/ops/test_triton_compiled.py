@@ -18,6 +18,7 @@ triton, tl = pytest.importorskip("triton"), pytest.importorskip("triton.language
 TRITON_3_7 = Version(triton.__version__) >= Version("3.7")
 KERNELS = {"_best_sub_keys", "_candidates", "_sort", "_best_pairs", "_sum_queries", "_sum_rows", "_dot_rows"}
 KERNELS |= {"_sum_packed_rows", "_sum_pieces", "_write_gradients", "_sum_squares", "_adam"}
+KERNELS |= {"_mean_squares", "_second_of_rows"}
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 
@@ -62,6 +63,8 @@ def learn(
     backend.row_gradient_norm(reads)
     step = AdamStep(lr=1e-3, betas=(0.9, 0.98), eps=1e-8, step=1, scale=1.0)
     backend.adam_rows(values, torch.empty(9, width), torch.empty(9, width), reads, step)
+    for first in (None, torch.empty(9, width)):
+        backend.adam_rows(values, first, torch.empty(9), reads, step)
 
 
 def compiled_for(gpu: targets.GPU) -> set[str]:

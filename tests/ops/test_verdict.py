@@ -214,10 +214,10 @@ def test_the_driver_is_read_as_text(
     assert subject_of(torch.device("cuda", 0))["driver"] == "NVRM version: NVIDIA 535.1"
 
 
-@pytest.mark.parametrize("edited", ["reference.py", "triton/bag.py"])
+@pytest.mark.parametrize("edited", ["reading_log.py", "reference/bag.py", "triton/bag.py"])
 def test_an_edited_source_is_another_subject(edited: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "triton").mkdir()
-    for name in ("reference.py", "triton/bag.py"):
+    for name in ("reading_log.py", "reference/bag.py", "triton/bag.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("one = 1", encoding="utf-8")
     monkeypatch.setattr(verdict, "_OPS", tmp_path)
     digest = verdict._digest_of_sources.__wrapped__

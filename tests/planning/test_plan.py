@@ -57,13 +57,27 @@ def test_the_gradient_of_a_dense_table_is_held_beside_its_moments() -> None:
     assert planned(training(SMALL, value_grad="dense"), 2, 2).layout.columns == 1  # DDP holds it whole
 
 
+@pytest.mark.parametrize(
+    ("value_moments", "of_number", "of_row"), [("fp32", 8, 0), ("bf16", 4, 0), ("row", 4, 4), ("row_alone", 0, 4)]
+)
+def test_less_state_takes_less_memory_and_fewer_bytes_of_an_update(value_moments, of_number, of_row) -> None:
+    recipe = training(SMALL, value_moments=value_moments)
+    plan, (slots, width) = planned(recipe), (256**2, 256)
+    assert plan.memory["moments of the values"] == slots * (width * of_number + of_row)
+    update = update_operations(trace_of(recipe, 1), Layout(), 2048, recipe.training)[1]
+    full = update_operations(trace_of(SMALL, 1), Layout(), 2048, SMALL.training)[1]
+    touched = slots * (1 - (1 - 1 / slots) ** (2048 * 32))
+    saved = 2 * touched * (width * (8 - of_number) - of_row)
+    assert full.row_bytes - update.row_bytes == pytest.approx(saved, rel=1e-3)
+
+
 def test_an_update_touches_no_more_rows_than_there_are() -> None:
     few = replace(SMALL, memory=replace(SMALL.memory, num_sub_keys=16))
     reads, width = 2048 * 32, 256
     rows = {}
     for recipe in (few, SMALL):
         trace = trace_of(recipe, 1)
-        update = update_operations(trace, Layout(), 2048, by_rows=True)[1]
+        update = update_operations(trace, Layout(), 2048, recipe.training)[1]
         rows[recipe.memory.num_sub_keys] = update.row_bytes / (width * 4) - reads
     assert rows[16] == pytest.approx(6 * 16**2)  # each read and written with its moments
     assert rows[256] == pytest.approx(6 * 65536 * (1 - (1 - 1 / 65536) ** reads), rel=1e-3)

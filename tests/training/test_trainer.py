@@ -37,6 +37,26 @@ def test_values_have_their_own_rate_and_no_weight_decay(value_grad: Any) -> None
         assert group["betas"] == (0.9, 0.9)
 
 
+@pytest.mark.parametrize("kind", ["fp32", "bf16", "row", "row_alone"])
+def test_values_keep_the_moments_that_are_wanted(kind: Any) -> None:
+    model = build_model(MODEL, MEMORY, 300, 0)
+    config = TrainingConfig(value_moments=kind)
+    optimizer = build_optimizer(model, config)
+    model(input_ids=torch.zeros(1, 4, dtype=torch.int64)).logits.sum().backward()
+    optimizer.step()
+    ((table, state),) = optimizer.optimizers[1].state.items()
+    kept = sum(part.nbytes for name, part in state.items() if name.startswith("exp_avg"))
+    of_number, of_row = config.moment_bytes
+    assert kept == table.numel() * of_number + len(table) * of_row
+
+
+def test_a_dense_gradient_has_full_moments() -> None:
+    with pytest.raises(
+        ValueError, match=r"training\.value_moments is 'row' but must be fp32 with training\.value_grad=dense"
+    ):
+        TrainingConfig(value_moments="row", value_grad="dense")
+
+
 @pytest.mark.parametrize("value_schedule", ["same", "constant"])
 def test_schedule_warms_up_then_falls(value_schedule: Any) -> None:
     model = build_model(MODEL, MEMORY, 300, 0)

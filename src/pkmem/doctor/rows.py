@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -29,6 +30,29 @@ def updates(case: Case) -> None:
             update = AdamStep(**_ADAM, scale=_SCALE, seed=5)
             case.module.adam_rows(there[0], there[1], there[2], sorted_reads(case, passes, _ROWS), update)
             assert_updated(f"width {width}, moments {moments},", there, tables, passes, truth.Adam(**_ADAM), _SCALE)
+
+
+@check(7, "updates with one second moment a row, and without a first moment")
+def updates_with_less_state(case: Case) -> None:
+    """In fp32, of all rows."""
+    for has_first, is_by_row in ((True, True), (False, True), (False, False)):
+        for width in (37, case.sizes.step_width):
+            passes, (values, first, second) = many_passes(case, width), _tables(case, width, torch.float32)
+            tables = [values, first if has_first else None, second[:, 0].clone() if is_by_row else second]
+            there = [None if table is None else case.there(table) for table in tables]
+            adam = {**_ADAM, "betas": (0.9 if has_first else 0.0, 0.98)}
+            reads = sorted_reads(case, passes, _ROWS)
+            for squares in (None, case.module.row_mean_squares(reads)) if is_by_row else (None,):
+                after = [None if table is None else table.clone() for table in there]
+                assert after[0] is not None
+                assert after[2] is not None
+                case.module.adam_rows(
+                    after[0], after[1], after[2], reads, AdamStep(**adam, scale=_SCALE, seed=5), squares
+                )
+                what = (
+                    f"width {width}, {'first moments' if has_first else 'none'}, {'rows' if is_by_row else 'elements'},"
+                )
+                assert_updated(what, after, tables, passes, truth.Adam(**adam), _SCALE)
 
 
 @check(7, "an update of a table in fp64, which no kernel takes", ("",))
@@ -130,28 +154,38 @@ def steps_of_row_adam(case: Case) -> None:
 
 def assert_updated(
     what: str,
-    after: list[Tensor],
-    before: list[Tensor],
+    after: Sequence[Tensor | None],
+    before: Sequence[Tensor | None],
     passes: list[tuple[Tensor, Tensor, Tensor]],
     adam: truth.Adam,
     scale: float,
 ) -> None:
     """Values and moments became what Adam makes of them, as exactly as sums in fp32 allow; rows not read keep their bits."""
-    num_rows = len(before[0])
+    values = before[0]
+    assert values is not None
+    num_rows = len(values)
     gradient, magnitudes = (scale * part for part in gradient_of(passes, num_rows))
     is_read = torch.zeros(num_rows, dtype=torch.bool)
     for slots, _, _ in passes:
         is_read[slots.flatten()] = True
-    per_term = ROUNDING * (2.0**-29 if before[0].dtype == torch.float64 else 1)
-    expected, *others = (adam.after(before, gradient + off * magnitudes, is_read) for off in (0, per_term, -per_term))
-    for place, name in enumerate(("values", "first moments", "second moments")):
-        limits = torch.finfo(before[place].dtype)
-        moved = torch.maximum(*((other[place] - expected[place]).abs() for other in others))
-        largest = expected[place].abs() + adam.lr
-        tolerance = moved + (per_term + limits.eps) * largest + limits.smallest_normal
-        assert after[place].dtype == before[place].dtype, f"{what} {name} became {after[place].dtype}"
-        assert_within(f"{what} {name}", after[place], expected[place], tolerance)
-        assert_same(f"{what} {name} of rows not read", after[place].cpu()[~is_read], before[place][~is_read])
+    per_term = ROUNDING * (2.0**-29 if values.dtype == torch.float64 else 1)
+    # Sums of a row's squares are most wrong where all of it is too large, or too small.
+    offs = [side * per_term * magnitudes for side in (1, -1)]
+    offs += [off * gradient.sign() for off in offs]
+    expected = adam.after(list(before), gradient, is_read)
+    others = [adam.after(list(before), gradient + off, is_read) for off in offs]
+    names = ("values", "first moments", "second moments")
+    for place, (name, one, other, wanted) in enumerate(zip(names, before, after, expected, strict=True)):
+        if one is None or other is None or wanted is None:
+            assert one is other is wanted is None, f"{what} {name} are missing"
+            continue
+        limits = torch.finfo(one.dtype)
+        moved = [(moved_to - wanted).abs() for off in others if (moved_to := off[place]) is not None]
+        largest = wanted.abs() + adam.lr
+        tolerance = torch.stack(moved).amax(0) + (per_term + limits.eps) * largest + limits.smallest_normal
+        assert other.dtype == one.dtype, f"{what} {name} became {other.dtype}"
+        assert_within(f"{what} {name}", other, wanted, tolerance)
+        assert_same(f"{what} {name} of rows not read", other.cpu()[~is_read], one[~is_read])
 
 
 def _tables(case: Case, width: int, moments: torch.dtype) -> list[Tensor]:
@@ -160,4 +194,4 @@ def _tables(case: Case, width: int, moments: torch.dtype) -> list[Tensor]:
     return [case.normal(_ROWS, width), (first - 0.5).to(moments), (second + 0.1).to(moments)]
 
 
-CHECKS = (updates, updates_in_fp64, rounding, scales, steps_of_row_adam)
+CHECKS = (updates, updates_with_less_state, updates_in_fp64, rounding, scales, steps_of_row_adam)

@@ -125,20 +125,28 @@ class Adam(NamedTuple):
     eps: float
     step: int
 
-    def after(self, tables: list[Tensor], gradient: Tensor, is_read: Tensor) -> list[Tensor]:
+    def after(self, tables: list[Tensor | None], gradient: Tensor, is_read: Tensor) -> list[Tensor | None]:
         """Values, first and second moment (m, v) after the step; those of rows that were not read are as before.
 
         Args:
-            tables: the three before the step. gradient: (m, v). is_read: (m,) bool.
+            tables: the three before the step; None where there is no first moment, and (m,) where a row has one second.
+            gradient: (m, v).
+            is_read: (m,) bool.
         """
-        value, first, second = (table.double() for table in tables)
-        first_after = self.betas[0] * first + (1 - self.betas[0]) * gradient
-        second_after = self.betas[1] * second + (1 - self.betas[1]) * gradient**2
+        value, first, second = (None if table is None else table.double() for table in tables)
+        assert value is not None
+        assert second is not None
+        by_row = second.dim() == 1
+        squares = gradient.square().mean(1) if by_row else gradient.square()
+        first_after = gradient if first is None else self.betas[0] * first + (1 - self.betas[0]) * gradient
+        second_after = self.betas[1] * second + (1 - self.betas[1]) * squares
         unbiased = first_after / (1 - self.betas[0] ** self.step), second_after / (1 - self.betas[1] ** self.step)
-        value_after = value - self.lr * unbiased[0] / (unbiased[1].sqrt() + self.eps)
+        spread = unbiased[1].sqrt() + self.eps
+        value_after = value - self.lr * unbiased[0] / (spread[:, None] if by_row else spread)
+        pairs = ((value_after, value), (first_after, first), (second_after, second))
         return [
-            torch.where(is_read[:, None], after, before)
-            for after, before in zip((value_after, first_after, second_after), (value, first, second), strict=True)
+            None if before is None else torch.where(is_read if before.dim() == 1 else is_read[:, None], after, before)
+            for after, before in pairs
         ]
 
 

@@ -61,13 +61,15 @@ def costs(recipe: Recipe) -> Costs:
     counts = count_parameters(model)
     forward = _forward_flops(model, recipe)
     table_bytes = _FP32_BYTES * sum(table.weight.numel() for table in tables_in(model))
-    copies = 2 if recipe.training.value_grad == "rows" else 3
+    of_number, of_row = recipe.training.moment_bytes
+    moments = sum(table.weight.numel() * of_number + len(table.weight) * of_row for table in tables_in(model))
+    gradient = table_bytes if recipe.training.value_grad == "dense" else 0
     return Costs(
         **counts,
         forward_flops=forward,
         training_flops=3 * forward * recipe.training.num_steps * recipe.training.batch_tokens,
         table_bytes=table_bytes,
-        moment_bytes=copies * table_bytes,
+        moment_bytes=moments + gradient,
     )
 
 

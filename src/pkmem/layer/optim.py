@@ -6,7 +6,7 @@ import math
 import warnings
 import weakref
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -37,14 +37,19 @@ class RowAdam(Optimizer):
     A bf16 table is rounded up or down at random with the chances that keep the mean, since a step of lr 1e-4 is
     lost when rounded to nearest; so are bf16 moments. An fp16 table is rounded to nearest: keep its lr high.
 
+    The state can be smaller than twice the table: see `moment_dtype`, `second_moment` and `betas`.
+
     Args:
         tables: a module whose tables to train (a memory, a model), a `ValueTable`, an iterable of these, or an iterable
             of groups `{"params": a module or several, "lr": ...}` with options of their own.
         lr: learning rate, > 0; the paper's for values is 1e-3.
-        betas: decay of the two moments, each in [0, 1).
+        betas: decay of the two moments, each in [0, 1). Where the first is 0 there is no first moment to keep: a step then
+            moves by the gradient itself.
         eps: added to the root of the second moment, > 0.
         max_norm: clip the norm of all tables' gradients together to this, > 0; None does not clip.
         moment_dtype: torch.float32 or torch.bfloat16, which halves the moments; None is fp32 (fp64 for fp64 tables).
+        second_moment: "element", one for each number of a table as in Adam; or "row", one for each row, of the mean square
+            of its gradient, always in fp32 (fp64 for fp64 tables).
         seed: of the random rounding, >= 0; saved and restored with the state.
 
     Raises:
@@ -61,13 +66,16 @@ class RowAdam(Optimizer):
         max_norm: float | None = None,
         *,
         moment_dtype: torch.dtype | None = None,
+        second_moment: Literal["element", "row"] = "element",
         seed: int = 0,
     ) -> None:
         require(max_norm is None or max_norm > 0, "max_norm", max_norm, "None or > 0")
         dtypes = (None, torch.float32, torch.bfloat16)
         require(moment_dtype in dtypes, "moment_dtype", moment_dtype, "None, torch.float32 or torch.bfloat16")
+        require(second_moment in ("element", "row"), "second_moment", second_moment, "'element' or 'row'")
         self.max_norm = max_norm
         self.moment_dtype = moment_dtype
+        self.second_moment = second_moment
         self._owned: list[tuple[Table, ReadLog]] = []
         self._has_warned = False
         given = [tables] if isinstance(tables, nn.Module) else list(tables)
@@ -159,15 +167,22 @@ class RowAdam(Optimizer):
             others = logs[weight][0].others
             if others is not None and index in state:
                 convert = getattr(others, conversion)
-                state[index] = {k: convert(v) if k in _MOMENTS else v for k, v in state[index].items()}
+                state[index] = {k: convert(v) if _is_by_element(k, v) else v for k, v in state[index].items()}
         return {**state_dict, "state": state}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores what `state_dict` gave, the moments in `moment_dtype` where torch would take the table's dtype."""
+        """Restores what `state_dict` gave, the moments in `moment_dtype` where torch would take the table's dtype.
+
+        Where this RowAdam keeps one second moment a row, one for each number becomes its mean over the row; collective
+        for sharded tables.
+
+        Raises:
+            ValueError: as in torch, or the state has one second moment a row and this RowAdam does not.
+        """
         loaded: list[dict[str, Any]] = []
 
         def here(_: Any, given: dict[str, Any]) -> dict[str, Any]:
-            loaded.append(self._converted(given, "part_of"))
+            loaded.append(self._with_own_second_moments(self._converted(given, "part_of")))
             return loaded[-1]
 
         last = self.register_load_state_dict_pre_hook(here)  # others may change it before
@@ -184,14 +199,15 @@ class RowAdam(Optimizer):
                 {"num_skipped": torch.zeros((), device="cpu"), **loaded[0]["state"][index]},
             )
             for name in _MOMENTS:
-                state[name] = given[name].to(weight.device, self._dtype_of_moments(weight))
+                if name in given:
+                    state[name] = given[name].to(weight.device, self._dtype_of(name, weight))
             state["step"] = given["step"].to(weight.device)
             state["num_skipped"] = given["num_skipped"].to(weight.device, torch.int64)
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy or a pickle takes along: its tables too, which the copy then trains."""
-        own = {"max_norm": self.max_norm, "moment_dtype": self.moment_dtype, "tables": [t for t, _ in self._owned]}
-        return {**super().__getstate__(), **own}
+        own = {name: getattr(self, name) for name in ("max_norm", "moment_dtype", "second_moment")}
+        return {**super().__getstate__(), **own, "tables": [table for table, _ in self._owned]}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         tables = state.pop("tables", None)  # None from load_state_dict, which sets the rest alone
@@ -253,7 +269,7 @@ class RowAdam(Optimizer):
         return torch.where(is_finite, clip, math.nan)
 
     def _update(self, weight: Tensor, group: dict[str, Any], reads: Reads | None, clip: Tensor) -> None:
-        state, clip = self._state_of(weight), clip.to(weight.device)
+        state, clip = self._state_of(weight, group), clip.to(weight.device)
         state["step"] += clip.isfinite()
         state["num_skipped"] += ~clip.isfinite()
         grouped = None if reads is None else reads.sorted()
@@ -262,20 +278,53 @@ class RowAdam(Optimizer):
             first = 0 if reads.others is None else reads.others.first_column
             update = AdamStep(group["lr"], group["betas"], group["eps"], state["step"], scale, group["seed"], first)
             backend = backend_module(reads.backend)
-            backend.adam_rows(weight, state["exp_avg"], state["exp_avg_sq"], grouped, update)
+            squares = None
+            if self.second_moment == "row" and reads.others is not None:
+                squares = reads.others.means(backend.row_mean_squares(grouped)).to(weight.device)
+            backend.adam_rows(weight, state.get("exp_avg"), state["exp_avg_sq"], grouped, update, squares)
 
-    def _dtype_of_moments(self, weight: Tensor) -> torch.dtype:
-        return self.moment_dtype or torch.promote_types(weight.dtype, torch.float32)
+    def _with_own_second_moments(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """A state dict with one second moment for each row, where there is one for each number and this keeps the former."""
+        state = dict(state_dict["state"])
+        indices = [index for group in state_dict["param_groups"] for index in group["params"]]
+        logs = self._logs()
+        for index, weight in zip(indices, self._weights(), strict=False):
+            second = state.get(index, {}).get("exp_avg_sq")
+            if second is None or (second.dim() == 1) == (self.second_moment == "row"):
+                continue
+            if second.dim() == 1:
+                raise ValueError(
+                    "the state has one second moment a row but this RowAdam keeps one for each number: make it with "
+                    "second_moment='row'"
+                )
+            others = logs[weight][0].others
+            means = second.mean(1, dtype=torch.promote_types(second.dtype, torch.float32))
+            state[index] = {**state[index], "exp_avg_sq": means if others is None else others.means(means)}
+        return {**state_dict, "state": state}
 
-    def _state_of(self, weight: Tensor) -> dict[str, Any]:
+    def _dtype_of(self, moment: str, weight: Tensor) -> torch.dtype:
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        return wide if moment == "exp_avg_sq" and self.second_moment == "row" else self.moment_dtype or wide
+
+    def _state_of(self, weight: Tensor, group: dict[str, Any]) -> dict[str, Any]:
         state = self.state[weight]
         if not state:
-            dtype = self._dtype_of_moments(weight)
             state["step"] = torch.zeros((), device=weight.device)
             state["num_skipped"] = torch.zeros((), dtype=torch.int64, device=weight.device)
-            for name in _MOMENTS:
-                state[name] = prefer_huge_pages(torch.empty_like(weight, dtype=dtype, requires_grad=False)).zero_()
+        wanted = {"exp_avg": weight.shape, "exp_avg_sq": weight.shape[: 1 if self.second_moment == "row" else 2]}
+        if group["betas"][0] == 0:
+            del wanted["exp_avg"]
+            state.pop("exp_avg", None)
+        for name, shape in wanted.items():
+            if name not in state:
+                made = torch.empty(shape, dtype=self._dtype_of(name, weight), device=weight.device)
+                state[name] = prefer_huge_pages(made).zero_()
         return state
+
+
+def _is_by_element(name: str, part: Any) -> bool:
+    """Whether a part of the state has a number for each of the table."""
+    return name in _MOMENTS and part.dim() == 2
 
 
 def _check_options(group: dict[str, Any]) -> None:

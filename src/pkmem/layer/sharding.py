@@ -163,6 +163,10 @@ class Shards(Connections):
         """See `OtherProcesses`."""
         return gathered(here.to(self.device, torch.uint8), self.columns).bool().all()
 
+    def means(self, here: Tensor) -> Tensor:
+        """See `OtherProcesses`."""
+        return gathered(here.to(self.device), self.columns).mean(0)
+
     def as_distributed(self, part: Tensor) -> Tensor:
         """See `OtherProcesses`."""
         from torch.distributed.tensor import DTensor, Replicate, Shard

@@ -105,10 +105,28 @@ class Backend(Protocol):
     def gradient_is_finite(self, reads: SortedReads) -> Tensor:
         """Whether every entry of the table's gradient is finite, a bool scalar."""
 
+    def row_mean_squares(self, reads: SortedReads) -> Tensor:
+        """The mean square of the gradient of each segment's row, (u,) fp64; anything where a segment is empty."""
+
     def adam_rows(
-        self, values: Tensor, first_moment: Tensor, second_moment: Tensor, reads: SortedReads, update: AdamStep
+        self,
+        values: Tensor,
+        first_moment: Tensor | None,
+        second_moment: Tensor,
+        reads: SortedReads,
+        update: AdamStep,
+        mean_squares: Tensor | None = None,
     ) -> None:
-        """Adam in place on the rows of a table (m, v) that were read and their two moments, and on no other."""
+        """Adam in place on the rows of a table that were read and their moments, and on no other.
+
+        Args:
+            values: (m, v).
+            first_moment: (m, v); None keeps none, as with a first beta of 0.
+            second_moment: (m, v); or (m,), of each row the mean square of its gradient.
+            reads: of the table.
+            update: the step.
+            mean_squares: what `row_mean_squares` gives, where other columns of a row count as well; None takes these.
+        """
 
     def decode(self, x: Tensor, layer: LayerWeights) -> Tensor | None:
         """The whole layer for a few tokens without gradient, in one call.

@@ -32,6 +32,9 @@ class OtherProcesses(Protocol):
     def is_finite(self, here: Tensor) -> Tensor:
         """Whether all columns are finite, from whether those held here are, a bool scalar."""
 
+    def means(self, here: Tensor) -> Tensor:
+        """Means over whole rows (u,), from those over the columns held here."""
+
     def as_distributed(self, part: Tensor) -> Tensor:
         """The columns held here as a DTensor, which knows of the others. Not collective."""
 

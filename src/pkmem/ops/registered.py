@@ -15,7 +15,8 @@ from torch.overrides import has_torch_function
 
 from pkmem.ops.backends import backend_module
 from pkmem.ops.reading_log import ReadLog, row_gradient
-from pkmem.ops.reference import packed_products, scores_of_slots
+from pkmem.ops.reference.bag import packed_products
+from pkmem.ops.reference.selection import scores_of_slots
 
 _PLAIN = (Tensor, nn.Parameter)
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pkmem.ops.packing import unpack_rows
-from pkmem.ops.reference import scores_of_slots
+from pkmem.ops.reference.selection import scores_of_slots
 from pkmem.ops.registered import flat, topk
 
 

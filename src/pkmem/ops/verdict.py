@@ -148,6 +148,6 @@ def _version_of(*names: str) -> str:
 def _digest_of_sources() -> str:
     """Of all operators: an installation in place keeps its version when they are edited."""
     digest = hashlib.sha256()
-    for source in sorted([*_OPS.glob("*.py"), *(_OPS / "triton").glob("*.py")]):
+    for source in sorted([*_OPS.glob("*.py"), *_OPS.glob("reference/*.py"), *_OPS.glob("triton/*.py")]):
         digest.update(source.read_bytes())
     return digest.hexdigest()[:16]

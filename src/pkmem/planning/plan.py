@@ -10,7 +10,7 @@ from pkmem.planning.devices import Device
 from pkmem.planning.trace import Operation, Trace, trace_step
 from pkmem.planning.wire import Layout, TableReads, Wire, wire_bytes_per_token
 from pkmem.training.parallel import shared_columns
-from pkmem.training.recipe import Recipe
+from pkmem.training.recipe import Recipe, TrainingConfig
 from pkmem.training.run import sequences_per_process
 
 _READ_BYTES = 12  # of a read in the log: its slot (int64) and its weight (fp32)
@@ -110,7 +110,7 @@ def make_plan(recipe: Recipe, layout: Layout, device: Device, trace: Trace) -> P
     training = recipe.training
     tokens = training.batch_tokens // layout.num_processes
     wire = wire_bytes_per_token(trace.tables, trace.dense_bytes, layout, tokens, training.micro_batches)
-    update = update_operations(trace, layout, tokens, training.value_grad == "rows")
+    update = update_operations(trace, layout, tokens, training)
     update += crossing_operations(trace, layout, tokens)
     operations = [*trace.forward, *trace.backward] * training.micro_batches + update
     return Plan(
@@ -120,7 +120,7 @@ def make_plan(recipe: Recipe, layout: Layout, device: Device, trace: Trace) -> P
         tokens=tokens,
         table_params=sum(table.numel for table in trace.tables),
         dense_params=trace.dense_params,
-        memory=memory_needs(trace, layout, tokens, training.micro_batches, training.value_grad == "rows"),
+        memory=memory_needs(trace, layout, tokens, training),
         flops_per_token=sum(operation.flops for operation in operations) / tokens,
         bytes_per_token=sum(operation.num_bytes + operation.row_bytes for operation in operations) / tokens,
         wire_per_token=wire,
@@ -128,19 +128,20 @@ def make_plan(recipe: Recipe, layout: Layout, device: Device, trace: Trace) -> P
     )
 
 
-def memory_needs(trace: Trace, layout: Layout, tokens: int, micro_batches: int, by_rows: bool) -> dict[str, int]:
+def memory_needs(trace: Trace, layout: Layout, tokens: int, training: TrainingConfig) -> dict[str, int]:
     """Bytes of one process by what takes them, at the end of the last forward pass or in the update, where they are most.
 
     Args:
         trace: of one micro-batch.
         layout: the processes.
         tokens: of one process in an update.
-        micro_batches: that they are split into.
-        by_rows: whether the values are trained by the rows that were read.
+        training: how.
     """
+    micro_batches, by_rows = training.micro_batches, training.value_grad == "rows"
     share, columns = layout.dense_share, layout.columns
     tables = sum(table.numel * table.element_bytes for table in trace.tables) / columns
-    moments = 2 * sum(table.numel * max(4, table.element_bytes) for table in trace.tables) / columns
+    of_number, of_row = training.moment_bytes
+    moments = sum(table.num_slots * (table.width / columns * of_number + of_row) for table in trace.tables)
     needs = {
         "values": tables,
         "moments of the values": moments,
@@ -192,16 +193,18 @@ def _sorted_bytes(table: TableReads, columns: int) -> float:
     return columns * table.reads_per_token * _SORT_BYTES + table.num_memories * table.width * table.element_bytes
 
 
-def update_operations(trace: Trace, layout: Layout, tokens: int, by_rows: bool) -> list[Operation]:
+def update_operations(trace: Trace, layout: Layout, tokens: int, training: TrainingConfig) -> list[Operation]:
     """Clipping and Adam of one update; rows are taken to be read evenly, which touches the most."""
     dense = trace.dense_bytes * layout.dense_share * (_CLIP_ACCESSES + _ADAM_ACCESSES)
     work = [("update of the dense weights", dense, 0.0)]
+    of_number, of_row = training.moment_bytes
     for table in trace.tables:
         row_bytes = table.width / layout.columns * table.element_bytes
-        if by_rows:
+        if training.value_grad == "rows":
+            moment_bytes = table.width / layout.columns * of_number + of_row
             reads = table.reads_per_token * tokens * layout.num_processes
             touched = -table.num_slots * math.expm1(-reads / table.num_slots)
-            rows = (reads + (_ADAM_ACCESSES - 1) * touched) * row_bytes
+            rows = reads * row_bytes + 2 * touched * (row_bytes + moment_bytes)  # read and written
             work.append(("update of the values", reads * _SORT_TRAFFIC_BYTES, rows))
         else:
             work.append(("update of the values", table.num_slots * row_bytes * _ADAM_ACCESSES, 0.0))

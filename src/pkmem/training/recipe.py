@@ -29,6 +29,8 @@ class TrainingConfig:
         max_norm: clip the gradient norm of everything but the values to this, > 0.
         value_grad: "rows" trains the read rows alone, at a cost that does not grow with the table; "dense"
             makes a gradient of the table's size.
+        value_moments: what Adam keeps for the values: "fp32", both moments of each number, twice the table; "bf16", both
+            in two bytes; "row", the first of each number and one second a row; "row_alone", one second moment a row.
         columns: processes that share the columns of each value table; None: as many of a host's as divide its width.
         train: what moves: "values", the value tables alone; "memory", the memories' queries, keys and gates, too; or
             "all". What does not costs no gradient and no optimizer state.
@@ -56,6 +58,7 @@ class TrainingConfig:
     weight_decay: float = 0.0
     max_norm: float = 1.0
     value_grad: Literal["rows", "dense"] = "rows"
+    value_moments: Literal["fp32", "bf16", "row", "row_alone"] = "fp32"
     train: Literal["values", "memory", "all"] = "all"
     gradient_checkpointing: bool = False
     columns: int | None = None
@@ -80,6 +83,13 @@ class TrainingConfig:
             require(0 <= getattr(self, name) < 1, f"training.{name}", getattr(self, name), "in [0, 1)")
         for name in ("weight_decay", "seed"):
             require(getattr(self, name) >= 0, f"training.{name}", getattr(self, name), ">= 0")
+        fits = self.value_grad == "rows" or self.value_moments == "fp32"
+        require(fits, "training.value_moments", self.value_moments, "fp32 with training.value_grad=dense")
+
+    @property
+    def moment_bytes(self) -> tuple[int, int]:
+        """What Adam keeps for the values: bytes of each number of a table, and of each row."""
+        return {"fp32": (8, 0), "bf16": (4, 0), "row": (4, 4), "row_alone": (0, 4)}[self.value_moments]
 
     @property
     def num_steps(self) -> int:

@@ -19,7 +19,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from pkmem.layer.combined import CombinedOptimizer
 from pkmem.layer.optim import RowAdam, dense_parameters
-from pkmem.layer.values import tables_in
+from pkmem.layer.values import Table, tables_in
 from pkmem.training.checkpoint import open_shards
 from pkmem.training.export import save_description
 from pkmem.training.journal import Journal
@@ -53,11 +53,21 @@ def build_optimizer(model: nn.Module, config: TrainingConfig) -> CombinedOptimiz
         parts.append(torch.optim.AdamW(groups, lr=config.lr, betas=betas, fused=True))
     if tables := tables_in(model):
         if config.value_grad == "rows":
-            parts.append(RowAdam(tables, lr=config.value_lr, betas=betas))
+            parts.append(_row_adam(tables, config))
         else:
             weights = [table.weight for table in tables]
             parts.append(torch.optim.AdamW(weights, lr=config.value_lr, betas=betas, weight_decay=0.0, fused=True))
     return CombinedOptimizer(*parts)
+
+
+def _row_adam(tables: list[Table], config: TrainingConfig) -> RowAdam:
+    return RowAdam(
+        tables,
+        lr=config.value_lr,
+        betas=(0.0 if config.value_moments == "row_alone" else 0.9, config.beta2),
+        moment_dtype=torch.bfloat16 if config.value_moments == "bf16" else None,
+        second_moment="row" if config.value_moments in ("row", "row_alone") else "element",
+    )
 
 
 def build_schedule(optimizer: CombinedOptimizer, config: TrainingConfig) -> torch.optim.lr_scheduler.LRScheduler:

@@ -7,7 +7,14 @@ from pkmem.ops.cpu.bag import row_products, weighted_sum
 from pkmem.ops.cpu.compiling import warmup
 from pkmem.ops.cpu.decoding import decode
 from pkmem.ops.cpu.packed import packed_sum
-from pkmem.ops.cpu.rows import adam_rows, gradient_is_finite, row_gradient_norm, sort_reads, weighted_sum_grad_values
+from pkmem.ops.cpu.rows import (
+    adam_rows,
+    gradient_is_finite,
+    row_gradient_norm,
+    row_mean_squares,
+    sort_reads,
+    weighted_sum_grad_values,
+)
 from pkmem.ops.cpu.selection import flat_topk, product_key_topk
 from pkmem.ops.cpu.selection_backward import product_key_topk_backward
 
@@ -20,6 +27,7 @@ __all__ = [
     "product_key_topk",
     "product_key_topk_backward",
     "row_gradient_norm",
+    "row_mean_squares",
     "row_products",
     "sort_reads",
     "warmup",

@@ -23,6 +23,7 @@ KERNELS = (
     rows.write_gradients,
     rows.sum_squares,
     rows.adam,
+    rows.adam_by_row,
 )
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -30,10 +31,13 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 def warmup(dtypes: tuple[torch.dtype, ...] = _DTYPES) -> int:
     """Compiles every kernel, or loads it from disk, and returns how many there are.
 
+    Rarer forms of RowAdam's state, such as one second moment a row beside a first moment, are compiled at their first use.
+
     Args:
         dtypes: of the tables that will be used.
     """
     weights = torch.ones(1, 1, dtype=torch.float32, device="cpu")
+    update = AdamStep(0.1, (0.9, 0.9), eps=1.0, step=1, scale=1.0)
     query, sub_keys = weights.expand(1, 1, 2), weights.expand(1, 2, 1, 1)
     scores, slots = selection.product_key_topk(query, sub_keys, 1)
     selection.flat_topk(query, sub_keys[0, :1].expand(1, 1, 2), 1)
@@ -51,5 +55,6 @@ def warmup(dtypes: tuple[torch.dtype, ...] = _DTYPES) -> int:
         rows.row_gradient_norm(reads)
         for moments in (torch.float32, torch.bfloat16):
             table, first, second = (weights.to(kind, copy=True) for kind in (dtype, moments, moments))
-            rows.adam_rows(table, first, second, reads, AdamStep(0.1, (0.9, 0.9), eps=1.0, step=1, scale=1.0))
+            rows.adam_rows(table, first, second, reads, update)
+        rows.adam_rows(table, None, weights[0].clone(), reads, update)
     return sum(len(kernel.signatures) for kernel in KERNELS)

@@ -72,13 +72,27 @@ def gradient_is_finite(reads: SortedReads) -> Tensor:
     return found if found else row_gradient_norm(reads).isfinite()
 
 
+def row_mean_squares(reads: SortedReads) -> Tensor:
+    """See `Backend.row_mean_squares`; fp64 goes to the reference."""
+    if reads.grad_output.dtype == torch.float64:
+        return reference.row_mean_squares(reads)
+    squares = reads.grad_output.new_empty(len(reads.rows), dtype=torch.float64)
+    _over_rows(sum_squares, reads, array(squares))
+    return squares.div_(reads.grad_output.shape[1])
+
+
 def adam_rows(
-    values: Tensor, first_moment: Tensor, second_moment: Tensor, reads: SortedReads, update: AdamStep
+    values: Tensor,
+    first_moment: Tensor | None,
+    second_moment: Tensor,
+    reads: SortedReads,
+    update: AdamStep,
+    mean_squares: Tensor | None = None,
 ) -> None:
     """See `Backend.adam_rows`; fp64 goes to the reference."""
     tables = (values, first_moment, second_moment)
-    if torch.float64 in (reads.grad_output.dtype, *(table.dtype for table in tables)):
-        reference.adam_rows(*tables, reads, update)
+    if torch.float64 in (reads.grad_output.dtype, *(table.dtype for table in tables if table is not None)):
+        reference.adam_rows(*tables, reads, update, mean_squares)
         return
     lr, step, scale, seed = float(update.lr), int(update.step), float(update.scale), update.seed
     if not math.isfinite(scale):
@@ -86,10 +100,15 @@ def adam_rows(
     beta1, beta2 = update.betas
     factors = (scale, 1 - beta1, beta2, 1 - beta2, 1 / (1 - beta2**step), update.eps, lr / (1 - beta1**step))
     key = np.array([seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF, step, update.first_column], np.uint32)
-    contiguous = tuple(table.contiguous() for table in tables)
-    _over_rows(adam, reads, *(array(table) for table in contiguous), np.array(factors, np.float32), key)
+    contiguous = tuple(None if table is None else table.contiguous() for table in tables)
+    arrays = [None if table is None else array(table) for table in contiguous]
+    arguments = (*arrays, np.array(factors, np.float32), key)
+    if second_moment.dim() == 2:
+        _over_rows(adam, reads, *arguments)
+    else:
+        _over_rows(adam_by_row, reads, *arguments, None if mean_squares is None else array(mean_squares))
     for table, updated in zip(tables, contiguous, strict=True):
-        if updated is not table:
+        if table is not None and updated is not None and updated is not table:
             table.copy_(updated)
 
 
@@ -222,14 +241,55 @@ def adam(rows, offsets, tokens, weights, grad_output, values, moments1, moments2
         _row_gradient(offsets[touched], offsets[touched + 1], tokens, weights, grad_output, piece, gradient)
         row = rows[touched]
         row_key = mixed(mixed(mixed(mixed(key[0]) ^ key[1]) ^ key[2]) ^ np.uint32(row))
-        value, moment1, moment2 = values[row], moments1[row], moments2[row]
+        value, moment2 = values[row], moments2[row]
+        if moments1 is not None:
+            moment1 = moments1[row]
         for column in range(width):
             slope = gradient[column] * scale
-            new1 = widen(moment1[column])
-            new1 += rate1 * (slope - new1)
+            random = mixed(row_key ^ np.uint32(column + key[3]))
+            new1 = slope
+            if moments1 is not None:
+                new1 = widen(moment1[column])
+                new1 += rate1 * (slope - new1)
             new2 = beta2 * widen(moment2[column]) + rate2 * (slope * slope)
             change = step_size * new1 / (np.sqrt(new2 * correction2) + eps)
-            random = mixed(row_key ^ np.uint32(column + key[3]))
             value[column] = narrow_at_random(widen(value[column]) - change, value[column], random)
-            moment1[column] = narrow_at_random(new1, moment1[column], random >> np.uint32(16))
+            if moments1 is not None:
+                moment1[column] = narrow_at_random(new1, moment1[column], random >> np.uint32(16))
             moment2[column] = narrow_at_random(new2, moment2[column], random >> np.uint32(16))
+
+
+@kernel
+def adam_by_row(  # type: ignore[no-untyped-def]
+    rows, offsets, tokens, weights, grad_output, values, moments1, moments2, factors, key, mean_squares, first, last
+):
+    """The same where a row has one second moment; without `mean_squares`, of the columns that are here."""
+    width = grad_output.shape[1]
+    gradient, piece = np.empty(width, np.float32), np.empty(width, np.float32)
+    scale, rate1, beta2, rate2, correction2, eps, step_size = factors
+    for touched in range(first, last):
+        _row_gradient(offsets[touched], offsets[touched + 1], tokens, weights, grad_output, piece, gradient)
+        row = rows[touched]
+        row_key = mixed(mixed(mixed(mixed(key[0]) ^ key[1]) ^ key[2]) ^ np.uint32(row))
+        if mean_squares is None:
+            square = 0.0
+            for column in range(width):
+                square += np.float64(gradient[column]) * np.float64(gradient[column])
+            square /= width
+        else:
+            square = mean_squares[touched]
+        new2 = np.float32(beta2 * np.float64(moments2[row]) + rate2 * (np.float64(scale) * scale * square))
+        moments2[row] = new2
+        rate = step_size / (np.sqrt(new2 * correction2) + eps)
+        value = values[row]
+        if moments1 is not None:
+            moment1 = moments1[row]
+        for column in range(width):
+            random = mixed(row_key ^ np.uint32(column + key[3]))
+            new1 = gradient[column] * scale
+            if moments1 is not None:
+                old1 = widen(moment1[column])
+                new1 = old1 + rate1 * (new1 - old1)
+            value[column] = narrow_at_random(widen(value[column]) - rate * new1, value[column], random)
+            if moments1 is not None:
+                moment1[column] = narrow_at_random(new1, moment1[column], random >> np.uint32(16))

@@ -10,13 +10,20 @@ Raises:
 from pkmem.ops.triton import installed  # noqa: F401, raises where Triton is missing or too old
 
 # isort: split
-from pkmem.ops.reference import decode, flat_topk
-from pkmem.ops.reference import sort_without_waiting as sort_reads
+from pkmem.ops.reference.decoding import decode
+from pkmem.ops.reference.rows import sort_without_waiting as sort_reads
+from pkmem.ops.reference.selection import flat_topk
 from pkmem.ops.triton.bag import row_products, weighted_sum
 from pkmem.ops.triton.device import why_not
 from pkmem.ops.triton.kernels import compiled_kernels
 from pkmem.ops.triton.packed import packed_sum
-from pkmem.ops.triton.rows import adam_rows, gradient_is_finite, row_gradient_norm, weighted_sum_grad_values
+from pkmem.ops.triton.rows import (
+    adam_rows,
+    gradient_is_finite,
+    row_gradient_norm,
+    row_mean_squares,
+    weighted_sum_grad_values,
+)
 from pkmem.ops.triton.selection import product_key_topk
 from pkmem.ops.triton.selection_backward import product_key_topk_backward
 
@@ -30,6 +37,7 @@ __all__ = [
     "product_key_topk",
     "product_key_topk_backward",
     "row_gradient_norm",
+    "row_mean_squares",
     "row_products",
     "sort_reads",
     "weighted_sum",

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from pkmem.ops import reference
 from pkmem.ops.arguments import AdamStep, SortedReads, surely_finite
+from pkmem.ops.reference.rows import adam_factors
 from pkmem.ops.triton.arithmetic import mixed, narrow, narrow_at_random
 from pkmem.ops.triton.bag import sum_of_rows
 from pkmem.ops.triton.device import on
@@ -25,6 +26,7 @@ from pkmem.ops.triton.launch import column_block, num_programs, warps_for
 
 _PIECE = tl.constexpr(256)  # reads that one program sums
 _ROWS = 4  # rows in flight per program; most rows have few reads
+_ROWS_AT_ONCE = tl.constexpr(256)  # whose second moments a program updates, where a row has one
 _NEIGHBOURS = tl.constexpr(16)  # columns whose squares are summed in fp32
 
 
@@ -58,26 +60,65 @@ def _norm_if(is_wanted: Tensor, reads: SortedReads) -> Tensor:
     return squares.sum().sqrt()
 
 
+def row_mean_squares(reads: SortedReads) -> Tensor:
+    """See `Backend.row_mean_squares`; fp64 goes to the reference."""
+    if reads.grad_output.dtype == torch.float64:
+        return reference.row_mean_squares(reads)
+    squares = torch.zeros(len(reads.rows), dtype=torch.float64, device=reads.rows.device)
+    _over_rows(_mean_squares, reads, squares, by_blocks=False)
+    return squares
+
+
 def adam_rows(
-    values: Tensor, first_moment: Tensor, second_moment: Tensor, reads: SortedReads, update: AdamStep
+    values: Tensor,
+    first_moment: Tensor | None,
+    second_moment: Tensor,
+    reads: SortedReads,
+    update: AdamStep,
+    mean_squares: Tensor | None = None,
 ) -> None:
     """See `Backend.adam_rows`; waits for nothing where lr, step and scale are 0-d tensors on the GPU.
 
     fp64 goes to the reference, which does wait.
     """
     tables = (values, first_moment, second_moment)
-    if torch.float64 in (reads.grad_output.dtype, *(table.dtype for table in tables)):
-        reference.adam_rows(*tables, reads, update)
+    if torch.float64 in (reads.grad_output.dtype, *(table.dtype for table in tables if table is not None)):
+        reference.adam_rows(*tables, reads, update, mean_squares)
         return
-    contiguous = tuple(table.contiguous() for table in tables)
+    contiguous = tuple(None if table is None else table.contiguous() for table in tables)
     betas, seed = update.betas, update.seed
-    factors = reference.adam_factors(update, values.device)
+    factors = adam_factors(update, values.device)
+    divisors = None
+    if second_moment.dim() == 1:
+        squares = row_mean_squares(reads) if mean_squares is None else mean_squares
+        divisors = torch.empty(len(reads.rows), device=values.device)
+        _update_of_rows(contiguous[2], squares, divisors, reads, factors, update)
     keys = (_as_int32(seed), _as_int32(seed >> 32), update.first_column)
     rates = (1 - betas[0], 1 - betas[1])
-    _over_rows(_adam, reads, *contiguous, len(values), factors, *betas, *rates, update.eps, *keys)
+    _over_rows(_adam, reads, *contiguous, divisors, len(values), factors, *betas, *rates, update.eps, *keys)
     for table, updated in zip(tables, contiguous, strict=True):
-        if updated is not table:
+        if table is not None and updated is not None and updated is not table:
             table.copy_(updated)
+
+
+def _update_of_rows(
+    second_moment: Tensor | None,
+    squares: Tensor,
+    divisors: Tensor,
+    reads: SortedReads,
+    factors: Tensor,
+    update: AdamStep,
+) -> None:
+    """Updates one second moment a row, and writes what the row's update is divided by."""
+    assert second_moment is not None
+    beta2, num_reads = update.betas[1], len(reads.rows)
+    if num_reads == 0:
+        return
+    with on(reads.rows):
+        _second_of_rows[(triton.cdiv(num_reads, _ROWS_AT_ONCE.value),)](
+            reads.rows, reads.offsets, squares, second_moment, divisors, num_reads, len(second_moment), factors,
+            beta2, 1 - beta2, update.eps,
+        )  # fmt: skip
 
 
 def _as_int32(number: int) -> int:
@@ -98,8 +139,8 @@ class _Pieces(NamedTuple):
     sums: Tensor
 
 
-def _over_rows(kernel: Any, reads: SortedReads, *arguments: Any) -> None:
-    """Runs a kernel over (touched row, block of columns): gradient, then `arguments`."""
+def _over_rows(kernel: Any, reads: SortedReads, *arguments: Any, by_blocks: bool = True) -> None:
+    """Runs a kernel over (touched row, block of columns), or over touched rows: gradient, then `arguments`."""
     width = reads.grad_output.shape[1]
     if len(reads.tokens) == 0 or width == 0:
         return
@@ -113,7 +154,7 @@ def _over_rows(kernel: Any, reads: SortedReads, *arguments: Any) -> None:
         if len(pieces.rows):
             work = len(pieces.rows) * triton.cdiv(width, block)
             _sum_pieces[num_programs(work, device),](*gradient, *pieces, len(reads.rows), width, **shape)
-        kernel[num_programs(_work(reads), device),](
+        kernel[num_programs(_work(reads) if by_blocks else len(reads.rows), device),](
             *gradient, pieces.first, pieces.sums, reads.rows, num_rows, width, *arguments, **shape
         )  # fmt: skip
 
@@ -188,6 +229,20 @@ def _write_gradients(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def _squares(gradient, BLOCK_V: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Sums (BLOCK_V / _NEIGHBOURS,) fp64 of neighbours' squares.
+
+    fp64 is slow on most GPUs: neighbours are scaled to at most 4 and squared and summed in fp32.
+    """
+    neighbours = tl.reshape(gradient, (BLOCK_V // _NEIGHBOURS, _NEIGHBOURS))
+    bits = tl.max(tl.abs(neighbours), 1).to(tl.int32, bitcast=True)
+    exponent = tl.minimum(tl.maximum((bits >> 23) - 127, -126), 126)
+    scaled = neighbours * ((127 - exponent) << 23).to(tl.float32, bitcast=True)[:, None]
+    unit = ((2 * exponent + 1023).to(tl.int64) << 52).to(tl.float64, bitcast=True)  # 2 ** exponent, squared
+    return tl.sum(scaled * scaled, 1).to(tl.float64) * unit
+
+
+@triton.jit
 def _sum_squares(  # type: ignore[no-untyped-def]
     offsets, tokens, weights, grad_output, first_piece, sums, rows, num_rows, width, squares, is_wanted,
     ROWS: tl.constexpr, BLOCK_V: tl.constexpr,
@@ -201,24 +256,58 @@ def _sum_squares(  # type: ignore[no-untyped-def]
         gradient = _row_gradient(
             touched, offsets, tokens, weights, grad_output, first_piece, sums, columns, width, ROWS, BLOCK_V
         )
-        # fp64 is slow on most GPUs: neighbours are scaled to at most 4 and squared and summed in fp32.
-        neighbours = tl.reshape(gradient, (BLOCK_V // _NEIGHBOURS, _NEIGHBOURS))
-        bits = tl.max(tl.abs(neighbours), 1).to(tl.int32, bitcast=True)
-        exponent = tl.minimum(tl.maximum((bits >> 23) - 127, -126), 126)
-        scaled = neighbours * ((127 - exponent) << 23).to(tl.float32, bitcast=True)[:, None]
-        unit = ((2 * exponent + 1023).to(tl.int64) << 52).to(tl.float64, bitcast=True)  # 2 ** exponent, squared
-        total += tl.sum(scaled * scaled, 1).to(tl.float64) * unit
+        total += _squares(gradient, BLOCK_V)
     tl.store(squares + tl.program_id(0), tl.sum(total, 0))
+
+
+@triton.jit
+def _mean_squares(  # type: ignore[no-untyped-def]
+    offsets, tokens, weights, grad_output, first_piece, sums, rows, num_rows, width, squares,
+    ROWS: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """Writes the mean square of the gradient of every touched row."""
+    for touched in range(tl.program_id(0), tl.load(num_rows), tl.num_programs(0)):
+        total = tl.zeros((BLOCK_V // _NEIGHBOURS,), tl.float64)
+        for start in range(0, width, BLOCK_V):
+            columns = start + tl.arange(0, BLOCK_V)
+            gradient = _row_gradient(
+                touched, offsets, tokens, weights, grad_output, first_piece, sums, columns, width, ROWS, BLOCK_V
+            )
+            total += _squares(gradient, BLOCK_V)
+        tl.store(squares + touched, tl.sum(total, 0) / width)
+
+
+@triton.jit(do_not_specialize=["num_segments", "table_size"])
+def _second_of_rows(  # type: ignore[no-untyped-def]
+    rows, offsets, squares, moments2, divisors, num_segments, table_size, factors, beta2, rate2, eps,
+):  # fmt: skip
+    """Updates the second moments of the rows of segments that are not empty, and writes what their updates are divided by."""
+    scale = tl.load(factors)
+    correction2 = tl.load(factors + 2).to(tl.float32)
+    segment = tl.program_id(0).to(tl.int64) * _ROWS_AT_ONCE + tl.arange(0, _ROWS_AT_ONCE)
+    is_segment = segment < tl.where(scale - scale == 0.0, num_segments, 0)  # none if scale is not finite
+    begin = tl.load(offsets + segment, mask=is_segment, other=0)
+    end = tl.load(offsets + segment + 1, mask=is_segment, other=0)
+    row = tl.load(rows + segment, mask=is_segment, other=-1)
+    inside = is_segment & (end > begin) & (row >= 0) & (row < table_size)
+    moment = tl.load(moments2 + row, mask=inside, other=0)
+    square = scale * scale * tl.load(squares + segment, mask=inside, other=0)
+    moment = (beta2 * moment.to(tl.float64) + rate2 * square).to(tl.float32)
+    tl.store(moments2 + row, moment, mask=inside)
+    tl.store(divisors + segment, tl.sqrt(moment * correction2) + eps, mask=inside)
 
 
 @triton.jit(do_not_specialize=["seed_low", "seed_high", "first_column", "table_size"])
 def _adam(  # type: ignore[no-untyped-def]
     offsets, tokens, weights, grad_output, first_piece, sums, rows, num_rows, width,
-    values, moments1, moments2, table_size, factors, beta1, beta2, rate1, rate2, eps, seed_low, seed_high,
+    values, moments1, moments2, divisors, table_size, factors, beta1, beta2, rate1, rate2, eps, seed_low, seed_high,
     first_column,
     ROWS: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """Updates the touched rows of values and moments, which have `table_size`; one outside is left out."""
+    """Updates the touched rows of values and moments, which have `table_size`; one outside is left out.
+
+    With `divisors` a row has one second moment, which is updated already; without `moments1` there is no first.
+    """
     scale = tl.load(factors).to(tl.float32)
     step_size = tl.load(factors + 1).to(tl.float32)
     correction2 = tl.load(factors + 2).to(tl.float32)
@@ -234,17 +323,26 @@ def _adam(  # type: ignore[no-untyped-def]
         places = row * width + columns
         # Loaded first: they are on their way while the gradient is summed.
         value = tl.load(values + places, mask=inside, other=0).to(tl.float32)
-        moment1 = tl.load(moments1 + places, mask=inside, other=0).to(tl.float32)
-        moment2 = tl.load(moments2 + places, mask=inside, other=0).to(tl.float32)
+        if moments1 is not None:
+            moment1 = tl.load(moments1 + places, mask=inside, other=0).to(tl.float32)
+        if divisors is None:
+            moment2 = tl.load(moments2 + places, mask=inside, other=0).to(tl.float32)
         slope = scale * _row_gradient(
             touched, offsets, tokens, weights, grad_output, first_piece, sums, columns, width, ROWS, BLOCK_V
         )
-        moment1 += rate1 * (slope - moment1)
-        moment2 = beta2 * moment2 + rate2 * (slope * slope)
-        value -= step_size * moment1 / (tl.sqrt(moment2 * correction2) + eps)
         random = mixed(mixed(key ^ row.to(tl.uint32)) ^ (columns + first_column).to(tl.uint32))
+        if moments1 is not None:
+            first = moment1 + rate1 * (slope - moment1)
+            kept1 = narrow_at_random(first, random >> 16, moments1.dtype.element_ty)
+            tl.store(moments1 + places, kept1, mask=inside)
+        else:
+            first = slope
+        if divisors is None:
+            moment2 = beta2 * moment2 + rate2 * (slope * slope)
+            divisor = tl.sqrt(moment2 * correction2) + eps
+            kept2 = narrow_at_random(moment2, random >> 16, moments2.dtype.element_ty)
+            tl.store(moments2 + places, kept2, mask=inside)
+        else:
+            divisor = tl.load(divisors + touched)
+        value -= step_size * first / divisor
         tl.store(values + places, narrow_at_random(value, random, values.dtype.element_ty), mask=inside)
-        moment1 = narrow_at_random(moment1, random >> 16, moments1.dtype.element_ty)
-        moment2 = narrow_at_random(moment2, random >> 16, moments2.dtype.element_ty)
-        tl.store(moments1 + places, moment1, mask=inside)
-        tl.store(moments2 + places, moment2, mask=inside)
