@@ -13,14 +13,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from pkmem.layer.config import require
-from pkmem.layer.huge_pages import prefer_huge_pages
+from pkmem.layer.moments import FIRST, SECOND, Moments, has_all_columns
 from pkmem.layer.values import Table, tables_in
 from pkmem.ops.arguments import AdamStep
 from pkmem.ops.backends import backend_module, choose_backend
 from pkmem.ops.reading_log import ReadLog, RowGradient, reads_of
-from pkmem.ops.reads import Reads
-
-_MOMENTS = ("exp_avg", "exp_avg_sq")
+from pkmem.ops.reads import OtherProcesses, Reads
 
 
 class RowAdam(Optimizer):
@@ -70,12 +68,8 @@ class RowAdam(Optimizer):
         seed: int = 0,
     ) -> None:
         require(max_norm is None or max_norm > 0, "max_norm", max_norm, "None or > 0")
-        dtypes = (None, torch.float32, torch.bfloat16)
-        require(moment_dtype in dtypes, "moment_dtype", moment_dtype, "None, torch.float32 or torch.bfloat16")
-        require(second_moment in ("element", "row"), "second_moment", second_moment, "'element' or 'row'")
         self.max_norm = max_norm
-        self.moment_dtype = moment_dtype
-        self.second_moment = second_moment
+        self._moments = Moments(moment_dtype, second_moment)
         self._owned: list[tuple[Table, ReadLog]] = []
         self._has_warned = False
         given = [tables] if isinstance(tables, nn.Module) else list(tables)
@@ -152,22 +146,20 @@ class RowAdam(Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """As in torch; the moments of a sharded table are DTensors, of which each process has its part."""
-        whole = self.register_state_dict_post_hook(lambda _, state: self._converted(state, "as_distributed"))
+        whole = self.register_state_dict_post_hook(lambda _, state: self._converted(state, _as_distributed))
         try:
             return super().state_dict()
         finally:
             whole.remove()
 
-    def _converted(self, state_dict: dict[str, Any], conversion: str) -> dict[str, Any]:
-        """A state dict with the moments of sharded tables turned into what goes out, or into what is held here."""
+    def _converted(self, state_dict: dict[str, Any], convert: Callable[..., dict[str, Any]]) -> dict[str, Any]:
+        """A state dict with each table's state converted, by itself and the processes that hold the table's other columns."""
         state = dict(state_dict["state"])
         indices = [index for group in state_dict["param_groups"] for index in group["params"]]
         logs = self._logs()
         for index, weight in zip(indices, self._weights(), strict=False):
-            others = logs[weight][0].others
-            if others is not None and index in state:
-                convert = getattr(others, conversion)
-                state[index] = {k: convert(v) if _is_by_element(k, v) else v for k, v in state[index].items()}
+            if index in state:
+                state[index] = convert(state[index], logs[weight][0].others)
         return {**state_dict, "state": state}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -182,7 +174,7 @@ class RowAdam(Optimizer):
         loaded: list[dict[str, Any]] = []
 
         def here(_: Any, given: dict[str, Any]) -> dict[str, Any]:
-            loaded.append(self._with_own_second_moments(self._converted(given, "part_of")))
+            loaded.append(self._converted(given, self._held_here))
             return loaded[-1]
 
         last = self.register_load_state_dict_pre_hook(here)  # others may change it before
@@ -198,16 +190,14 @@ class RowAdam(Optimizer):
                 self.state[weight],
                 {"num_skipped": torch.zeros((), device="cpu"), **loaded[0]["state"][index]},
             )
-            for name in _MOMENTS:
-                if name in given:
-                    state[name] = given[name].to(weight.device, self._dtype_of(name, weight))
+            self._moments.put(state, given, weight)
             state["step"] = given["step"].to(weight.device)
             state["num_skipped"] = given["num_skipped"].to(weight.device, torch.int64)
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy or a pickle takes along: its tables too, which the copy then trains."""
-        own = {name: getattr(self, name) for name in ("max_norm", "moment_dtype", "second_moment")}
-        return {**super().__getstate__(), **own, "tables": [table for table, _ in self._owned]}
+        own = {"max_norm": self.max_norm, "_moments": self._moments, "tables": [table for table, _ in self._owned]}
+        return {**super().__getstate__(), **own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         tables = state.pop("tables", None)  # None from load_state_dict, which sets the rest alone
@@ -279,52 +269,32 @@ class RowAdam(Optimizer):
             update = AdamStep(group["lr"], group["betas"], group["eps"], state["step"], scale, group["seed"], first)
             backend = backend_module(reads.backend)
             squares = None
-            if self.second_moment == "row" and reads.others is not None:
+            if self._moments.by_row and reads.others is not None:
                 squares = reads.others.means(backend.row_mean_squares(grouped)).to(weight.device)
-            backend.adam_rows(weight, state.get("exp_avg"), state["exp_avg_sq"], grouped, update, squares)
+            backend.adam_rows(weight, state.get(FIRST), state[SECOND], grouped, update, squares)
 
-    def _with_own_second_moments(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        """A state dict with one second moment for each row, where there is one for each number and this keeps the former."""
-        state = dict(state_dict["state"])
-        indices = [index for group in state_dict["param_groups"] for index in group["params"]]
-        logs = self._logs()
-        for index, weight in zip(indices, self._weights(), strict=False):
-            second = state.get(index, {}).get("exp_avg_sq")
-            if second is None or (second.dim() == 1) == (self.second_moment == "row"):
-                continue
-            if second.dim() == 1:
-                raise ValueError(
-                    "the state has one second moment a row but this RowAdam keeps one for each number: make it with "
-                    "second_moment='row'"
-                )
-            others = logs[weight][0].others
-            means = second.mean(1, dtype=torch.promote_types(second.dtype, torch.float32))
-            state[index] = {**state[index], "exp_avg_sq": means if others is None else others.means(means)}
-        return {**state_dict, "state": state}
-
-    def _dtype_of(self, moment: str, weight: Tensor) -> torch.dtype:
-        wide = torch.promote_types(weight.dtype, torch.float32)
-        return wide if moment == "exp_avg_sq" and self.second_moment == "row" else self.moment_dtype or wide
+    def _held_here(self, state: dict[str, Any], others: OtherProcesses | None) -> dict[str, Any]:
+        """What this process keeps of a table's state."""
+        if others is not None:
+            state = {
+                name: others.part_of(part) if has_all_columns(name, part) else part for name, part in state.items()
+            }
+        return self._moments.fitted(state, others)
 
     def _state_of(self, weight: Tensor, group: dict[str, Any]) -> dict[str, Any]:
         state = self.state[weight]
         if not state:
             state["step"] = torch.zeros((), device=weight.device)
             state["num_skipped"] = torch.zeros((), dtype=torch.int64, device=weight.device)
-        wanted = {"exp_avg": weight.shape, "exp_avg_sq": weight.shape[: 1 if self.second_moment == "row" else 2]}
-        if group["betas"][0] == 0:
-            del wanted["exp_avg"]
-            state.pop("exp_avg", None)
-        for name, shape in wanted.items():
-            if name not in state:
-                made = torch.empty(shape, dtype=self._dtype_of(name, weight), device=weight.device)
-                state[name] = prefer_huge_pages(made).zero_()
+        self._moments.make(state, weight, group["betas"][0])
         return state
 
 
-def _is_by_element(name: str, part: Any) -> bool:
-    """Whether a part of the state has a number for each of the table."""
-    return name in _MOMENTS and part.dim() == 2
+def _as_distributed(state: dict[str, Any], others: OtherProcesses | None) -> dict[str, Any]:
+    """A table's state as it leaves this process."""
+    if others is None:
+        return state
+    return {name: others.as_distributed(part) if has_all_columns(name, part) else part for name, part in state.items()}
 
 
 def _check_options(group: dict[str, Any]) -> None:
