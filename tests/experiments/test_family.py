@@ -49,7 +49,8 @@ def test_every_cell_of_every_family_makes_a_recipe(name: str, scale: str) -> Non
         assert run.recipe.training.seed == 3
         assert run.recipe.data == "d"
     recipes = [run.recipe for run in runs if family.cells[run.cell].like is None]
-    models = {repr((recipe.model, recipe.memory, recipe.training.num_tokens)) for recipe in recipes}
+    trained = [(recipe.training.num_tokens, recipe.training.value_moments) for recipe in recipes]
+    models = {repr((recipe.model, recipe.memory, of)) for recipe, of in zip(recipes, trained, strict=True)}
     assert len(models) == sum(cell.like is None for cell in family.cells.values())
     if scale != "laptop":
         assert "not run yet" in family.about

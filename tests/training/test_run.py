@@ -169,8 +169,19 @@ def test_a_run_resumed_after_ctrl_c_is_the_uninterrupted_run(run: Path, text: Pa
         {"model": {"family": "llama"}, "memory": {"query_norm": "rms", "gate": True}},
         {"model": {"memory_layers": []}},
         {"training": {"async_save": True}},
+        {"training": {"value_moments": "row"}},
+        {"training": {"value_moments": "row_alone"}},
     ],
-    ids=["dense gradient", "shared values", "schedules", "llama", "no memory", "saved in background"],
+    ids=[
+        "dense gradient",
+        "shared values",
+        "schedules",
+        "llama",
+        "no memory",
+        "saved in background",
+        "row",
+        "row alone",
+    ],
 )
 def test_every_kind_of_run_resumes_bitwise(text: Path, tmp_path: Path, changes: dict) -> None:
     whole, stopped = (tiny(text, tmp_path / name, **changes) for name in ("whole", "stopped"))
