@@ -25,7 +25,7 @@ ORDER = {  # folders from the ground up, each with its files in order: a file im
     "editing": "fingerprint rounding edit directory listing near_misses questions surroundings kept_answers progress reads sensitivity rehearsal others elsewhere choosing holding averaging course learning lesson retrofit verbs",
     "inspecting": "sums reads lens packing content page saved",
     "experiments": "benchmarks environment plots page family results costs claims grid report demo",
-    "experiments.learning": "kinds quiz asking examination teaching trial results cells grid",
+    "experiments.learning": "kinds quiz asking examination teaching trial results unfinished cells grid",
     "experiments ": "verb",
     "planning": "wire trace devices link machine plan advice page verb",
     "doctor": "findings truth sizes checks selection tables rows step repeats waiting code speed examination surroundings report",

@@ -9,7 +9,7 @@ import torch
 
 import pkmem
 from pkmem.experiments.learning import cells, trial
-from pkmem.experiments.learning.cells import CELLS, Scale, digest, perform
+from pkmem.experiments.learning.cells import CELLS, Scale, Setting, digest, perform
 from pkmem.experiments.learning.results import FIRST_RATES, Run, load_found, save_found
 from pkmem.layer.values import tables_in
 from taught import SIZE, llama, tokenizer  # noqa: F401
@@ -78,7 +78,7 @@ REAL_LEARN = cells._learn
 
 def performed(cell: str, method: str, scale: Scale, seconds: float | None = None) -> dict:
     run = Run(cell, method, 1e-3)
-    found = perform(run, scale, seconds)
+    found = perform(run, scale, Setting(seconds))
     save_found(path := Path(scale.model), run, found)
     assert json.loads((path / f"{run.name}.json").read_text()) == load_found(path)[run]
     assert found["seconds"] >= 0
@@ -127,6 +127,12 @@ def test_edits_in_sequence_are_taken_back_to_the_bit(scale) -> None:
     assert figures["half_bitwise_as_if_the_others_had_never_been_in"]
     assert len(figures["recall_of_each"]) == len(figures["recall_when_learned"]) == 4
     assert len(figures["recall_of_the_others"]) == len(figures["recall_of_those_taken_back"]) == 2
+
+
+def test_edits_in_sequence_are_kept_until_the_run_is_finished(scale, tmp_path) -> None:
+    perform(Run("sequence", "memory", 1e-3), scale, Setting(unfinished=tmp_path / "kept"))
+    kept = sorted(file.name for file in (tmp_path / "kept").iterdir())
+    assert kept == [f"edit-0{number}.safetensors" for number in range(4)]
 
 
 def test_what_is_not_as_before_is_seen(scale, monkeypatch) -> None:

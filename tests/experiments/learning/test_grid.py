@@ -11,8 +11,8 @@ from concurrent.futures import Future
 import pytest
 
 from pkmem.experiments.learning import grid
-from pkmem.experiments.learning.cells import CELLS
-from pkmem.experiments.learning.grid import describe, experiment_learn, planned, wanted_cells
+from pkmem.experiments.learning.cells import CELLS, Setting
+from pkmem.experiments.learning.grid import describe, experiment_learn, planned, setting_of, wanted_cells
 from pkmem.experiments.learning.results import Run, load_found
 
 
@@ -43,10 +43,10 @@ class Pool:
     def __exit__(self, *_: object) -> None:
         pass
 
-    def submit(self, perform, run: Run, scale: object, seconds: float | None) -> Future:
+    def submit(self, perform, run: Run, scale: object, setting: Setting) -> Future:
         future: Future = Future()
         self.running[future] = run
-        Pool.calls.append((run, seconds))
+        Pool.calls.append((run, setting.seconds))
         if run.method == Pool.fails:
             future.set_exception(ValueError("it broke"))
         else:
@@ -59,7 +59,7 @@ def pool(monkeypatch):
     Pool.calls, Pool.fails, Pool.together = [], None, []
 
     def wait(running, return_when):
-        Pool.together.append(len(running))
+        Pool.together.append([run.cell for run in running.values()])
         first = next(iter(running))
         return type("Done", (), {"done": {first}})
 
@@ -76,7 +76,8 @@ def test_all_is_run_once_and_nothing_again(pool, tmp_path, capsys) -> None:
     assert {run.cell for run in found} == set(CELLS)
     assert sum(run.cell == "compare" for run in found) == 12  # three rates of three methods, and the best at seed 1
     assert "compare-full-lr3e-05-seed1" in names
-    assert set(pool.together) == {1, 2}
+    assert {len(cells) for cells in pool.together} == {1, 2}
+    assert [cells for cells in pool.together if "sequence" in cells] == [["sequence"]]
     assert "recall 75.0%" in capsys.readouterr().out
     pool.calls.clear()
     experiment_learn(tmp_path, seeds=2)
@@ -86,6 +87,33 @@ def test_all_is_run_once_and_nothing_again(pool, tmp_path, capsys) -> None:
         "compare-memory-lr0.05-seed2", "compare-full-lr3e-05-seed2", "compare-lora-lr0.0003-seed2",
         "kept-full-lr3e-05-seed2",
     ]  # fmt: skip
+
+
+def test_what_a_run_keeps_is_gone_when_it_is_finished(pool, tmp_path, monkeypatch) -> None:
+    kept, submit_as_before = [], Pool.submit
+
+    def submit(self, perform, run, scale, setting):
+        setting.unfinished.mkdir(parents=True)
+        kept.append(setting.unfinished)
+        return submit_as_before(self, perform, run, scale, setting)
+
+    monkeypatch.setattr(grid, "environment", lambda: {"commit": "abc", "versions": {}})
+    monkeypatch.setattr(pool, "submit", submit)
+    experiment_learn(tmp_path, cells=["sequence"])
+    assert kept == [tmp_path / "unfinished" / "sequence-memory-lr0.05-seed0-abc"]
+    assert not kept[0].exists()
+
+
+@pytest.mark.parametrize(
+    ("commit", "version", "source"),
+    [("abc", "1", "abc"), (None, "1", "1"), ("abc-dirty", "1", None), (None, None, None)],
+)
+def test_edits_are_kept_by_the_code_that_learned_them(monkeypatch, tmp_path, commit, version, source) -> None:
+    versions = {} if version is None else {"pkmem": version}
+    monkeypatch.setattr(grid, "environment", lambda: {"commit": commit, "versions": versions})
+    run = Run("sequence", "memory", 0.05)
+    folder = setting_of(run, {}, tmp_path).unfinished
+    assert folder == (None if source is None else tmp_path / "unfinished" / f"{run.name}-{source}")
 
 
 def test_lora_trains_on_text_for_the_seconds_of_the_memory(pool, tmp_path) -> None:

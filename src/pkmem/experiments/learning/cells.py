@@ -8,6 +8,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from pkmem.experiments.learning.quiz import quiz
 from pkmem.experiments.learning.results import ENOUGH, METHODS, Run
 from pkmem.experiments.learning.teaching import Clock, Lesson, adapt, fine_tune, with_adapters
 from pkmem.experiments.learning.trial import bits_per_byte, blocks_of, documentation, train_on, written_by
+from pkmem.experiments.learning.unfinished import Unfinished
 from pkmem.layer.optim import RowAdam
 from pkmem.layer.values import tables_in
 from pkmem.lm.evaluation import in_eval_mode
@@ -69,33 +71,48 @@ class Scale:
 
 
 @dataclass(frozen=True)
+class Setting:
+    """What a run may use.
+
+    Args:
+        seconds: that it may train on text; None where its updates are counted.
+        unfinished: the folder of what it keeps until it is finished; None keeps nothing.
+    """
+
+    seconds: float | None = None
+    unfinished: Path | None = None
+
+
+@dataclass(frozen=True)
 class Cell:
     """A question of the experiment.
 
     Args:
         about: what it answers, in a line.
-        perform: teaches and asks; gets a run, the scale and seconds that it may take or None, returns what was found.
+        perform: teaches and asks; gets a run, the scale and its setting, returns what was found.
         methods: what is taught.
         sweep: the cell whose best learning rates it takes; None where it is a sweep itself, at seed 0.
         every_seed: whether each seed is run, or seed 0 alone.
+        threads: that a run has; runs whose seconds are compared have one.
     """
 
     about: str
-    perform: Callable[[Run, Scale, float | None], dict[str, Any]]
+    perform: Callable[[Run, Scale, Setting], dict[str, Any]]
     methods: tuple[str, ...] = ("memory",)
     sweep: str | None = "compare"
     every_seed: bool = False
+    threads: int = 1
 
 
-def perform(run: Run, scale: Scale, seconds: float | None = None) -> dict[str, Any]:
+def perform(run: Run, scale: Scale, setting: Setting) -> dict[str, Any]:
     """Does a run in this process.
 
     Returns:
         `seconds` of teaching, `peak_rss_bytes` up to its end, `epochs`, `figures`, `environment`, and more by cell.
     """
     logging.disable_progress_bar()
-    torch.set_num_threads(1)  # another run has the other core
-    return CELLS[run.cell].perform(run, scale, seconds) | {"environment": environment()}
+    torch.set_num_threads(CELLS[run.cell].threads)
+    return CELLS[run.cell].perform(run, scale, setting) | {"environment": environment()}
 
 
 def peak_rss_bytes() -> int:
@@ -119,7 +136,7 @@ def _as_facts(facts: list[Asked], phrasings: int) -> list[Fact]:
     return [Fact(fact.taught[:phrasings], fact.answer) for fact in facts]
 
 
-def _compare(run: Run, scale: Scale, seconds: float | None) -> dict[str, Any]:
+def _compare(run: Run, scale: Scale, setting: Setting) -> dict[str, Any]:
     """Teaches facts by the run's method, asks after every epoch, and at the end everything."""
     facts = mixed(scale.facts_per_kind, run.seed)
     model, tokenizer = load(scale, run)
@@ -195,20 +212,20 @@ def _teach_many(run: Run, scale: Scale, facts: list[Asked], **settings: Any) -> 
     }
 
 
-def _hundred(kind: str) -> Callable[[Run, Scale, float | None], dict[str, Any]]:
-    return lambda run, scale, seconds: _teach_many(run, scale, made_up(kind, scale.hundred, run.seed))
+def _hundred(kind: str) -> Callable[[Run, Scale, Setting], dict[str, Any]]:
+    return lambda run, scale, setting: _teach_many(run, scale, made_up(kind, scale.hundred, run.seed))
 
 
-def _few_rows(run: Run, scale: Scale, seconds: float | None) -> dict[str, Any]:
+def _few_rows(run: Run, scale: Scale, setting: Setting) -> dict[str, Any]:
     return _teach_many(run, scale, made_up("code", scale.hundred, run.seed), slots=scale.few_rows)
 
 
-def _thousand(run: Run, scale: Scale, seconds: float | None) -> dict[str, Any]:
+def _thousand(run: Run, scale: Scale, setting: Setting) -> dict[str, Any]:
     facts = mixed(-(-scale.thousand // len(KINDS)), run.seed)
     return _teach_many(run, scale, facts, slots=scale.many_rows)
 
 
-def _in_sequence(run: Run, scale: Scale, seconds: float | None) -> dict[str, Any]:
+def _in_sequence(run: Run, scale: Scale, setting: Setting) -> dict[str, Any]:
     """Edits one after another on one model; then they are taken back in another order than they came."""
     model, tokenizer = load(scale, run)
     before = digest(model)
@@ -221,10 +238,13 @@ def _in_sequence(run: Run, scale: Scale, seconds: float | None) -> dict[str, Any
     written, _ = written_by(model, tokenizer, scale.size.block_tokens // 2, run.seed)
     background = tokenizer.batch_decode(written)
     clock = Clock(examination.briefly)
+    kept = Unfinished(setting.unfinished)
     edits: list[Edit] = []
     recalls = []
-    for lesson in lessons:
-        edits.append(_learn(model, tokenizer, _as_facts(lesson, 1), run, scale, others=edits, background=background))
+    for number, lesson in enumerate(lessons):
+        taught = _as_facts(lesson, 1)
+        teach = partial(_learn, model, tokenizer, taught, run, scale, others=edits, background=background)
+        edits.append(kept.edit(number, taught, model, teach))
         edits[-1].apply(model)
         clock.epoch(model)
         recalls.append(_recall(model, tokenizer, lesson))
@@ -269,7 +289,7 @@ def digest(model: nn.Module) -> str:
     return summed.hexdigest()
 
 
-def _text(run: Run, scale: Scale, seconds: float | None) -> dict[str, Any]:
+def _text(run: Run, scale: Scale, setting: Setting) -> dict[str, Any]:
     """Trains on documentation, for so many updates or seconds."""
     model, tokenizer = load(scale, run)
     num_updates = scale.text_sweep_updates if run.cell == "text_sweep" else scale.text_updates
@@ -291,7 +311,7 @@ def _text(run: Run, scale: Scale, seconds: float | None) -> dict[str, Any]:
         trained = with_adapters(model, run.seed)
         weights = [weight for weight in trained.parameters() if weight.requires_grad]
         optimizer = torch.optim.AdamW(weights, lr=run.rate, weight_decay=0.0)
-    made, took = train_on(trained, optimizer, blocks, None if seconds else num_updates, seconds)
+    made, took = train_on(trained, optimizer, blocks, None if setting.seconds else num_updates, setting.seconds)
     found = {"updates": made, "seconds": took, "rss_bytes_before": rss_bytes_before, "peak_rss_bytes": peak_rss_bytes()}
     figures = {f"{name}_bits_per_byte": bits_per_byte(trained, *text) for name, text in asked.items()}
     return found | {"figures": figures | {f"{name}_bits_per_byte_before": bits for name, bits in before.items()}}
@@ -313,7 +333,9 @@ CELLS = {
     ),
     **{f"hundred_{kind}": Cell(f"100 facts of the kind {kind} in one phrasing", _hundred(kind)) for kind in KINDS},
     "few_rows": Cell("100 facts of the kind code in a quarter of the rows", _few_rows),
-    "sequence": Cell("20 edits of 10 facts, one after another, then taken back in another order", _in_sequence),
+    "sequence": Cell(
+        "20 edits of 10 facts, one after another, then taken back in another order", _in_sequence, threads=2
+    ),
     "thousand": Cell("1,000 facts of three kinds in one edit", _thousand),
     "text_sweep": Cell(
         "40 updates on Python's documentation, to choose learning rates", _text, ("memory", "lora"), sweep=None

@@ -12,7 +12,8 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from pathlib import Path
 from typing import Any
 
-from pkmem.experiments.learning.cells import CELLS, Scale, perform
+from pkmem.experiments.environment import environment
+from pkmem.experiments.learning.cells import CELLS, Scale, Setting, perform
 from pkmem.experiments.learning.results import (
     FIRST_RATES,
     OWN_RATES,
@@ -22,6 +23,7 @@ from pkmem.experiments.learning.results import (
     rates_to_try,
     save_found,
 )
+from pkmem.experiments.learning.unfinished import Unfinished
 from pkmem.training.reading import check_known
 
 NUM_CORES = 2
@@ -30,7 +32,8 @@ NUM_CORES = 2
 def experiment_learn(out: Path, seeds: int = 3, cells: list[str] | None = None, scale: Scale | None = None) -> None:
     """Teaches models facts and text, by memories, full fine-tuning and LoRA; a file per run in `out`.
 
-    Two runs are made at a time, each on one core. Finished runs are kept and skipped.
+    Two runs are made at a time, each on one core, or one of two threads alone. Finished runs are kept and skipped; the
+    edits of a run that is stopped lie in `out/unfinished`, and the same code goes on from them.
 
     Args:
         out: the folder of the results.
@@ -54,10 +57,10 @@ def experiment_learn(out: Path, seeds: int = 3, cells: list[str] | None = None, 
             for run in planned(found, seeds, wanted):
                 if run in failed or run in running.values():
                     continue
-                if len(running) == NUM_CORES:
-                    break
+                if CELLS[run.cell].threads > NUM_CORES - sum(CELLS[other.cell].threads for other in running.values()):
+                    continue
                 print(f"{time.strftime('%H:%M:%S')} {run.name}", file=sys.stderr, flush=True)
-                running[pool.submit(perform, run, scale or Scale(), seconds_for(run, found))] = run
+                running[pool.submit(perform, run, scale or Scale(), setting_of(run, found, out))] = run
             if not running:
                 break
             for done in wait(running, return_when=FIRST_COMPLETED).done:
@@ -65,6 +68,7 @@ def experiment_learn(out: Path, seeds: int = 3, cells: list[str] | None = None, 
                 error = done.exception()
                 if error is None:
                     save_found(out, run, done.result())
+                    Unfinished(setting_of(run, found, out).unfinished).forget()
                     print(line_of(run, done.result()), flush=True)
                 else:
                     failed[run] = str(error) or type(error).__name__
@@ -132,6 +136,14 @@ def seconds_for(run: Run, found: dict[Run, dict[str, Any]]) -> float | None:
         return None
     others = [document for other, document in found.items() if (other.cell, other.method) == (run.cell, "memory")]
     return others[0]["seconds"] if others else None
+
+
+def setting_of(run: Run, found: dict[Run, dict[str, Any]], out: Path) -> Setting:
+    """What a run may use. It keeps something only where the code is known, for edits of another code are others."""
+    known = environment()
+    source = known["commit"] or known["versions"].get("pkmem")
+    is_known = source is not None and not source.endswith("-dirty")
+    return Setting(seconds_for(run, found), out / "unfinished" / f"{run.name}-{source}" if is_known else None)
 
 
 def line_of(run: Run, found: dict[str, Any]) -> str:
