@@ -428,12 +428,13 @@ def test_a_bf16_table_with_one_second_moment_a_row_errs_by_less_than_one_bf16_st
         assert np.abs(oracle.fp64(computed[-1]) - truth[-1]).max() <= 1e-6
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("has_first", [True, False])
-def test_rows_that_were_not_read_keep_their_second_moment(backend: str, has_first: bool) -> None:
-    module, second = backend_module(backend), torch.rand(23)
-    slots, weights, grad_output = random_pass(23, 7, 3, 3, torch.float32)
-    first, before = torch.rand(23, 7) if has_first else None, second.clone()
-    table = torch.randn(23, 7)
+def test_rows_that_were_not_read_keep_their_second_moment(backend: str, has_first: bool, dtype: torch.dtype) -> None:
+    module, second = backend_module(backend), torch.rand(23, dtype=dtype)
+    slots, weights, grad_output = random_pass(23, 7, 3, 3, dtype)
+    first, before = torch.rand(23, 7, dtype=dtype) if has_first else None, second.clone()
+    table = torch.randn(23, 7, dtype=dtype)
     start = table.clone()
     reads = sorted_reads([(slots, weights, grad_output)])
     for scale in (torch.nan, torch.inf):

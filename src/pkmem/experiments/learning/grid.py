@@ -50,6 +50,7 @@ def experiment_learn(out: Path, seeds: int = 3, cells: list[str] | None = None, 
     out.mkdir(parents=True, exist_ok=True)
     failed: dict[Run, str] = {}
     running: dict[Future[dict[str, Any]], Run] = {}
+    settings: dict[Run, Setting] = {}
     spawn = multiprocessing.get_context("spawn")  # nothing of this process's memory is counted there
     with ProcessPoolExecutor(NUM_CORES, spawn, _end_with_parent, max_tasks_per_child=1) as pool:
         while True:
@@ -60,7 +61,8 @@ def experiment_learn(out: Path, seeds: int = 3, cells: list[str] | None = None, 
                 if CELLS[run.cell].threads > NUM_CORES - sum(CELLS[other.cell].threads for other in running.values()):
                     continue
                 print(f"{time.strftime('%H:%M:%S')} {run.name}", file=sys.stderr, flush=True)
-                running[pool.submit(perform, run, scale or Scale(), setting_of(run, found, out))] = run
+                settings[run] = setting_of(run, found, out)
+                running[pool.submit(perform, run, scale or Scale(), settings[run])] = run
             if not running:
                 break
             for done in wait(running, return_when=FIRST_COMPLETED).done:
@@ -68,7 +70,7 @@ def experiment_learn(out: Path, seeds: int = 3, cells: list[str] | None = None, 
                 error = done.exception()
                 if error is None:
                     save_found(out, run, done.result())
-                    Unfinished(setting_of(run, found, out).unfinished).forget()
+                    Unfinished(settings[run].unfinished).forget()
                     print(line_of(run, done.result()), flush=True)
                 else:
                     failed[run] = str(error) or type(error).__name__

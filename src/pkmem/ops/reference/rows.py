@@ -127,22 +127,22 @@ def adam_rows(
     tables = (values, second_moment) if first_moment is None else (values, first_moment, second_moment)
     is_rounded = torch.bfloat16 in {table.dtype for table in tables}
     keys = random_keys(update.seed, step, reads.rows) if is_rounded else None
-    is_by_row = second_moment.dim() == 1
-    if is_by_row and mean_squares is None:
-        mean_squares = row_mean_squares(reads)
 
     def step_by(part: slice, gradients: Tensor) -> None:
         rows = reads.rows[part]
         random = None if keys is None else random_bits(keys[part], update.first_column, values.shape[1])
+        squares = None
+        if second_moment.dim() == 1:
+            given = None if mean_squares is None else mean_squares[part] * scale.square()
+            squares = gradients.double().square().mean(1) if given is None else given
         first = gradients
         if first_moment is not None:
             old = first_moment.index_select(0, rows)
             first = old.to(gradients.dtype).lerp(gradients, 1 - beta1)
             write(first_moment, rows, old, first, random, 16)
         old = second_moment.index_select(0, rows)
-        if is_by_row:
-            assert mean_squares is not None
-            second = old.double().mul_(beta2).add_(mean_squares[part] * scale.square(), alpha=1 - beta2)
+        if squares is not None:
+            second = old.double() * beta2 + squares * (1 - beta2)
             write(second_moment, rows, old, second, None, 0)
             second = second.to(gradients.dtype).unsqueeze(1)
         else:

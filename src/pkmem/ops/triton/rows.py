@@ -85,7 +85,8 @@ def adam_rows(
     if torch.float64 in (reads.grad_output.dtype, *(table.dtype for table in tables if table is not None)):
         reference.adam_rows(*tables, reads, update, mean_squares)
         return
-    contiguous = tuple(None if table is None else table.contiguous() for table in tables)
+    first = None if first_moment is None else first_moment.contiguous()
+    contiguous = values.contiguous(), first, second_moment.contiguous()
     betas, seed = update.betas, update.seed
     factors = adam_factors(update, values.device)
     divisors = None
@@ -102,7 +103,7 @@ def adam_rows(
 
 
 def _update_of_rows(
-    second_moment: Tensor | None,
+    second_moment: Tensor,
     squares: Tensor,
     divisors: Tensor,
     reads: SortedReads,
@@ -110,7 +111,6 @@ def _update_of_rows(
     update: AdamStep,
 ) -> None:
     """Updates one second moment a row, and writes what the row's update is divided by."""
-    assert second_moment is not None
     beta2, num_reads = update.betas[1], len(reads.rows)
     if num_reads == 0:
         return
