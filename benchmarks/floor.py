@@ -6,7 +6,8 @@ Every part is a contender of the same run, so a floor is as fast or slow as the 
     training step = forward + 2 query products + 2 knn / s score products (only chosen sub-keys have a gradient)
                     + read of the rows again, for d(weights)
                     + one read of grad_output per read of the table
-                    + update of the touched rows: values and two moments, read and written, rows in ascending order
+                    + update of the touched rows: values and two moments, read and written, rows in ascending order;
+                      the values alone, where one second moment a row is all that is kept
 
 Left out: selection, softmax, norm, sorting, clipping, all arithmetic on rows. The products are torch's; reads and updates
 are the fastest of the loops below.
@@ -30,6 +31,7 @@ from pkmem.layer.memory import ProductKeyMemory
 from pkmem.ops.cpu.threads import run_over
 
 QUERY, SCORES, READ, READ_BACK, UPDATE = "query product", "score product", "row read", "grad_output read", "row update"
+UPDATE_ALONE = "row update without moments"
 GRAIN_ELEMENTS = 1 << 18
 kernel = njit(cache=True, nogil=True, error_model="numpy", fastmath={"contract", "reassoc"})
 
@@ -115,7 +117,7 @@ def readers(table: Tensor, slots: Tensor) -> dict[str, Callable[[], None]]:
     return {name: partial(run_over, reader, arrays, len(slots), grain) for name, reader in READERS.items()}
 
 
-# --- updates: values and two moments are read and written back as they were ------------------------------
+# --- updates: rows of values and two moments, or of values alone, are read and written back as they were ---
 
 
 @kernel
@@ -148,15 +150,40 @@ def update_2_rows(values, moments1, moments2, rows, one, first, last):
         update_1_row(values, moments1, moments2, rows, one, last - 1, last)
 
 
+@kernel
+def update_1_row_alone(values, rows, one, first, last):
+    """Reads and writes rows[first:last] of one table, a row at a time."""
+    for touched in range(first, last):
+        value = values[rows[touched]]
+        for column in range(len(value)):
+            value[column] *= one
+
+
+@kernel
+def update_4_rows_alone(values, rows, one, first, last):
+    """The same, four rows at a time."""
+    for touched in range(first, last - 3, 4):
+        value0, value1 = values[rows[touched]], values[rows[touched + 1]]
+        value2, value3 = values[rows[touched + 2]], values[rows[touched + 3]]
+        for column in range(len(value0)):
+            value0[column] *= one
+            value1[column] *= one
+            value2[column] *= one
+            value3[column] *= one
+    update_1_row_alone(values, rows, one, last - (last - first) % 4, last)
+
+
 UPDATERS = {"1 row at once": update_1_row, "2 rows at once": update_2_rows}
+ALONE = {"1 row at once": update_1_row_alone, "4 rows at once": update_4_rows_alone}
 
 
 def updaters(values: Tensor, moments: dict[str, Tensor], rows: Tensor) -> dict[str, Callable[[], None]]:
-    """Every plain update of the rows (u,), which ascend."""
+    """Every plain update of the rows (u,), which ascend, with the two moments or without any."""
     tables = [tensor.detach().numpy() for tensor in (values, *moments.values())]
     arguments = (*tables, rows.numpy(), np.float32(1))
     grain = 1 + GRAIN_ELEMENTS // values.shape[1]
-    return {name: partial(run_over, update, arguments, len(rows), grain) for name, update in UPDATERS.items()}
+    kernels = UPDATERS if moments else ALONE
+    return {name: partial(run_over, update, arguments, len(rows), grain) for name, update in kernels.items()}
 
 
 # --- the floor of a layer -------------------------------------------------------------------------------
@@ -195,18 +222,19 @@ def forward_floor(memory: ProductKeyMemory, x: Tensor) -> Floor:
 
 
 def training_floor(memory: ProductKeyMemory, x: Tensor, grad_output: Tensor, moments: dict[str, Tensor]) -> Floor:
-    """The floor of a training step."""
+    """The floor of a training step, with the two moments or without any."""
     forward, slots = forward_floor(memory, x), slots_read(memory, x)
     rows = slots.unique()
     tokens = torch.arange(len(x)).repeat_interleave(slots.shape[1])[slots.flatten().argsort()].view_as(slots)
+    update = UPDATE if moments else UPDATE_ALONE
     parts = forward.parts | {
         READ_BACK: fastest(readers(grad_output, tokens)),
-        UPDATE: fastest(updaters(memory.values.weight, moments, rows)),
+        update: fastest(updaters(memory.values.weight, moments, rows)),
     }
     chosen = min(1.0, memory.config.knn / memory.config.num_sub_keys)
-    factors = {QUERY: 3.0, SCORES: 1 + 2 * chosen, READ: 2.0, READ_BACK: 1.0, UPDATE: 1.0}
+    factors = {QUERY: 3.0, SCORES: 1 + 2 * chosen, READ: 2.0, READ_BACK: 1.0, update: 1.0}
     width = grad_output.shape[1]
-    work = {READ_BACK: slots.numel() * width * 4, UPDATE: len(rows) * width * 4 * 6}
+    work = {READ_BACK: slots.numel() * width * 4, update: len(rows) * width * 4 * 2 * (1 + len(moments))}
     return Floor(parts, factors, forward.work | work)
 
 

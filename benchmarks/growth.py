@@ -22,7 +22,7 @@ from floor import training_floor
 from harness import Ratio, Report, Timings, available_bytes, in_fresh_process, interleave
 from peers import PKM, PLAIN
 from pkmem import MemoryConfig, ProductKeyMemory
-from steps import FUSED, OURS, SPARSE, flow_of, moments_of, our_step, steps_on_one_table
+from steps import FUSED, LEAN, OURS, SPARSE, flow_of, moments_of, our_step, steps_on_one_table
 
 FLOOR = "floor"
 SIZES, TOKENS = tuple(MemoryConfig(dim=256, num_sub_keys=s) for s in (128, 256, 512, 1024, 2048)), 2048
@@ -61,9 +61,9 @@ def all_at_one_size(config: MemoryConfig, tokens: int, repeats: int) -> Timings:
     memory = ProductKeyMemory(config)
     x, grad_output = flow_of(config, tokens)
     table_bytes = memory.values.weight.nbytes
-    names = (SPARSE, FUSED, PKM)
+    names = (LEAN, SPARSE, FUSED, PKM)
     fits = available_bytes() > (2 + 2) * table_bytes + (2 << 30)  # moments, a dense gradient, and what falls between
-    contenders = steps_on_one_table(memory, names if fits else (SPARSE,), x, grad_output)
+    contenders = steps_on_one_table(memory, names if fits else (LEAN, SPARSE), x, grad_output)
     moments = moments_of(contenders[OURS].optimizers[-1], memory.values.weight)
     floor = training_floor(memory, x, grad_output, moments)
     timings = floor.added_to(interleave(contenders | floor.parts, repeats))
@@ -101,6 +101,9 @@ def add_size(report: Report, slots: int, timings: Timings) -> None:
     for name in (SPARSE, FUSED, PKM):
         if name in timings.seconds:
             report.add(f"{slots:,} slots: {name} / ours", timings.ratio(name, OURS))
+    for name in (FUSED, PKM):
+        if name in timings.seconds:
+            report.add(f"{slots:,} slots: {name} / ours with one second moment a row alone", timings.ratio(name, LEAN))
     if FLOOR in timings.seconds:
         report.add(f"{slots:,} slots: ours / floor", timings.ratio(OURS, FLOOR))
 
@@ -128,7 +131,7 @@ def plot(by_slots: dict[int, Timings], tokens: int, path: Path) -> None:
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
-    for name in (PKM, FUSED, SPARSE, OURS, FLOOR):
+    for name in (PKM, FUSED, SPARSE, OURS, LEAN, FLOOR):
         points = [(slots, timings.seconds[name]) for slots, timings in by_slots.items() if name in timings.seconds]
         if points:
             microseconds = [statistics.median(seconds) / tokens * 1e6 for _, seconds in points]

@@ -1,12 +1,13 @@
 """Training steps of a layer: forward, backward, update. Ours, and others' with each optimizer they have.
 
-To fit side by side, all steps train one value table with one pair of moments; what a step costs does not depend on
-the numbers in them, and the learning rate is too small to change what is read. Ours clips twice (the dense part and the
+To fit side by side, all steps train one value table, and all that keep two moments of each number one pair of them; what
+a step costs does not depend on the numbers in them, and the learning rate is too small to change what is read. Ours clips twice (the dense part and the
 values, each a pass over the gradient), at a norm that never bites; the peers do not clip, in their favour.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import torch
@@ -20,10 +21,12 @@ from pkmem.layer.config import MemoryConfig
 from pkmem.layer.memory import ProductKeyMemory
 from pkmem.layer.optim import dense_parameters
 
-OURS, SPARSE, FUSED, FOREACH = "pkmem", "SparseAdam", "dense Adam (fused)", "dense Adam (foreach)"
+OURS, LEAN = "pkmem", "pkmem with one second moment a row alone"
+SPARSE, FUSED, FOREACH = "SparseAdam", "dense Adam (fused)", "dense Adam (foreach)"
 DENSE = (FUSED, FOREACH, PKM, PEER)
 LR, BETAS, NEVER = 1e-5, (0.9, 0.98), 1e9
 NOTES = {
+    LEAN: 'with one second moment a row alone: RowAdam(second_moment="row", betas=(0, b2)), four bytes of state a row',
     SPARSE: "SparseAdam: plain torch with nn.EmbeddingBag(sparse=True); the same rule as ours",
     FUSED: "dense Adam: plain torch, every row updated at every step; fused and foreach forms",
     "clip": "ours clips its gradient norms (two more passes), the peers do not",
@@ -64,6 +67,15 @@ def our_step(memory: ProductKeyMemory, x: Tensor, grad_output: Tensor) -> Traini
     return TrainingStep(memory, optimizers, x, grad_output, dense)
 
 
+def lean_step(memory: ProductKeyMemory, x: Tensor, grad_output: Tensor) -> TrainingStep:
+    """Ours with one second moment a row and no first: of the same table, by way of a second memory."""
+    table = memory.values.weight
+    twin = copy.deepcopy(memory, {id(table): table})
+    dense = dense_parameters(twin)
+    values = RowAdam(twin, LR, (0.0, BETAS[1]), max_norm=NEVER, second_moment="row")
+    return TrainingStep(twin, [Adam(dense, LR, BETAS, fused=True), values], x, grad_output, dense)
+
+
 def sparse_step(memory: ProductKeyMemory, x: Tensor, grad_output: Tensor) -> TrainingStep:
     """SparseAdam for the values, Adam for the rest."""
     table, dense = memory.values.weight, dense_parameters(memory)
@@ -78,6 +90,7 @@ def dense_step(layer: nn.Module, x: Tensor, grad_output: Tensor, form: str = "fu
 
 STEPS: dict[str, Callable[[ProductKeyMemory, Tensor, Tensor], TrainingStep]] = {
     OURS: our_step,
+    LEAN: lean_step,
     SPARSE: sparse_step,
     FUSED: lambda memory, *flow: dense_step(PlainMemory(memory), *flow),
     FOREACH: lambda memory, *flow: dense_step(PlainMemory(memory), *flow, form="foreach"),
@@ -112,6 +125,8 @@ def steps_on_one_table(
 ) -> dict[str, Callable[[], None]]:
     """Ours, and the steps named, checked: the first step of each plain-torch one must do what ours does.
 
+    Of ours with less state, the gradient of x.
+
     Raises:
         ArithmeticError: a step makes another table, or other keys, than ours.
     """
@@ -125,17 +140,19 @@ def steps_on_one_table(
     expected = _gradients(ours, rows, moments)
     steps: dict[str, Callable[[], None]] = {OURS: ours}
     for name in names:
+        _restore(memory, rows, before, moments)
         try:
             step = STEPS[name](memory, x, grad_output)
         except ImportError as error:
             steps[name] = _raising(error)
             continue
-        share_moments(step, table, moments)
-        if name in (SPARSE, FUSED, FOREACH):
-            _restore(memory, rows, before, moments)
+        if name != LEAN:
+            share_moments(step, table, moments)
+        if name in (LEAN, SPARSE, FUSED, FOREACH):
             step()
-            for what, found in _gradients(step, rows, moments).items():
-                check_same(f"{name} and ours, {what} after one step", found, expected[what])
+            found = _gradients(step, rows, {} if name == LEAN else moments)
+            for what, gradient in found.items():
+                check_same(f"{name} and ours, {what} after one step", gradient, expected[what])
         steps[name] = step
     return steps
 

@@ -17,7 +17,7 @@ ORDER = {  # folders from the ground up, each with its files in order: a file im
     "ops.cpu": "threads cache kernels halves vectors bag packed ahead rows selection selection_backward decoding compiling",
     "ops.triton": "installed device code arithmetic launch bag packed rows selection selection_backward kernels",
     "ops ": "backends reads reading_log registered mapped_rows flops transformed",
-    "layer": "config huge_pages drawing room padding recomputation crossing query keys journey values quantised counting gate decoding memory usage "
+    "layer": "config huge_pages drawing room padding untouched recomputation crossing linear query keys journey values quantised counting gate decoding memory usage "
     "replicas sharding moments optim combined",
     "lm": "config evaluation speed padding signature placement stored offloading mapping huggingface modeling_pkmem build smollm2 recall inspection autoload",
     "training": "recipe reading together state shards checkpoint named_state saver "

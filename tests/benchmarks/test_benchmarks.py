@@ -23,12 +23,20 @@ LINES = {
         "the demo's, 8 at once: beside an MLP / no memory",
     ],
     "layer_forward": ["width 16, s 16, 32 tokens: ours / floor"],
-    "training_step": ["width 16, s 16, 32 tokens: SparseAdam / ours", "width 16, s 16, 32 tokens: ours / floor"],
+    "training_step": [
+        "width 16, s 16, 32 tokens: SparseAdam / ours",
+        "width 16, s 16, 32 tokens: ours / floor",
+        "width 16, s 16, 32 tokens: ours with one second moment a row alone / its floor",
+    ],
+    "halves": [
+        "width 16, s 16, 32 tokens: training step, fp32 / autocast",
+        "width 16, s 16, 33 tokens: forward, fp32 / a bf16 table, bf16 moments",
+    ],
     "growth": ["256 slots: ours / floor", "s 32 over s 8: growth of ours / growth of the floor"],
     "peak_memory": ["width 16, s 16: pkmem: peak RSS, GB"],
     "demo_backends": ["demo's memory model, seconds of training: reference / numba kernels"],
     "plan_time": ["with a memory, width 16: planned / measured"],
-    "billion": ["loss, last 1 steps", "peak RSS, GB"],
+    "billion": ["moments in bf16: loss, last 1 steps", "one second moment a row alone: peak RSS, GB"],
 }
 TUNED_MALLOC = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "99999999999", "MALLOC_TOP_PAD_": "67108864"}
 STARTS_AGAIN = "operators"  # the one that must set the variables itself

@@ -268,7 +268,8 @@ def test_a_fresh_optimizers_state_can_be_loaded() -> None:
     [
         ({"lr": 0.0}, "lr is 0.0 but must be > 0"),
         ({"lr": float("nan")}, "lr is nan but must be > 0"),
-        ({"betas": (0.9, 1.0)}, r"betas is \(0.9, 1.0\) but must be in \[0, 1\)"),
+        ({"betas": (1.0, 1.0)}, r"betas is \(1.0, 1.0\) but must be in \[0, 1\), or 1 for the second"),
+        ({"betas": (0.9, 1.1)}, r"betas is \(0.9, 1.1\) but must be in \[0, 1\)"),
         ({"betas": (-0.1, 0.9)}, r"betas is \(-0.1, 0.9\) but must be in \[0, 1\)"),
         ({"eps": 0.0}, "eps is 0.0 but must be > 0"),
         ({"max_norm": 0.0}, "max_norm is 0.0 but must be None or > 0"),

@@ -214,6 +214,7 @@ LEAN = [
     {"second_moment": "row", "betas": (0.0, 0.98)},
     {"betas": (0.0, 0.98)},
     {"second_moment": "row", "moment_dtype": torch.bfloat16},
+    {"second_moment": "row", "betas": (0.0, 1.0)},
 ]
 
 
@@ -304,6 +305,38 @@ def test_without_a_first_moment_a_step_is_adams_with_a_first_beta_of_0(backend) 
             stepping.step()
             stepping.zero_grad()
     torch.testing.assert_close(table.weight, twin.weight, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_a_second_beta_of_1_is_the_adagrad_of_torch(backend, dtype) -> None:
+    table = table_of(9, 4, dtype, backend)
+    twin, start = copy.deepcopy(table), table.weight.detach().clone()
+    ours, theirs = RowAdam(table, 0.1, (0.0, 1.0), 1e-10), torch.optim.Adagrad([twin.weight], 0.1, eps=1e-10)
+    for seed in range(4):
+        for one, stepping in ((table, ours), (twin, theirs)):
+            torch.manual_seed(seed)
+            read(one, torch.randint(6, (5, 1, 3), generator=torch.Generator().manual_seed(seed)), seed)
+            stepping.step()
+            stepping.zero_grad()
+    torch.testing.assert_close(table.weight, twin.weight, rtol=0, atol=1e-12 if dtype == torch.float64 else 1e-6)
+    assert torch.equal(table.weight[6:], start[6:])
+
+
+def test_row_wise_adagrad_divides_a_row_by_the_root_of_its_summed_mean_squares(backend) -> None:
+    table = table_of(9, 4, torch.float64, backend)
+    twin = copy.deepcopy(table)
+    optimizer = RowAdam(table, 0.1, (0.0, 1.0), 1e-10, second_moment="row")
+    expected, sums = twin.weight.detach(), torch.zeros(9, dtype=torch.float64)
+    for seed in range(4):
+        for one in (table, twin):
+            torch.manual_seed(seed)
+            read(one, torch.randint(6, (5, 1, 3), generator=torch.Generator().manual_seed(seed)), seed)
+        gradient, twin.weight.grad = twin.weight.grad, None
+        sums += gradient.square().mean(1)
+        expected -= 0.1 * gradient / (sums.sqrt() + 1e-10)[:, None]
+        optimizer.step()
+    torch.testing.assert_close(table.weight, expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(optimizer.state[table.weight]["exp_avg_sq"], sums, rtol=1e-12, atol=0)
 
 
 # --- the rest ---------------------------------------------------------------------------------------------

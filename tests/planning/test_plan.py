@@ -58,7 +58,8 @@ def test_the_gradient_of_a_dense_table_is_held_beside_its_moments() -> None:
 
 
 @pytest.mark.parametrize(
-    ("value_moments", "of_number", "of_row"), [("fp32", 8, 0), ("bf16", 4, 0), ("row", 4, 4), ("row_alone", 0, 4)]
+    ("value_moments", "of_number", "of_row"),
+    [("fp32", 8, 0), ("bf16", 4, 0), ("row", 4, 4), ("row_alone", 0, 4), ("row_adagrad", 0, 4)],
 )
 def test_less_state_takes_less_memory_and_fewer_bytes_of_an_update(value_moments, of_number, of_row) -> None:
     recipe = training(SMALL, value_moments=value_moments)

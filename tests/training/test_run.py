@@ -171,6 +171,7 @@ def test_a_run_resumed_after_ctrl_c_is_the_uninterrupted_run(run: Path, text: Pa
         {"training": {"async_save": True}},
         {"training": {"value_moments": "row"}},
         {"training": {"value_moments": "row_alone"}},
+        {"training": {"value_moments": "row_adagrad"}},
     ],
     ids=[
         "dense gradient",
@@ -181,6 +182,7 @@ def test_a_run_resumed_after_ctrl_c_is_the_uninterrupted_run(run: Path, text: Pa
         "saved in background",
         "row",
         "row alone",
+        "row Adagrad",
     ],
 )
 def test_every_kind_of_run_resumes_bitwise(text: Path, tmp_path: Path, changes: dict) -> None:

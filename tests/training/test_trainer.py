@@ -37,7 +37,7 @@ def test_values_have_their_own_rate_and_no_weight_decay(value_grad: Any) -> None
         assert group["betas"] == (0.9, 0.9)
 
 
-@pytest.mark.parametrize("kind", ["fp32", "bf16", "row", "row_alone"])
+@pytest.mark.parametrize("kind", ["fp32", "bf16", "row", "row_alone", "row_adagrad"])
 def test_values_keep_the_moments_that_are_wanted(kind: Any) -> None:
     model = build_model(MODEL, MEMORY, 300, 0)
     config = TrainingConfig(value_moments=kind)

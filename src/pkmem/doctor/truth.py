@@ -118,7 +118,10 @@ def _parts(slots: Tensor, width: int) -> Iterator[slice]:
 
 
 class Adam(NamedTuple):
-    """One step of Adam (Kingma & Ba 2015) on some rows of a table; the bias is corrected by the step."""
+    """One step of Adam (Kingma & Ba 2015) on some rows of a table; the bias is corrected by the step.
+
+    With a second beta of 1 squares are summed: Adagrad (Duchi et al. 2011), if the first is 0.
+    """
 
     lr: float
     betas: tuple[float, float]
@@ -139,8 +142,12 @@ class Adam(NamedTuple):
         by_row = second.dim() == 1
         squares = gradient.square().mean(1) if by_row else gradient.square()
         first_after = gradient if first is None else self.betas[0] * first + (1 - self.betas[0]) * gradient
-        second_after = self.betas[1] * second + (1 - self.betas[1]) * squares
-        unbiased = first_after / (1 - self.betas[0] ** self.step), second_after / (1 - self.betas[1] ** self.step)
+        if self.betas[1] == 1:
+            second_after = unbiased_second = second + squares
+        else:
+            second_after = self.betas[1] * second + (1 - self.betas[1]) * squares
+            unbiased_second = second_after / (1 - self.betas[1] ** self.step)
+        unbiased = first_after / (1 - self.betas[0] ** self.step), unbiased_second
         spread = unbiased[1].sqrt() + self.eps
         value_after = value - self.lr * unbiased[0] / (spread[:, None] if by_row else spread)
         pairs = ((value_after, value), (first_after, first), (second_after, second))

@@ -18,6 +18,7 @@ from pkmem.layer.gate import OutputGate
 from pkmem.layer.keys import ProductKeys
 from pkmem.layer.quantised import QuantisedValues
 from pkmem.layer.query import MaskedBatchNorm, QueryNetwork
+from pkmem.layer.untouched import is_untouched
 from pkmem.layer.values import ValueTable
 from pkmem.ops.arguments import NORM_TENSORS, LayerWeights
 from pkmem.ops.backends import backend_module, choose_backend
@@ -142,15 +143,7 @@ def _is_as_built(part: Any, built_as: type[nn.Module]) -> bool:
     """Whether a part is of this very class, in evaluation mode, runs the class's first `forward`, and has no hook."""
     if type(part) is not built_as or built_as.forward is not _FORWARD[built_as]:
         return False
-    state = part.__dict__
-    return not (
-        state["training"]  # as dropout is that samples in evaluation
-        or state["_forward_hooks"]
-        or state["_forward_pre_hooks"]
-        or state["_backward_hooks"]
-        or state["_backward_pre_hooks"]
-        or "forward" in state  # replaced on the instance, as libraries do that offload weights
-    )
+    return not part.__dict__["training"] and is_untouched(part)  # dropout that samples in evaluation is in training
 
 
 def _fit(x: Tensor, layer: LayerWeights) -> bool:

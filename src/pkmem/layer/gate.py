@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pkmem.layer.config import MemoryConfig
+from pkmem.layer.linear import apply_linear
 
 
 class OutputGate(nn.Module):
@@ -18,4 +19,4 @@ class OutputGate(nn.Module):
 
     def forward(self, out: Tensor, x: Tensor) -> Tensor:
         """Memory output (n, v) and hidden states (n, d) -> (n, d)."""
-        return self.project(out * F.silu(self.gate(x)))
+        return apply_linear(self.project, out * F.silu(apply_linear(self.gate, x)))

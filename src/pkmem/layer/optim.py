@@ -41,8 +41,9 @@ class RowAdam(Optimizer):
         tables: a module whose tables to train (a memory, a model), a `ValueTable`, an iterable of these, or an iterable
             of groups `{"params": a module or several, "lr": ...}` with options of their own.
         lr: learning rate, > 0; the paper's for values is 1e-3.
-        betas: decay of the two moments, each in [0, 1). Where the first is 0 there is no first moment to keep: a step then
-            moves by the gradient itself.
+        betas: decay of the two moments, in [0, 1). Where the first is 0 there is no first moment to keep: a step then
+            moves by the gradient itself. Where the second is 1 squares are summed, not averaged: (0, 1) is Adagrad, and
+            with `second_moment="row"` the row-wise Adagrad of recommenders' tables, whose steps get shorter by themselves.
         eps: added to the root of the second moment, > 0.
         max_norm: clip the norm of all tables' gradients together to this, > 0; None does not clip.
         moment_dtype: torch.float32 or torch.bfloat16, which halves the moments; None is fp32 (fp64 for fp64 tables).
@@ -299,7 +300,8 @@ def _as_distributed(state: dict[str, Any], others: OtherProcesses | None) -> dic
 
 def _check_options(group: dict[str, Any]) -> None:
     require(group["lr"] > 0, "lr", group["lr"], "> 0")
-    require(all(0 <= beta < 1 for beta in group["betas"]), "betas", group["betas"], "in [0, 1)")
+    first, second = group["betas"]
+    require(0 <= first < 1 and 0 <= second <= 1, "betas", group["betas"], "in [0, 1), or 1 for the second")
     require(group["eps"] > 0, "eps", group["eps"], "> 0")
     require(group["seed"] >= 0, "seed", group["seed"], ">= 0")
     for option in ("weight_decay", "amsgrad", "maximize", "differentiable"):

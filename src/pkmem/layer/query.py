@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from pkmem.layer.config import MemoryConfig
 from pkmem.layer.crossing import AllProcesses
+from pkmem.layer.linear import apply_linear
 from pkmem.layer.recomputation import is_recomputation
 
 
@@ -29,7 +30,7 @@ class QueryNetwork(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """(n, d) and a mask (n,) or None -> (n, h, q)."""
-        query = self.project(x)
+        query = apply_linear(self.project, x)
         if not self.is_batch_norm:
             return self.dropout(self.norm(query.unflatten(-1, (self.heads, -1))))
         if mask is None or not self.norm.training:

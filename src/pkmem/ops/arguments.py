@@ -49,10 +49,10 @@ def surely_finite(reads: SortedReads) -> Tensor:
 
 
 class AdamStep(NamedTuple):
-    """One step of Adam (Kingma & Ba 2015).
+    """One step of Adam (Kingma & Ba 2015), or of Adagrad (Duchi et al. 2011).
 
     Args:
-        lr, betas, eps: Adam's.
+        lr, betas, eps: Adam's. Where the second beta is 1, squares are summed and not averaged, as in Adagrad.
         step: updates made so far, this one included, >= 1; corrects the bias of every row alike.
         scale: factor on the gradients (clipping), > 0; one that is not finite leaves everything as it is.
         seed: bf16 is rounded up or down at random, by seed, step, row and column alone; fp16 to nearest.
@@ -66,6 +66,11 @@ class AdamStep(NamedTuple):
     scale: float | Tensor
     seed: int = 0
     first_column: int = 0
+
+    @property
+    def rates(self) -> tuple[float, float]:
+        """What a gradient adds to the first moment, and its square to the second."""
+        return 1 - self.betas[0], 1.0 if self.betas[1] == 1 else 1 - self.betas[1]
 
 
 NORM_TENSORS = {  # of each query norm, in the order in which `Backend.decode` takes them

@@ -30,7 +30,8 @@ class TrainingConfig:
         value_grad: "rows" trains the read rows alone, at a cost that does not grow with the table; "dense"
             makes a gradient of the table's size.
         value_moments: what Adam keeps for the values: "fp32", both moments of each number, twice the table; "bf16", both
-            in two bytes; "row", the first of each number and one second a row; "row_alone", one second moment a row.
+            in two bytes; "row", the first of each number and one second a row; "row_alone", one second moment a row;
+            "row_adagrad", the sum of squares in its place, whatever beta2 is: a row's steps get shorter as it is read.
         columns: processes that share the columns of each value table; None: as many of a host's as divide its width.
         train: what moves: "values", the value tables alone; "memory", the memories' queries, keys and gates, too; or
             "all". What does not costs no gradient and no optimizer state.
@@ -58,7 +59,7 @@ class TrainingConfig:
     weight_decay: float = 0.0
     max_norm: float = 1.0
     value_grad: Literal["rows", "dense"] = "rows"
-    value_moments: Literal["fp32", "bf16", "row", "row_alone"] = "fp32"
+    value_moments: Literal["fp32", "bf16", "row", "row_alone", "row_adagrad"] = "fp32"
     train: Literal["values", "memory", "all"] = "all"
     gradient_checkpointing: bool = False
     columns: int | None = None
@@ -89,7 +90,8 @@ class TrainingConfig:
     @property
     def moment_bytes(self) -> tuple[int, int]:
         """What Adam keeps for the values: bytes of each number of a table, and of each row."""
-        return {"fp32": (8, 0), "bf16": (4, 0), "row": (4, 4), "row_alone": (0, 4)}[self.value_moments]
+        sizes = {"fp32": (8, 0), "bf16": (4, 0), "row": (4, 4), "row_alone": (0, 4), "row_adagrad": (0, 4)}
+        return sizes[self.value_moments]
 
     @property
     def num_steps(self) -> int:

@@ -61,12 +61,13 @@ def build_optimizer(model: nn.Module, config: TrainingConfig) -> CombinedOptimiz
 
 
 def _row_adam(tables: list[Table], config: TrainingConfig) -> RowAdam:
+    betas = {"row_alone": (0.0, config.beta2), "row_adagrad": (0.0, 1.0)}
     return RowAdam(
         tables,
         lr=config.value_lr,
-        betas=(0.0 if config.value_moments == "row_alone" else 0.9, config.beta2),
+        betas=betas.get(config.value_moments, (0.9, config.beta2)),
         moment_dtype=torch.bfloat16 if config.value_moments == "bf16" else None,
-        second_moment="row" if config.value_moments in ("row", "row_alone") else "element",
+        second_moment="row" if config.value_moments.startswith("row") else "element",
     )
 
 

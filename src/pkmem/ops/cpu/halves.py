@@ -1,14 +1,22 @@
-"""16-bit floats in kernels: bf16 comes as uint16, fp16 as int16, which numba knows."""
+"""16-bit floats in kernels: bf16 comes as uint16, fp16 as int16, which numba knows.
+
+What every element of a bf16 table goes through is written in LLVM's 32-bit integers, eight to a vector: numba's own
+operations on them have 64 bits, four to a vector.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
 import numpy as np
+from llvmlite import ir
 from numba import types
-from numba.extending import overload
+from numba.extending import intrinsic, overload
 
 from pkmem.ops.cpu.kernels import part_of_kernel
+
+_I16, _I32 = ir.IntType(16), ir.IntType(32)
+_NAN = 0x7FC0  # of bf16
 
 
 def widen(stored: Any) -> Any:
@@ -65,20 +73,48 @@ def _narrow_at_random(number: Any, like: Any, random: Any) -> Any:
     return bf16 if like == types.uint16 else rounded
 
 
-@part_of_kernel
-def mixed(bits: Any) -> Any:
+@intrinsic
+def mixed(_: Any, bits: Any) -> Any:
     """A uint32 scrambled: every bit depends on every bit (lowbias32 of C. Wellons)."""
-    bits = np.uint32((bits ^ (bits >> np.uint32(16))) * np.uint32(0x7FEB352D))
-    bits = np.uint32((bits ^ (bits >> np.uint32(15))) * np.uint32(0x846CA68B))
-    return np.uint32(bits ^ (bits >> np.uint32(16)))
+
+    def codegen(context: Any, builder: Any, _: Any, arguments: Any) -> Any:
+        (bits,) = arguments
+        for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+            bits = builder.mul(builder.xor(bits, builder.lshr(bits, _I32(shift))), _I32(factor))
+        return builder.xor(bits, builder.lshr(bits, _I32(16)))
+
+    return types.uint32(types.uint32), codegen
 
 
-@part_of_kernel
-def _to_bf16_at_random(number: Any, random: Any) -> Any:
-    bits = np.float32(number).view(np.uint32)
-    if (bits & np.uint32(0x7FFFFFFF)) >= np.uint32(0x7F800000):
-        return _to_bf16(number)
-    return np.uint16((bits + (random & np.uint32(0xFFFF))) >> np.uint32(16))
+def _rounded(builder: Any, number: Any, bits: Any) -> Any:
+    """The upper half of `bits`, which are those of a number and what its lower half makes of them."""
+    upper = builder.trunc(builder.lshr(bits, _I32(16)), _I16)
+    return builder.select(builder.fcmp_unordered("uno", number, number), _I16(_NAN), upper)
+
+
+@intrinsic
+def _to_bf16_at_random(_: Any, number: Any, random: Any) -> Any:
+    """Goes up if the lower half and 16 random bits reach beyond it; an infinity, whose lower half is zero, never does."""
+
+    def codegen(context: Any, builder: Any, _: Any, arguments: Any) -> Any:
+        number, random = arguments
+        bits = builder.bitcast(number, _I32)
+        return _rounded(builder, number, builder.add(bits, builder.and_(random, _I32(0xFFFF))))
+
+    return types.uint16(types.float32, types.uint32), codegen
+
+
+@intrinsic
+def _to_bf16(_: Any, number: Any) -> Any:
+    """Rounds to nearest even."""
+
+    def codegen(context: Any, builder: Any, _: Any, arguments: Any) -> Any:
+        (number,) = arguments
+        bits = builder.bitcast(number, _I32)
+        last_place = builder.and_(builder.lshr(bits, _I32(16)), _I32(1))
+        return _rounded(builder, number, builder.add(bits, builder.add(_I32(0x7FFF), last_place)))
+
+    return types.uint16(types.float32), codegen
 
 
 @part_of_kernel
@@ -108,12 +144,3 @@ def _to_fp16(number: Any) -> Any:
     if bits > np.uint32(0x7F800000):
         half = np.uint32(0x7E00)
     return np.int16(np.uint16(half | sign))
-
-
-@part_of_kernel
-def _to_bf16(number: Any) -> Any:
-    bits = np.float32(number).view(np.uint32)
-    rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
-    if (bits & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000):
-        rounded = np.uint32(0x7FC0)
-    return np.uint16(rounded)

@@ -97,8 +97,9 @@ def adam_rows(
     lr, step, scale, seed = float(update.lr), int(update.step), float(update.scale), update.seed
     if not math.isfinite(scale):
         return
-    beta1, beta2 = update.betas
-    factors = (scale, 1 - beta1, beta2, 1 - beta2, 1 / (1 - beta2**step), update.eps, lr / (1 - beta1**step))
+    (beta1, beta2), (rate1, rate2) = update.betas, update.rates
+    correction2 = 1.0 if beta2 == 1 else 1 / (1 - beta2**step)
+    factors = (scale, rate1, beta2, rate2, correction2, update.eps, lr / (1 - beta1**step))
     key = np.array([seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF, step, update.first_column], np.uint32)
     contiguous = tuple(None if table is None else table.contiguous() for table in tables)
     arrays = [None if table is None else array(table) for table in contiguous]

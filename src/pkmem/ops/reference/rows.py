@@ -123,7 +123,7 @@ def adam_rows(
     """See `Backend.adam_rows`."""
     scale, step_size, correction, step = adam_factors(update, values.device)
     is_finite = scale.isfinite()
-    beta1, beta2 = update.betas
+    beta2, (rate1, rate2) = update.betas[1], update.rates
     tables = (values, second_moment) if first_moment is None else (values, first_moment, second_moment)
     is_rounded = torch.bfloat16 in {table.dtype for table in tables}
     keys = random_keys(update.seed, step, reads.rows) if is_rounded else None
@@ -138,15 +138,15 @@ def adam_rows(
         first = gradients
         if first_moment is not None:
             old = first_moment.index_select(0, rows)
-            first = old.to(gradients.dtype).lerp(gradients, 1 - beta1)
+            first = old.to(gradients.dtype).lerp(gradients, rate1)
             write(first_moment, rows, old, first, random, 16)
         old = second_moment.index_select(0, rows)
         if squares is not None:
-            second = old.double() * beta2 + squares * (1 - beta2)
+            second = old.double() * beta2 + squares * rate2
             write(second_moment, rows, old, second, None, 0)
             second = second.to(gradients.dtype).unsqueeze(1)
         else:
-            second = (old.to(gradients.dtype) * beta2).addcmul_(gradients, gradients, value=1 - beta2)
+            second = (old.to(gradients.dtype) * beta2).addcmul_(gradients, gradients, value=rate2)
             write(second_moment, rows, old, second, random, 16)
         change = first.div_(second.mul_(correction).sqrt_().add_(update.eps)).mul_(step_size)
         del first, second  # makes room
@@ -168,7 +168,7 @@ def adam_factors(update: AdamStep, device: torch.device) -> Tensor:
     """(scale, step size, correction of the second moment, step) on the device, fp64."""
     count = _scalar(update.step, device)
     step_size = _scalar(update.lr, device) / (1 - torch.pow(update.betas[0], count))
-    correction = 1 / (1 - torch.pow(update.betas[1], count))
+    correction = torch.ones_like(count) if update.betas[1] == 1 else 1 / (1 - torch.pow(update.betas[1], count))
     return torch.stack((_scalar(update.scale, device), step_size, correction, count))
 
 

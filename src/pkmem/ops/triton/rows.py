@@ -87,7 +87,7 @@ def adam_rows(
         return
     first = None if first_moment is None else first_moment.contiguous()
     contiguous = values.contiguous(), first, second_moment.contiguous()
-    betas, seed = update.betas, update.seed
+    seed = update.seed
     factors = adam_factors(update, values.device)
     divisors = None
     if second_moment.dim() == 1:
@@ -95,8 +95,8 @@ def adam_rows(
         divisors = torch.empty(len(reads.rows), device=values.device)
         _update_of_rows(contiguous[2], squares, divisors, reads, factors, update)
     keys = (_as_int32(seed), _as_int32(seed >> 32), update.first_column)
-    rates = (1 - betas[0], 1 - betas[1])
-    _over_rows(_adam, reads, *contiguous, divisors, len(values), factors, *betas, *rates, update.eps, *keys)
+    rates = (*update.betas, *update.rates)
+    _over_rows(_adam, reads, *contiguous, divisors, len(values), factors, *rates, update.eps, *keys)
     for table, updated in zip(tables, contiguous, strict=True):
         if table is not None and updated is not None and updated is not table:
             table.copy_(updated)
@@ -111,13 +111,13 @@ def _update_of_rows(
     update: AdamStep,
 ) -> None:
     """Updates one second moment a row, and writes what the row's update is divided by."""
-    beta2, num_reads = update.betas[1], len(reads.rows)
+    num_reads = len(reads.rows)
     if num_reads == 0:
         return
     with on(reads.rows):
         _second_of_rows[(triton.cdiv(num_reads, _ROWS_AT_ONCE.value),)](
             reads.rows, reads.offsets, squares, second_moment, divisors, num_reads, len(second_moment), factors,
-            beta2, 1 - beta2, update.eps,
+            update.betas[1], update.rates[1], update.eps,
         )  # fmt: skip
 
 
