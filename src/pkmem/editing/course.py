@@ -154,11 +154,16 @@ class Course:
         self._hard = latest[:_HARD_KEPT]
 
     def _known_in_turn(self, known: Rehearsal, tried: list[list[int]]) -> Iterator[list[int]]:
-        """Each edit alone, and then beside some and all of the others."""
-        some = self._others.in_turn(self._draw, _KNOWN_DRAWN, tried)  # looks at those tried when it begins
-        for inside in itertools.chain(self._others.one_by_one(), some):
+        """Beside what was hard, where a check ends soonest; each edit alone; and then beside some and all of the others."""
+        for inside in list(self._hard):
+            self._others.hold_only(inside)
             tried.append(inside)
             yield known.places_of(inside)
+        some = self._others.in_turn(self._draw, _KNOWN_DRAWN, tried)  # looks at those tried when it begins
+        for inside in itertools.chain(self._others.one_by_one(), some):
+            if inside not in tried:
+                tried.append(inside)
+                yield known.places_of(inside)
 
     def _ask(self, places: Sequence[int]) -> Tensor:
         """The losses of some questions: some as they stand, some in other text, which are longer."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -44,8 +43,14 @@ def surely_finite(reads: SortedReads) -> Tensor:
     """Whether a bound shows, without summing anything, that a table's gradient is finite; a bool scalar."""
     if len(reads.tokens) == 0:  # of no numbers none is the largest
         return torch.ones((), dtype=torch.bool, device=reads.rows.device)
-    largest = [torch.linalg.vector_norm(part, math.inf).double() for part in (reads.weights, reads.grad_output)]
-    return len(reads.tokens) * largest[0] * largest[1] < torch.finfo(torch.float32).max / 2
+    weight, back = (_largest(part) for part in (reads.weights, reads.grad_output))
+    return len(reads.tokens) * weight * back < torch.finfo(torch.float32).max / 2
+
+
+def _largest(numbers: Tensor) -> Tensor:
+    """The largest magnitude, fp64, or NaN; a tenth of the time of a norm."""
+    lowest, highest = numbers.aminmax()
+    return torch.maximum(-lowest, highest).double()
 
 
 class AdamStep(NamedTuple):

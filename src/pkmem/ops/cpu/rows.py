@@ -14,7 +14,7 @@ from torch import Tensor
 from pkmem.ops import reference
 from pkmem.ops.arguments import AdamStep, SortedReads, surely_finite
 from pkmem.ops.cpu.halves import mixed, narrow, narrow_at_random, widen
-from pkmem.ops.cpu.kernels import array, kernel, part_of_kernel
+from pkmem.ops.cpu.kernels import array, inlined, kernel
 from pkmem.ops.cpu.threads import run_over
 
 _GRAIN_ELEMENTS = 1 << 17  # of a gradient, summed in about 50 us
@@ -179,7 +179,7 @@ def sort(slots, weights, passes, bits, packed, rows, offsets, tokens, sorted_wei
     return num_rows
 
 
-@part_of_kernel
+@inlined
 def _row_gradient(begin, end, tokens, weights, grad_output, piece, gradient):  # type: ignore[no-untyped-def]
     """Sums weights * grad_output over the reads [begin, end) of a row into `gradient`; `piece` is scratch."""
     _sum_reads(begin, min(begin + _READS_PER_SUM, end), tokens, weights, grad_output, gradient)
@@ -189,7 +189,7 @@ def _row_gradient(begin, end, tokens, weights, grad_output, piece, gradient):  #
             gradient[column] += piece[column]
 
 
-@part_of_kernel
+@inlined
 def _sum_reads(begin, end, tokens, weights, grad_output, total):  # type: ignore[no-untyped-def]
     """Writes the sum of one read or more."""
     weight0, back0 = weights[begin], grad_output[tokens[begin]]
