@@ -64,7 +64,8 @@ def in_one_kernel_if_few(forward: Callable[..., Tensor]) -> Callable[..., Tensor
         out = _decode(memory, x.reshape(-1, x.shape[-1]))
         if out is None:
             return forward(memory, x, mask)
-        return out.to(x.dtype).view(*x.shape[:-1], out.shape[-1])
+        out = out if out.dtype is x.dtype else out.to(x.dtype)
+        return out.view(*x.shape[:-1], out.shape[-1])
 
     return read
 
@@ -76,7 +77,7 @@ def _decode(memory: Any, x: Tensor) -> Tensor | None:
     layer = _weights_of(memory)
     if layer is None or not _fit(x, layer) or torch.is_autocast_enabled("cpu"):
         return None
-    return backend_module(choose_backend(layer.values, memory.values.backend)).decode(x, layer)
+    return backend_module(choose_backend(layer.values, memory._modules["values"].backend)).decode(x, layer)
 
 
 def _weights_of(memory: Any) -> LayerWeights | None:
@@ -151,7 +152,9 @@ def _fit(x: Tensor, layer: LayerWeights) -> bool:
 
     Packed values are bytes. Where weights are not so, the parts say what is wrong.
     """
-    for tensor in (x, layer.project, layer.bias, *layer.norm_tensors, layer.sub_keys, *(layer.gate or ())):
+    if x.dtype is not torch.float32:  # all else of x has been looked at
+        return False
+    for tensor in (layer.project, layer.bias, *layer.norm_tensors, layer.sub_keys, *(layer.gate or ())):
         if not is_plain(tensor) or tensor.dtype is not torch.float32 or not tensor.is_cpu:
             return False
     if not is_plain(layer.values) or not layer.values.is_cpu:

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from numba import config, njit
+from numba import carray, config, njit, types
+from numba.extending import intrinsic
 from torch import Tensor
 
 from pkmem.ops.cpu.cache import KernelCache
@@ -31,6 +32,20 @@ def kernel(function: Callable[..., Any]) -> Any:
     compiled = njit(**_OPTIONS)(function)
     compiled._cache = KernelCache(function)  # where `cache=True` puts numba's own
     return compiled
+
+
+@intrinsic
+def _fp32_pointer(_: Any, address: Any) -> Any:
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
+
+    return types.CPointer(types.float32)(types.intp), codegen
+
+
+@part_of_kernel
+def fp32_at(address, shape):  # type: ignore[no-untyped-def]
+    """The contiguous fp32 array of a shape that lies at an address (in kernels)."""
+    return carray(_fp32_pointer(address), shape)
 
 
 def array(tensor: Tensor) -> np.ndarray:
