@@ -147,7 +147,7 @@ def more_facts(found: Found) -> list[list[str]]:
     taught |= {
         "few_rows": "100 codes in a quarter of the rows",
         "thousand": "1,000 facts in one edit",
-        "sequence": "20 edits of 5 facts",
+        "sequence": "20 edits of 10 facts",
     }
     for cell, label in taught.items():
         for run in runs_of(found, cell, "memory"):

@@ -64,7 +64,7 @@ def test_tables_have_the_figures_of_the_runs() -> None:
     assert (seconds["memory"][0], seconds["full fine-tuning"][0]) == ("98%", "50%")
     assert ["LoRA, word", "75%", "75%", "75%", "75%"] in tables["learn_by_kind"]
     assert ["memory", "0.05", "6", "7", "1.50", "3.0", "70%"] in tables["learn_machine_costs"]
-    assert ["20 edits of 5 facts", "75%", "1.00", "0.5000", "6", "14", "3.0"] in tables["learn_more_facts"]
+    assert ["20 edits of 10 facts", "75%", "1.00", "0.5000", "6", "14", "3.0"] in tables["learn_more_facts"]
     assert [row[1:] for row in tables["learn_in_sequence"][2:]] == [
         ["95.0%", "90%"],
         ["85.0%", "80%"],

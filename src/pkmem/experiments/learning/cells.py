@@ -61,7 +61,7 @@ class Scale:
     few_rows: int = 4000
     many_rows: int = 48_000
     edits: int = 20
-    facts_per_edit: int = 5
+    facts_per_edit: int = 10
     batch_size: int = 16
     most_epochs: int = 30
     text_updates: int = 200
@@ -334,7 +334,7 @@ CELLS = {
     **{f"hundred_{kind}": Cell(f"100 facts of the kind {kind} in one phrasing", _hundred(kind)) for kind in KINDS},
     "few_rows": Cell("100 facts of the kind code in a quarter of the rows", _few_rows),
     "sequence": Cell(
-        "20 edits of 5 facts, one after another, then taken back in another order", _in_sequence, threads=2
+        "20 edits of 10 facts, one after another, then taken back in another order", _in_sequence, threads=2
     ),
     "thousand": Cell("1,000 facts of three kinds in one edit", _thousand),
     "text_sweep": Cell(
