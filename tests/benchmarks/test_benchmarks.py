@@ -30,7 +30,7 @@ LINES = {
     ],
     "halves": [
         "width 16, s 16, 32 tokens: training step, fp32 / autocast",
-        "width 16, s 16, 33 tokens: forward, fp32 / a bf16 table, bf16 moments",
+        "width 16, s 16, 33 tokens: forward, fp32 / a bf16 table",
     ],
     "growth": ["256 slots: ours / floor", "s 32 over s 8: growth of ours / growth of the floor"],
     "peak_memory": ["width 16, s 16: pkmem: peak RSS, GB"],
