@@ -263,11 +263,15 @@ def training_step() -> str:
     """A training step of a layer: how many times as long as pkmem others take."""
     lines = _lines("training_step")
     peers = ("best dense peer (dense Adam (fused))", "SparseAdam", "product-key-memory", "PEER-pytorch", "FFN")
-    cases = {width: f"width {width}, s 512, 2,048 tokens" for width in (512, 1024)}
-    rows = [
-        [f"{width:,}", *(_ratio(lines[f"{case}: {peer} / ours"]) for peer in peers)] for width, case in cases.items()
-    ]
-    return _table(["width", "dense Adam", "SparseAdam", "product-key-memory", "PEER-pytorch", "MLP"], rows)
+    leanest = f"{peers[0]} / ours with one second moment a row alone"
+    rows = []
+    for width, sub_keys in ((512, 512), (1024, 512), (512, 1024)):
+        case = f"width {width}, s {sub_keys}, 2,048 tokens"
+        found = [lines.get(f"{case}: {what}") for what in (f"{peers[0]} / ours", leanest)]
+        found += [lines.get(f"{case}: {peer} / ours") for peer in peers[1:]]
+        rows.append([f"{width:,}", f"{sub_keys:,}²", *("-" if line is None else _ratio(line) for line in found)])
+    titles = ["width", "slots", "dense Adam", "leanest", "SparseAdam", "product-key-memory", "PEER-pytorch", "MLP"]
+    return _table(titles, rows)
 
 
 def peak_memory() -> str:
