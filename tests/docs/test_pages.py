@@ -130,6 +130,7 @@ def measured() -> dict[str, list[str]]:
         "costs": [
             f"at {faster[1]} times the speed in prefill and {faster[2]} times in decode",
             f"a training step of pkmem takes {_medians('growth')['s 2,048 over s 512: ours']:.2f} times as long",
+            f"the floor takes {_medians('growth')['s 2,048 over s 512: floor']:.2f} times as long",
             f"the step itself takes {step:.2f} GB at most",
             f"a table of {billion['one']['parameters of the table, billions']:.2f} billion parameters trained in a process "
             f"of {billion['one']['peak RSS, GB']:.2f} GB, at {seconds['one']} seconds",
