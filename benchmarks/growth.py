@@ -139,7 +139,7 @@ def plot(by_slots: dict[int, Timings], tokens: int, path: Path) -> None:
             axes.plot([slots for slots, _ in points], microseconds, style, label=name)
     axes.set(xscale="log", yscale="log", xlabel="slots", ylabel="training step, microseconds per token")
     axes.grid(visible=True, which="both", alpha=0.3)
-    axes.legend(loc="lower right")
+    figure.legend(loc="outside upper center", ncols=2)
     figure.savefig(path, dpi=150)
 
 
