@@ -85,6 +85,28 @@ def test_fp32_and_fp64_are_torchs_own(processor) -> None:
         assert apply_linear(ours, x).dtype == torch.float64
 
 
+@pytest.mark.parametrize(
+    ("capabilities", "halves"),
+    [
+        ({"architecture": "x86_64", "avx2": True, "avx512_bf16": False, "amx_fp16": False}, []),
+        ({"architecture": "x86_64", "avx512_bf16": True}, [torch.bfloat16]),
+        ({"architecture": "x86_64", "amx_bf16": True, "avx512_fp16": True}, HALVES),
+        ({"architecture": "aarch64"}, HALVES),  # nothing was measured there
+        (None, HALVES),  # a torch that does not say
+    ],
+)
+def test_what_a_processor_multiplies(monkeypatch, capabilities, halves) -> None:
+    if capabilities is None:
+        monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    else:
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    linear._multiplies.cache_clear()
+    try:
+        assert [dtype for dtype in HALVES if linear._multiplies(dtype)] == halves
+    finally:
+        linear._multiplies.cache_clear()
+
+
 @pytest.fixture
 def widened(monkeypatch) -> list[torch.dtype]:
     """The dtype of each product that was made by way of fp32."""

@@ -19,9 +19,9 @@ from pkmem.layer.untouched import is_untouched
 from pkmem.ops.registered import is_plain
 
 _FEWEST_TOKENS = 4  # from so many on widening the weights costs less than torch's products of halves
-_HALVES = {  # what torch asks a processor for products of each
-    torch.bfloat16: ("_is_avx512_bf16_supported", "_is_amx_tile_supported"),
-    torch.float16: ("_is_amx_fp16_supported",),
+_HALVES = {  # an x86 processor's instructions for products of each
+    torch.bfloat16: ("avx512_bf16", "amx_bf16"),
+    torch.float16: ("avx512_fp16", "amx_fp16"),
 }
 _FORWARD = nn.Linear.forward, nn.Sequential.forward  # as built
 
@@ -55,5 +55,6 @@ def _fit(part: nn.Linear, x: Tensor) -> bool:
 
 @functools.cache
 def _multiplies(dtype: torch.dtype) -> bool:
-    """Whether this processor has instructions for products of halves, as far as torch knows."""
-    return any(getattr(torch.cpu, asked, bool)() for asked in _HALVES[dtype])
+    """Whether this processor has instructions for products of halves, or is none that torch can say it of."""
+    has = getattr(torch.cpu, "get_capabilities", dict)()  # of a late torch
+    return has.get("architecture") != "x86_64" or any(has.get(instructions) for instructions in _HALVES[dtype])
