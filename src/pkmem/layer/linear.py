@@ -56,5 +56,5 @@ def _fit(part: nn.Linear, x: Tensor) -> bool:
 @functools.cache
 def _multiplies(dtype: torch.dtype) -> bool:
     """Whether this processor has instructions for products of halves, or is none that torch can say it of."""
-    has = getattr(torch.cpu, "get_capabilities", dict)()  # of a late torch
+    has: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # of a late torch
     return has.get("architecture") != "x86_64" or any(has.get(instructions) for instructions in _HALVES[dtype])
