@@ -32,15 +32,20 @@ def updates(case: Case) -> None:
             assert_updated(f"width {width}, moments {moments},", there, tables, passes, truth.Adam(**_ADAM), _SCALE)
 
 
-@check(7, "updates with one second moment a row, and without a first moment")
+@check(7, "updates with one second moment a row, without a first moment, and with the sum of squares")
 def updates_with_less_state(case: Case) -> None:
     """In fp32, of all rows."""
-    for has_first, is_by_row in ((True, True), (False, True), (False, False)):
+    for has_first, is_by_row, beta2 in (
+        (True, True, 0.98),
+        (False, True, 0.98),
+        (False, False, 0.98),
+        (False, True, 1.0),
+    ):
         for width in (37, case.sizes.step_width):
             passes, (values, first, second) = many_passes(case, width), _tables(case, width, torch.float32)
             tables = [values, first if has_first else None, second[:, 0].clone() if is_by_row else second]
             there = [None if table is None else case.there(table) for table in tables]
-            adam = {**_ADAM, "betas": (0.9 if has_first else 0.0, 0.98)}
+            adam = {**_ADAM, "betas": (0.9 if has_first else 0.0, beta2)}
             reads = sorted_reads(case, passes, _ROWS)
             for squares in (None, case.module.row_mean_squares(reads)) if is_by_row else (None,):
                 after = [None if table is None else table.clone() for table in there]

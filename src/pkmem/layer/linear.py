@@ -27,7 +27,11 @@ _FORWARD = nn.Linear.forward, nn.Sequential.forward  # as built
 
 
 def apply_linear(part: nn.Module, x: Tensor) -> Tensor:
-    """What `part(x)` gives, (..., d) -> (..., d'), sooner where it is a linear map of halves, or several in a row."""
+    """What `part(x)` gives, (..., d) -> (..., d'), sooner where it is a linear map of halves, or several in a row.
+
+    Raises:
+        RuntimeError: the dtypes do not agree, as in torch.
+    """
     if torch.compiler.is_compiling() or not x.is_cpu:  # who compiles must not see that the number of tokens matters
         return part(x)
     as_built = (nn.Linear.forward, nn.Sequential.forward) == _FORWARD and not _has_any_global_hook()

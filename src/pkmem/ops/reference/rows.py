@@ -133,8 +133,10 @@ def adam_rows(
         random = None if keys is None else random_bits(keys[part], update.first_column, values.shape[1])
         squares = None
         if second_moment.dim() == 1:
-            given = None if mean_squares is None else mean_squares[part] * scale.square()
-            squares = gradients.double().square().mean(1) if given is None else given
+            if mean_squares is None:
+                squares = gradients.double().square().mean(1)
+            else:
+                squares = mean_squares[part] * scale.square()
         first = gradients
         if first_moment is not None:
             old = first_moment.index_select(0, rows)
