@@ -16,10 +16,12 @@ from pkmem.ops.arguments import AdamStep, SortedReads, surely_finite
 from pkmem.ops.cpu.halves import mixed, narrow, narrow_at_random, widen
 from pkmem.ops.cpu.kernels import array, inlined, kernel
 from pkmem.ops.cpu.threads import run_over
+from pkmem.ops.cpu.vectors import prefetch_row
 
 _GRAIN_ELEMENTS = 1 << 17  # of a gradient, summed in about 50 us
 _DIGIT_BITS = 11  # sorting: a table of counts that stays in the first cache
 _LARGEST_INDEX = 1 << 31
+_ASKED_BYTES = 512  # of a row and of each of its moments, ahead; more than 1 KiB fills the queue, and costs time
 _READS_PER_SUM = 256  # a hot row is summed in pieces, which keeps the rounding error of long sums low
 
 
@@ -232,6 +234,15 @@ def sum_squares(rows, offsets, tokens, weights, grad_output, squares, first, las
         squares[touched] = total
 
 
+@inlined
+def _ask_for(row, values, moments1, moments2):  # type: ignore[no-untyped-def]
+    """Asks for a row's first lines while the one before is updated. In a loop of its own: the update's stays vectors."""
+    prefetch_row(values, row, _ASKED_BYTES)
+    prefetch_row(moments2, row, _ASKED_BYTES)
+    if moments1 is not None:
+        prefetch_row(moments1, row, _ASKED_BYTES)
+
+
 @kernel
 def adam(rows, offsets, tokens, weights, grad_output, values, moments1, moments2, factors, key, first, last):  # type: ignore[no-untyped-def]
     """Updates the rows rows[first:last] of values and moments."""
@@ -239,6 +250,7 @@ def adam(rows, offsets, tokens, weights, grad_output, values, moments1, moments2
     gradient, piece = np.empty(width, np.float32), np.empty(width, np.float32)
     scale, rate1, beta2, rate2, correction2, eps, step_size = factors
     for touched in range(first, last):
+        _ask_for(rows[min(touched + 1, last - 1)], values, moments1, moments2)
         _row_gradient(offsets[touched], offsets[touched + 1], tokens, weights, grad_output, piece, gradient)
         row = rows[touched]
         row_key = mixed(mixed(mixed(mixed(key[0]) ^ key[1]) ^ key[2]) ^ np.uint32(row))
@@ -269,6 +281,7 @@ def adam_by_row(  # type: ignore[no-untyped-def]
     gradient, piece = np.empty(width, np.float32), np.empty(width, np.float32)
     scale, rate1, beta2, rate2, correction2, eps, step_size = factors
     for touched in range(first, last):
+        _ask_for(rows[min(touched + 1, last - 1)], values, moments1, moments2)
         _row_gradient(offsets[touched], offsets[touched + 1], tokens, weights, grad_output, piece, gradient)
         row = rows[touched]
         row_key = mixed(mixed(mixed(mixed(key[0]) ^ key[1]) ^ key[2]) ^ np.uint32(row))

@@ -264,6 +264,25 @@ def _prefetch(builder: Any, data: Any, place: Any) -> None:
     _call(builder, "prefetch.p0i8", ir.VoidType(), builder.bitcast(builder.gep(data, [place]), _I8.as_pointer()), *how)
 
 
+@intrinsic
+def prefetch_row(_: Any, table: Any, row: Any, most: Any) -> Any:
+    """Asks for the cache lines of table[row], a contiguous array, up to `most` bytes: what follows comes by itself."""
+
+    def codegen(context: Any, builder: Any, _: Any, arguments: Any) -> Any:
+        values, row, most = arguments
+        array = context.make_array(table)(context, builder, values)
+        row_bytes = builder.extract_value(array.strides, 0)
+        begin = builder.mul(row, row_bytes)
+        asked = builder.select(builder.icmp_signed("<", row_bytes, most), row_bytes, most)
+        end, data = builder.add(begin, asked), builder.bitcast(array.data, _I8.as_pointer())
+        with cgutils.for_range_slice(builder, begin, end, _I64(64), intp=_I64) as (place, _):
+            _prefetch(builder, data, place)
+        _prefetch(builder, data, builder.sub(end, _I64(1)))
+        return context.get_dummy_value()
+
+    return types.void(table, types.intp, types.intp), codegen
+
+
 def _adding(bits: int) -> Any:
     @intrinsic
     def add_rows(_: Any, rows: Any, starts: Any, later: Any, factors: Any, total: Any, size: Any) -> Any:
