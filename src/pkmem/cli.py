@@ -13,6 +13,7 @@ from jsonargparse import ActionYesNo, ArgumentParser, Namespace
 
 from pkmem.editing import verbs as editing
 from pkmem.experiments.verb import experiment, experiment_arguments
+from pkmem.freed_memory import keep_freed_memory
 from pkmem.planning.verb import plan, plan_arguments
 from pkmem.training.reading import Parser, given_recipe, recorded_recipe
 
@@ -64,6 +65,7 @@ def main(arguments: list[str] | None = None) -> None:
             options.given = parser.parse_args(arguments, defaults=False).train
         for name, setting in _CALM.items():
             os.environ.setdefault(name, setting)
+        keep_freed_memory()
         VERBS[chosen.subcommand].run(options)
     except ValueError as error:
         _fail(str(error))

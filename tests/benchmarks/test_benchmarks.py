@@ -35,12 +35,21 @@ LINES = {
     "growth": ["256 slots: ours / floor", "s 32 over s 8: growth of ours / growth of the floor"],
     "peak_memory": ["width 16, s 16: pkmem: peak RSS, GB"],
     "demo_backends": ["demo's memory model, seconds of training: reference / numba kernels"],
+    "model_step": [
+        "16² slots: update of the values, % of a step without a memory",
+        "16² slots: a step, freed memory given back to the system / kept, as `pkmem train` does",
+    ],
     "plan_time": ["with a memory, width 16: planned / measured"],
     "billion": ["moments in bf16: loss, last 1 steps", "one second moment a row alone: peak RSS, GB"],
 }
 TUNED_MALLOC = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "99999999999", "MALLOC_TOP_PAD_": "67108864"}
 STARTS_AGAIN = "operators"  # the one that must set the variables itself
-A_MINUTE_EACH = {"demo_backends", "mapped_tables", "plan_time"}  # several processes, each of which imports everything
+A_MINUTE_EACH = {
+    "demo_backends",
+    "mapped_tables",
+    "model_step",
+    "plan_time",
+}  # several processes, each of which imports everything
 
 
 def run(name: str, out: Path) -> subprocess.CompletedProcess:

@@ -11,7 +11,7 @@ from pkmem.training.reading import check_known
 
 BENCHMARKS = (
     "operators", "layer_forward", "training_step", "growth", "peak_memory", "billion", "demo_backends", "plan_time",
-    "packed_rows", "mapped_tables", "decode", "halves",
+    "packed_rows", "mapped_tables", "decode", "halves", "model_step",
 )  # fmt: skip
 
 
