@@ -36,6 +36,7 @@ from pkmem.training.trainer import build_optimizer
 CASES = {"128² slots": {"memory.num_sub_keys": 128}, "512² slots": {"memory.num_sub_keys": 512}}
 SMOKE = {"16² slots": {"memory.num_sub_keys": 16, "memory.knn": 4, "model.width": 16, "training.batch_tokens": 256}}
 FRESH_PROCESSES = 7  # of each form, in turns
+KINDS: tuple[Any, ...] = ("bf16", "row", "row_alone", "row_adagrad")
 PLAIN, WITH, NEGLIGIBLE = "no memory", "with a memory", 1e-9
 PARTS: dict[str, dict[str, float]] = {  # as sums of calls
     "all that a memory adds": {WITH: 1, PLAIN: -1},
@@ -72,11 +73,16 @@ def measure(report: Report, options: Options, case: str, settings: dict[str, Any
         WITH: training_step(model, recipe),
         **calls(*memories_in(model).values(), recipe),
     }
+    for kind in KINDS:
+        leaner = replace(recipe, training=replace(recipe.training, value_moments=kind))
+        contenders[kind] = training_step(new_model(leaner), leaner)
     timings = interleave(contenders, options.repeats).with_sum("a hundredth", {PLAIN: 0.01})
     report.keep(case, timings)
     for part, factors in PARTS.items():
         ratio = timings.with_sum(part, factors).ratio(part, "a hundredth")
         report.add(f"{case}: {part}, % of a step without a memory", ratio)
+    for kind in KINDS:
+        report.add(f"{case}: a step with value_moments fp32 / {kind}", timings.ratio(WITH, kind))
 
 
 def compare_malloc(report: Report, options: Options, case: str, settings: dict[str, Any]) -> None:

@@ -224,6 +224,11 @@ def a_large_gradient_is_called_infinite(sound, reads) -> Any:
     return sound(reads) & (reads.grad_output.abs() < 1e6).all()
 
 
+@damage(6, "row_gradient_norm_bound")
+def a_bound_forgets_that_reads_add_up(sound, reads) -> Any:
+    return sound(reads) / max(1, reads.offsets.diff().max().item()) ** 0.5
+
+
 def changed(reads: Any, **parts: Tensor) -> Any:
     return type(reads)(**{name: parts.get(name, getattr(reads, name)) for name in reads.__dataclass_fields__})
 

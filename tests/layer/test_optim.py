@@ -19,6 +19,7 @@ from optimizers import assert_same_bits, everything
 from pkmem import MemoryConfig, ProductKeyMemory, RowAdam
 from pkmem.layer.optim import _together
 from pkmem.layer.values import ValueTable
+from pkmem.ops.backends import backend_module
 from pkmem.training.state import load_state, save_state
 
 CONFIG = MemoryConfig(dim=8, num_sub_keys=8, heads=2, knn=3, query_dim=4, query_norm="layer")
@@ -370,3 +371,22 @@ def test_the_scalars_of_tables_on_several_devices_meet_on_one() -> None:
         norms = [torch.zeros((), dtype=torch.float64, device=place) for place in ("cpu", "cuda:1", "cuda:0")]
         assert _together(norms).device == torch.device("cuda:1")
         assert _together(norms[:1]).device == torch.device("cpu")
+
+
+@pytest.mark.parametrize("max_norm", [1e-3, 0.9, 1.0 + 1e-6, 1.1, 2.0, 1e3])
+def test_rows_are_summed_for_the_norm_only_where_it_may_be_clipped(max_norm, backend, monkeypatch) -> None:
+    """Halves of one vector, read by one row and by two: there the bound is the norm, but for a thousandth."""
+    module, summed = backend_module(backend), []
+    exact = module.row_gradient_norm
+    monkeypatch.setattr(module, "row_gradient_norm", lambda reads: summed.append(1) or exact(reads))
+    for slots, norm in (([[0, 0]], 1.0), ([[0, 1]], 0.5**0.5)):
+        summed.clear()
+        table = table_of(4, 2, backend=backend)
+        optimizer, before = RowAdam([table], lr=1.0, betas=(0.0, 0.0), eps=1e3, max_norm=max_norm), table.weight.clone()
+        table(torch.tensor([slots]), torch.full((1, 1, 2), 0.5)).backward(torch.tensor([[0.6, 0.8]]))
+        optimizer.step()
+        assert bool(summed) == (backend == "triton" or max_norm < 1.0011 * norm)
+        gradient = torch.zeros(4, 2)
+        gradient[slots[0]] = torch.tensor([0.6, 0.8]) * (1.0 if norm == 1.0 else 0.5)
+        clipped = gradient * min(1.0, max_norm / (norm + 1e-6))
+        torch.testing.assert_close(before - table.weight, clipped / (clipped.abs() + 1e3), rtol=1e-3, atol=1e-7)

@@ -32,7 +32,7 @@ def test_a_backend_has_the_functions_of_the_protocol_and_their_arguments(name: s
 
 
 def test_the_protocol_documents_every_function_of_the_contract() -> None:
-    assert len(CONTRACT) == 13
+    assert len(CONTRACT) == 14
     assert all(function.__doc__ for function in CONTRACT.values())
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -131,6 +132,7 @@ def sums_beside_nan(case: Case) -> None:
         assert_same(f"gradients beside {bad}", beside[is_healthy], plain[is_healthy])
         reads = sorted_reads(case, [(slots, weights, hurt_x)], size.num_rows)
         assert not case.module.row_gradient_norm(reads).isfinite(), f"the norm of a gradient with {bad} is finite"
+        assert not math.isfinite(case.module.row_gradient_norm_bound(reads)), f"a gradient with {bad} has a bound"
         assert not case.module.gradient_is_finite(reads), f"a gradient with {bad} is called finite"
 
 
@@ -233,7 +235,17 @@ def _assert_gradients(case: Case, what: object, passes: list[tuple[Tensor, Tenso
     norm, true_norm = case.module.row_gradient_norm(reads), torch.linalg.vector_norm(expected)
     assert (norm.shape, norm.dtype) == ((), torch.float64), f"the norm is {norm.dtype}, shape {tuple(norm.shape)}"
     assert abs(norm.item() - true_norm.item()) <= 1e-6 * true_norm.item(), f"norm {norm.item()}, not {true_norm.item()}"
+    bound = case.module.row_gradient_norm_bound(reads)
+    counts = reads.host_offsets.diff()
+    most = 1.002 * math.sqrt(max(counts.tolist(), default=1)) * _norm_of_single_reads(passes)
+    assert bound == math.inf or true_norm <= bound <= most, f"the norm {true_norm.item()} is bounded by {bound}"
     assert case.module.gradient_is_finite(reads), f"the gradient of {what} is called not finite"
+
+
+def _norm_of_single_reads(passes: list[tuple[Tensor, Tensor, Tensor]]) -> float:
+    """Of a gradient whose reads were all of different rows."""
+    squares = [(w.double() ** 2 * back.double().square().sum(1, keepdim=True)).sum() for _, w, back in passes]
+    return math.sqrt(sum(square.item() for square in squares))
 
 
 def _require_memory(case: Case, needed: int) -> None:

@@ -20,6 +20,9 @@ from pkmem.ops.backends import backend_module, choose_backend
 from pkmem.ops.reading_log import ReadLog, RowGradient, reads_of
 from pkmem.ops.reads import OtherProcesses, Reads
 
+_EPS_OF_CLIPPING = 1e-6  # of torch.nn.utils.clip_grad_norm_
+_SURELY_FINITE = 1e30  # a norm below it has no entry that fp32 cannot hold
+
 
 class RowAdam(Optimizer):
     """Adam on the rows of value tables that were read since the last step.
@@ -251,8 +254,11 @@ class RowAdam(Optimizer):
     def _clip(self, reads: list[Reads]) -> Tensor:
         """Factor on the gradients, an fp64 scalar that stays on the device: NaN where they are not finite."""
         if self.max_norm is not None:
+            bound = math.hypot(*(some.norm_bound() for some in reads)) + _EPS_OF_CLIPPING
+            if bound <= min(self.max_norm, _SURELY_FINITE):  # most steps: no row has to be summed for it
+                return torch.ones((), dtype=torch.float64, device="cpu")
             norm = _norm(reads)
-            is_finite, clip = norm.isfinite(), (self.max_norm / (norm + 1e-6)).clamp(max=1.0)
+            is_finite, clip = norm.isfinite(), (self.max_norm / (norm + _EPS_OF_CLIPPING)).clamp(max=1.0)
         else:
             are_finite = [some.is_finite() for some in reads]
             is_finite = _together(are_finite).all() if are_finite else torch.ones((), dtype=torch.bool, device="cpu")

@@ -47,6 +47,11 @@ def surely_finite(reads: SortedReads) -> Tensor:
     return len(reads.tokens) * weight * back < torch.finfo(torch.float32).max / 2
 
 
+def token_norms(reads: SortedReads) -> Tensor:
+    """Of what came back to each token the norm, fp64, longer by more than sums in fp32 can err."""
+    return 1.001 * torch.linalg.vector_norm(reads.grad_output, dim=1, dtype=torch.float64)
+
+
 def _largest(numbers: Tensor) -> Tensor:
     """The largest magnitude, fp64, or NaN; a tenth of the time of a norm."""
     lowest, highest = numbers.aminmax()

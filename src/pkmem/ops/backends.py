@@ -102,6 +102,13 @@ class Backend(Protocol):
     def row_gradient_norm(self, reads: SortedReads) -> Tensor:
         """The Euclidean norm of the table's gradient, an fp64 scalar; not finite if any entry is not."""
 
+    def row_gradient_norm_bound(self, reads: SortedReads) -> float:
+        """At least `row_gradient_norm`, found without summing a row; not finite if any entry is not, or on a GPU.
+
+        The square of a sum of n vectors is at most n times the sum of their squares (Cauchy-Schwarz). A GPU would have
+        to be waited for.
+        """
+
     def gradient_is_finite(self, reads: SortedReads) -> Tensor:
         """Whether every entry of the table's gradient is finite, a bool scalar."""
 

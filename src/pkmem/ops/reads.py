@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from typing import Protocol
 
@@ -117,6 +118,17 @@ class Reads:
             return torch.zeros((), dtype=torch.float64, device="cpu")
         norm = (backend_module(self.backend).row_gradient_norm(grouped) * self.factor).abs()
         return norm if self.others is None else self.others.norm(norm)
+
+    def norm_bound(self) -> float:
+        """At least the norm, found without summing a row; infinite where that would have to wait for others or a GPU."""
+        self.complete()
+        grouped = self.sorted()
+        if grouped is None:
+            return 0.0
+        if self.others is not None:
+            return math.inf
+        bound = backend_module(self.backend).row_gradient_norm_bound(grouped)
+        return abs(bound * float(self.factor)) if math.isfinite(bound) else bound
 
     def is_finite(self) -> Tensor:
         """Whether every entry of the whole table's gradient is finite, a bool scalar."""

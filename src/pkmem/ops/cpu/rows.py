@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 from pkmem.ops import reference
-from pkmem.ops.arguments import AdamStep, SortedReads, surely_finite
+from pkmem.ops.arguments import AdamStep, SortedReads, surely_finite, token_norms
 from pkmem.ops.cpu.halves import mixed, narrow, narrow_at_random, widen
 from pkmem.ops.cpu.kernels import array, inlined, kernel
 from pkmem.ops.cpu.threads import run_over
 from pkmem.ops.cpu.vectors import prefetch_row
 
 _GRAIN_ELEMENTS = 1 << 17  # of a gradient, summed in about 50 us
+_GRAIN_ROWS = 1 << 14  # whose norms are bounded, in about 50 us
 _DIGIT_BITS = 11  # sorting: a table of counts that stays in the first cache
 _LARGEST_INDEX = 1 << 31
 _ASKED_BYTES = 512  # of a row and of each of its moments, ahead; more than 1 KiB fills the queue, and costs time
@@ -66,6 +67,14 @@ def row_gradient_norm(reads: SortedReads) -> Tensor:
     squares = reads.grad_output.new_empty(len(reads.rows), dtype=torch.float64)
     _over_rows(sum_squares, reads, array(squares))
     return torch.from_numpy(np.sqrt(array(squares).sum(keepdims=True))).squeeze(0)  # numpy's order never changes
+
+
+def row_gradient_norm_bound(reads: SortedReads) -> float:
+    """See `Backend.row_gradient_norm_bound`."""
+    bounds = reads.weights.new_empty(len(reads.rows), dtype=torch.float64)
+    arguments = (array(part) for part in (reads.offsets, reads.tokens, reads.weights, token_norms(reads), bounds))
+    run_over(bound_squares, tuple(arguments), len(reads.rows), _GRAIN_ROWS)
+    return bounds.sum().sqrt().item()
 
 
 def gradient_is_finite(reads: SortedReads) -> Tensor:
@@ -241,6 +250,17 @@ def _ask_for(row, values, moments1, moments2):  # type: ignore[no-untyped-def]
     prefetch_row(moments2, row, _ASKED_BYTES)
     if moments1 is not None:
         prefetch_row(moments1, row, _ASKED_BYTES)
+
+
+@kernel
+def bound_squares(offsets, tokens, weights, norms, bounds, first, last):  # type: ignore[no-untyped-def]
+    """Writes bounds[first:last]: of a row's n reads, n times the sum of their squares."""
+    for touched in range(first, last):
+        total = 0.0
+        for read in range(offsets[touched], offsets[touched + 1]):
+            length = weights[read] * norms[tokens[read]]
+            total += length * length
+        bounds[touched] = total * (offsets[touched + 1] - offsets[touched])
 
 
 @kernel

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -9,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pkmem.ops.arguments import AdamStep, SortedReads, surely_finite
+from pkmem.ops.arguments import AdamStep, SortedReads, surely_finite, token_norms
 from pkmem.ops.reference import chunks
 from pkmem.ops.rounding import random_bits, random_keys, rounded_at_random
 
@@ -96,6 +97,15 @@ def row_gradient_norm(reads: SortedReads) -> Tensor:
     for _, gradients in row_gradients(reads):
         norm = torch.hypot(norm, torch.linalg.vector_norm(gradients, dtype=torch.float64))  # squares would overflow
     return norm
+
+
+def row_gradient_norm_bound(reads: SortedReads) -> float:
+    """See `Backend.row_gradient_norm_bound`."""
+    if not reads.rows.is_cpu:
+        return math.inf
+    lengths = token_norms(reads)[reads.tokens] * reads.weights
+    counts = reads.offsets.diff()
+    return torch.linalg.vector_norm(lengths * counts.double().sqrt().repeat_interleave(counts)).item()
 
 
 def gradient_is_finite(reads: SortedReads) -> Tensor:

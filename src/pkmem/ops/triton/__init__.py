@@ -21,6 +21,7 @@ from pkmem.ops.triton.rows import (
     adam_rows,
     gradient_is_finite,
     row_gradient_norm,
+    row_gradient_norm_bound,
     row_mean_squares,
     weighted_sum_grad_values,
 )
@@ -37,6 +38,7 @@ __all__ = [
     "product_key_topk",
     "product_key_topk_backward",
     "row_gradient_norm",
+    "row_gradient_norm_bound",
     "row_mean_squares",
     "row_products",
     "sort_reads",

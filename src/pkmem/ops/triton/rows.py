@@ -8,6 +8,7 @@ bits.
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -44,6 +45,11 @@ def row_gradient_norm(reads: SortedReads) -> Tensor:
     if reads.grad_output.dtype == torch.float64:
         return reference.row_gradient_norm(reads)
     return _norm_if(torch.ones((), dtype=torch.bool, device=reads.rows.device), reads)
+
+
+def row_gradient_norm_bound(reads: SortedReads) -> float:
+    """See `Backend.row_gradient_norm_bound`: there is none."""
+    return math.inf
 
 
 def gradient_is_finite(reads: SortedReads) -> Tensor:
