@@ -43,7 +43,7 @@ def main() -> None:
     (BUILD / "figures").mkdir(parents=True, exist_ok=True)
     (BUILD / "tables").mkdir(exist_ok=True)
     with rc_context(STYLE):
-        for draw in (layer, product_keys, reading_log, growth, slots, value_rates, learning.learning):
+        for draw in (layer, product_keys, reading_log, growth, slots, value_rates, moment_rates, learning.learning):
             draw().savefig(BUILD / "figures" / f"{draw.__name__}.svg", metadata={"Date": None})
     for write in (
         forward,
@@ -231,6 +231,31 @@ def value_rates() -> Figure:
         axes.plot(rates, [found[rate] for rate in rates], color=color, marker="o", label=label)
     axes.set(xscale="log", xlabel="learning rate of the values", ylabel="held-out bits per byte", ylim=(None, 1.715))
     ticks = [0.002, 0.006, 0.016, 0.04, 0.1, 0.25]
+    axes.set_xticks(ticks, [str(tick) for tick in ticks])
+    axes.minorticks_off()
+    axes.grid(visible=True, alpha=0.3)
+    axes.legend(fontsize=9.5, loc="upper right", frameon=False)
+    return figure
+
+
+def moment_rates() -> Figure:
+    """Bits per byte of seed 0 against the values' learning rate, for what Adam keeps of 512² slots."""
+    figure = Figure(figsize=(4.8, 3.9), layout="constrained")
+    axes = figure.subplots()
+    for label, color, kind in (
+        ("both moments of each number", ORANGE, "fp32"),
+        ("one second moment a row, and the first", GREY, "row"),
+        ("row-wise Adagrad, no first", GREEN, "row_adagrad"),
+        ("one second moment a row, no first", BLUE, "row_alone"),
+    ):
+        found = {}
+        for file in (ROOT / "experiments" / "results" / "moments" / "laptop").glob(f"512_{kind}__*__seed0.json"):
+            run = json.loads(file.read_text(encoding="utf-8"))
+            found[run["recipe"]["training"]["value_lr"]] = run["summary"]["bits_per_byte"]
+        rates = sorted(found)
+        axes.plot(rates, [found[rate] for rate in rates], color=color, marker="o", label=label)
+    axes.set(xscale="log", xlabel="learning rate of the values", ylabel="held-out bits per byte", ylim=(None, 1.68))
+    ticks = [0.02, 0.08, 0.32, 1.2]
     axes.set_xticks(ticks, [str(tick) for tick in ticks])
     axes.minorticks_off()
     axes.grid(visible=True, alpha=0.3)
