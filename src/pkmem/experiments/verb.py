@@ -13,8 +13,7 @@ def experiment_arguments(parser: ArgumentParser) -> None:
         "name",
         type=str,
         help="table1, depth_rates, speed, size, position, keys or heads of the paper; layers, scaling, dead_slots, moments, facts "
-        "beyond it; "
-        "learn for facts taught to a pretrained model",
+        "beyond it; learn for facts taught to a pretrained model",
     )
     parser.add_argument("--scale", type=str, default="laptop", help="laptop, gpu or paper")
     parser.add_argument("--seeds", type=int, default=1, help="seeds 0 .. SEEDS - 1 of each model")

@@ -72,8 +72,9 @@ def row_gradient_norm(reads: SortedReads) -> Tensor:
 def row_gradient_norm_bound(reads: SortedReads) -> float:
     """See `Backend.row_gradient_norm_bound`."""
     bounds = reads.weights.new_empty(len(reads.rows), dtype=torch.float64)
-    arguments = (array(part) for part in (reads.offsets, reads.tokens, reads.weights, token_norms(reads), bounds))
-    run_over(bound_squares, tuple(arguments), len(reads.rows), _GRAIN_ROWS)
+    weights = reads.weights.to(torch.float32)
+    arguments = tuple(array(part) for part in (reads.offsets, reads.tokens, weights, token_norms(reads), bounds))
+    run_over(bound_squares, arguments, len(reads.rows), _GRAIN_ROWS)
     return bounds.sum().sqrt().item()
 
 
