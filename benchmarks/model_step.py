@@ -26,9 +26,9 @@ import harness
 from harness import Options, Ratio, Report, interleave
 from pkmem import ProductKeyMemory, dense_parameters
 from pkmem.experiments.family import config_folder
-from pkmem.freed_memory import keep_freed_memory
 from pkmem.layer.memory import memories_in
 from pkmem.lm.build import build_model
+from pkmem.training.freed_memory import keep_freed_memory
 from pkmem.training.reading import read_recipe, read_yaml
 from pkmem.training.recipe import Recipe
 from pkmem.training.trainer import build_optimizer

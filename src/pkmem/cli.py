@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,11 +12,10 @@ from jsonargparse import ActionYesNo, ArgumentParser, Namespace
 
 from pkmem.editing import verbs as editing
 from pkmem.experiments.verb import experiment, experiment_arguments
-from pkmem.freed_memory import keep_freed_memory
 from pkmem.planning.verb import plan, plan_arguments
-from pkmem.training.reading import Parser, given_recipe, recorded_recipe
+from pkmem.training.freed_memory import keep_freed_memory
+from pkmem.training.reading import Parser, as_flags, given_recipe, recorded_recipe
 
-_ASSIGNMENT = re.compile(r"[a-z]\w*(\.\w+)*=")
 _CALM = {  # read when the libraries are imported: pkmem says itself what a user needs to know
     "TOKENIZERS_PARALLELISM": "true",
     "TRANSFORMERS_VERBOSITY": "error",
@@ -56,7 +54,7 @@ def main(arguments: list[str] | None = None) -> None:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # what a console has no letter for is a question mark there
     if arguments[:1] in (["train"], ["plan"], ["retrofit"]):
-        arguments = [f"--{text}" if _ASSIGNMENT.match(text) else text for text in arguments]
+        arguments = as_flags(arguments)
     try:
         parser = build_parser()
         chosen = parser.parse_args(arguments or ["--help"])

@@ -94,6 +94,15 @@ def test_an_expert_reads_a_row_of_the_second_table_too() -> None:
     assert experts.table_bytes == 2 * plain.table_bytes
 
 
+def test_a_hashed_table_reads_few_rows_and_compares_nothing() -> None:
+    cost = costs(recipe_with({"model": {"memory_layers": [1]}}), {"1": "instead"})
+    dense = costs(recipe_with({"model": {"memory_layers": []}}))
+    width = 32
+    mlp = 2 * 2 * width * 4 * width
+    assert cost.forward_flops - dense.forward_flops == 2 * 8 * width + 2 * 2 * width * width - mlp
+    assert cost.memory_params == 8**2 * width
+
+
 def test_training_is_three_forward_passes_over_all_tokens() -> None:
     recipe = recipe_with({"training": {"num_tokens": 1300}})
     cost = costs(recipe)

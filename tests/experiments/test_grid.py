@@ -223,6 +223,26 @@ def test_what_a_process_finished_alone_is_collected(file: Path, tmp_path: Path, 
     assert len(names(tmp_path)) == 3
 
 
+def test_a_model_with_a_hashed_table_is_trained_by_a_program_of_its_own(text: Path, tmp_path: Path) -> None:
+    cells = {
+        "hashed": {"label": "hashed", "model.memory_layers": [1], "hashed": {1: "instead"}},
+        "longer": {"label": "longer", "like": "hashed", "match_seconds_of": "hashed"},
+    }
+    family = read_family(write_family(tmp_path, text, cells=cells), "laptop")
+    assert family.cells["longer"].hashed == {"1": "instead"}
+    assert 'python -m pkmem.experiments.hashed_run --hashed \'{"1": "instead"}\' --config' in describe(family)
+    only = family.only(["hashed"])
+    assert experiment(only, tmp_path / "out") == NOTHING_LEFT
+    (result,), _, _ = find_results(tmp_path / "out")
+    assert result.hashed == {"1": "instead"}
+    assert result.environment["command"].startswith("python -m pkmem.experiments.hashed_run --hashed")
+    assert result.summary["memory_params"] == 8**2 * 32
+    del cells["longer"], cells["hashed"]["hashed"]  # type: ignore[arg-type]
+    (tmp_path / "again").mkdir()
+    left = experiment(read_family(write_family(tmp_path / "again", text, cells=cells), "laptop"), tmp_path / "out")
+    assert "has hashed tables {'1': 'instead'}, not {}" in left["unused"][0]
+
+
 def test_zero_seeds_are_refused(file: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="seeds is 0 but must be >= 1"):
         experiment(read_family(file, "laptop"), tmp_path, seeds=0)
@@ -371,13 +391,14 @@ def test_the_dry_run_of_every_family_tells_costs_and_commands(name: str, scale: 
     lines = describe(family, seeds=2).splitlines()
     for cell in family.cells.values():
         (line,) = [line for line in lines if line.startswith(f"{cell.name} ")]
-        cost = costs(family.run(cell, cell.rates[0]).recipe)
+        cost = costs(family.run(cell, cell.rates[0]).recipe, cell.hashed)
         assert line.split()[3] == f"{cost.training_flops:.1e}"
         assert int(line.split()[-1]) == (len(cell.rates) + 1) * family.trains
         if cell.like is None:
             (command,) = [line for line in lines if f"runs/{cell.name}__" in line]
             assert f"--config configs/{scale}.yaml" in command
-            assert command.startswith("torchrun " if family.processes > 1 else "pkmem train ")
+            alone = "python -m pkmem.experiments.hashed_run " if cell.hashed else "pkmem train "
+            assert command.startswith("torchrun " if family.processes > 1 else alone)
     assert next(line for line in lines if line.startswith("in all")).split()[-1] == str(
         num_runs(family, 2) * family.trains
     )

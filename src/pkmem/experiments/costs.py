@@ -9,6 +9,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from pkmem.experiments.family import Machine
+from pkmem.experiments.hashed_table import Hashed, HashedTable, put_hashed_tables
 from pkmem.layer.config import MemoryConfig
 from pkmem.layer.counting import count_parameters
 from pkmem.layer.keys import FlatKeys
@@ -45,19 +46,21 @@ class Costs:
         return self.training_flops / (machine.peak_tflops * 1e12 * machine.utilisation) / 3600
 
 
-def costs(recipe: Recipe) -> Costs:
+def costs(recipe: Recipe, hashed: Hashed | None = None) -> Costs:
     """The costs of a recipe, from its model built without memory for its weights.
 
     The backward pass counts twice the forward one. Attention counts the half of the scores that is causal.
 
     Args:
         recipe: a training run; its vocabulary is taken to be full.
+        hashed: of which blocks the memory is a table read by a hash.
 
     Raises:
         ValueError: the model cannot be built.
     """
     with torch.device("meta"):
         model = build_model(recipe.model, recipe.memory, recipe.model.vocab_size, 0)
+        put_hashed_tables(model, hashed or {})
     counts = count_parameters(model)
     forward = _forward_flops(model, recipe)
     table_bytes = _FP32_BYTES * sum(table.weight.numel() for table in tables_in(model))
@@ -78,7 +81,8 @@ def _forward_flops(model: nn.Module, recipe: Recipe) -> int:
         2 * part.weight.numel() for part in model.modules() if isinstance(part, nn.Linear | Conv1D)
     )  # the head of the vocabulary too, which is a Linear where it shares the embedding's weights as well
     attention = recipe.model.num_layers * 2 * recipe.model.width * recipe.model.context_tokens
-    return matrices + attention + sum(_read_flops(memory) for memory in memories_in(model).values())
+    hashed = sum(part.read_flops for part in model.modules() if isinstance(part, HashedTable))
+    return matrices + attention + hashed + sum(_read_flops(memory) for memory in memories_in(model).values())
 
 
 def _read_flops(memory: ProductKeyMemory) -> int:

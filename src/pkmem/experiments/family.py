@@ -74,6 +74,7 @@ class Cell:
         rates: the learning rates to try, as overrides; with several the best of seed 0 is kept.
         like: the cell it has its overrides and rates from.
         match_seconds_of: train as many tokens as `like` manages in the training seconds of this cell.
+        hashed: blocks whose memory is a table read by a hash of the last tokens, see `hashed_table.put_hashed_tables`.
     """
 
     name: str
@@ -82,6 +83,7 @@ class Cell:
     rates: tuple[dict[str, float], ...] = ({},)
     like: str | None = None
     match_seconds_of: str | None = None
+    hashed: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,7 @@ class Run:
         seed: >= 0.
         settings: what differs from the family's base recipe, by dotted name.
         recipe: the whole of it; `out` is not set.
+        hashed: the cell's.
     """
 
     name: str
@@ -103,6 +106,7 @@ class Run:
     seed: int
     settings: dict[str, Any]
     recipe: Recipe
+    hashed: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -177,7 +181,7 @@ class Family:
         settings |= {} if data is None else {"data": data}
         recipe = read_recipe(self.base_recipe, settings)
         rate_name = _rate_name(recipe)
-        return Run(f"{cell.name}__{rate_name}__seed{seed}", cell.name, rate_name, seed, settings, recipe)
+        return Run(f"{cell.name}__{rate_name}__seed{seed}", cell.name, rate_name, seed, settings, recipe, cell.hashed)
 
 
 def _rate_name(recipe: Recipe) -> str:
@@ -246,6 +250,8 @@ def _family(file: Path, scale: str, document: dict[str, Any], chosen: dict[str, 
         cells_of=document.get("cells_of"),
         **{name: chosen[name] for name in flags if name in chosen},
     )
+    if family.measures_speed and any(cell.hashed for cell in family.cells.values()):
+        raise ValueError("measures_speed is true but hashed tables do not decode: leave it out")
     for name in itertools.chain(*family.pairs):
         check_known(name, list(family.cells), "cell")
     for cell in family.cells.values():
@@ -261,7 +267,9 @@ def _cells(document: dict[str, dict[str, Any]], rates: tuple[dict[str, float], .
     for name, given in document.items():
         if not re.fullmatch(r"[a-z0-9]+(_[a-z0-9]+)*", name):
             raise ValueError(f"cell {name!r} must be made of a-z, 0-9 and single _: it is part of file names")
-        _check_keys({key: None for key in given if "." not in key}, ("label",), ("rates", "like", "match_seconds_of"))
+        _check_keys(
+            {key: None for key in given if "." not in key}, ("label",), ("rates", "like", "match_seconds_of", "hashed")
+        )
         if ("like" in given) != ("match_seconds_of" in given):
             raise ValueError(f"cell {name} must have both like and match_seconds_of, or neither")
         for key in ("like", "match_seconds_of"):
@@ -275,6 +283,7 @@ def _cells(document: dict[str, dict[str, Any]], rates: tuple[dict[str, float], .
             tuple(given.get("rates", model.rates)),
             given.get("like"),
             given.get("match_seconds_of"),
+            {str(layer): how for layer, how in given.get("hashed", model.hashed).items()},
         )
         for rate in cells[name].rates:
             _check_keys(rate, (), _RATES)

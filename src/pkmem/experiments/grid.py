@@ -122,7 +122,7 @@ def num_runs(family: Family, seeds: int) -> int:
 
 
 def train_command(family: Family, run: Run, base: Path | str, out: Path | str) -> list[str]:
-    """The arguments of `pkmem` that train a run.
+    """The arguments that train a run: of `pkmem`, or of `pkmem.experiments.hashed_run` where it has hashed tables.
 
     Args:
         family, run: which.
@@ -133,19 +133,26 @@ def train_command(family: Family, run: Run, base: Path | str, out: Path | str) -
         f"{name}={setting if isinstance(setting, str) else json.dumps(setting)}"
         for name, setting in (family.overrides | run.settings).items()
     ]
-    return ["train", "--config", str(base), "--out", str(out), *options]
+    verb = ["--hashed", json.dumps(run.hashed)] if run.hashed else ["train"]
+    return [*verb, "--config", str(base), "--out", str(out), *options]
 
 
 def shown_command(family: Family, run: Run) -> str:
     """What a user types to train a run alone."""
     folder = config_folder()
     base = Path("configs") / family.base.relative_to(folder) if family.base.is_relative_to(folder) else family.base
-    program = ["pkmem"] if family.processes == 1 else ["torchrun", *_torchrun_options(family)]
+    program = ["torchrun", *_torchrun_options(family, run)]
+    if family.processes == 1:
+        program = ["python", "-m", _program(run)] if run.hashed else ["pkmem"]
     return shlex.join([*program, *train_command(family, run, base, f"runs/{run.name}")])
 
 
-def _torchrun_options(family: Family) -> list[str]:
-    return ["--standalone", "--nproc_per_node", str(family.processes), "-m", "pkmem"]
+def _torchrun_options(family: Family, run: Run) -> list[str]:
+    return ["--standalone", "--nproc_per_node", str(family.processes), "-m", _program(run)]
+
+
+def _program(run: Run) -> str:
+    return "pkmem.experiments.hashed_run" if run.hashed else "pkmem"
 
 
 def _train(family: Family, run: Run, folder: Path, resume: bool) -> str:
@@ -214,7 +221,7 @@ def _start(family: Family, run: Run, out: Path, resume: bool, lock: int) -> None
     go_on = resume and latest_checkpoint(out) is not None and _is_of(out, run)
     if not go_on:
         shutil.rmtree(out, ignore_errors=True)
-    program = ["pkmem"] if family.processes == 1 else ["torch.distributed.run", *_torchrun_options(family)]
+    program = [_program(run)] if family.processes == 1 else ["torch.distributed.run", *_torchrun_options(family, run)]
     command = [*program, *train_command(family, run, family.base, out), *(["--resume"] if go_on else [])]
     with _log_file(out).open("w", encoding="utf-8") as log:
         child = subprocess.Popen(
@@ -297,7 +304,7 @@ def describe(family: Family, seeds: int = 1, data: str | None = None) -> str:
     commands = []
     for cell in family.cells.values():
         run = family.run(cell, cell.rates[0], data=data)
-        cost, count = costs(run.recipe), (len(cell.rates) + seeds - 1) * family.trains
+        cost, count = costs(run.recipe, run.hashed), (len(cell.rates) + seeds - 1) * family.trains
         hours = cost.hours(machine)
         total += hours * count
         lines.append(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ class Result:
         summary: held-out figures of the trained model, its parameters and its training speed.
         held_out: the evaluations during training: tokens, seconds, bits_per_byte, use of the memories.
         environment: machine, versions, commit, command.
+        hashed: of which blocks the memory is a table read by a hash.
     """
 
     file: Path
@@ -38,6 +39,7 @@ class Result:
     summary: dict[str, Any]
     held_out: list[dict[str, Any]]
     environment: dict[str, Any]
+    hashed: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,7 @@ def save_result(file: Path, family: Family, run: Run, found: dict[str, Any]) -> 
         found: summary, held_out and environment of a `Result`.
     """
     head = {"family": family.name, "scale": family.scale, "cell": run.cell, "rate": run.rate, "seed": run.seed}
+    head |= {"hashed": run.hashed} if run.hashed else {}
     save_json(file, head | {"recipe": _plain(run.recipe)} | found)
 
 
@@ -270,6 +273,8 @@ def standing(family: Family, results: Iterable[Result], seeds: int, data: str | 
                     now.missing.append(run)
                 elif change := difference(found.recipe, run.recipe):
                     now.unused[found.file] = f"is of another recipe ({change})"
+                elif found.hashed != run.hashed:
+                    now.unused[found.file] = f"has hashed tables {found.hashed}, not {run.hashed}"
                 elif family.metric.name not in found.summary:  # such as bits per fact of a text that has none
                     now.unused[found.file] = f"has no {family.metric.name}"
                 else:

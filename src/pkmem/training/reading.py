@@ -21,6 +21,7 @@ from pkmem.lm.config import ModelConfig
 from pkmem.training.recipe import Recipe, TrainingConfig
 
 _PARTS = {"model": ModelConfig, "memory": MemoryConfig, "training": TrainingConfig}
+_ASSIGNMENT = re.compile(r"[a-z]\w*(\.\w+)*=")
 # jsonargparse tells most of its errors as text alone: which option, what was expected and what was given.
 _MISTYPED = re.compile(
     r'Parser key "([\w.]+)": (.+?)(?:\. Got value:| Errors: .* Given value:|load config(?= \'))(.*?)(?: - Parser key.*)?$'
@@ -69,6 +70,11 @@ class Parser(ArgumentParser):
             typed = f"of type {' or '.join(types)}".replace("NoneType", "null") if types else "a mapping of options"
             return f"{key} is {given.strip() or 'empty'} but must be {f'one of {choices[1]}' if choices else typed}"
         return line
+
+
+def as_flags(arguments: Iterable[str]) -> list[str]:
+    """A command line in which options of a recipe may be written without dashes, such as memory.knn=16."""
+    return [f"--{text}" if _ASSIGNMENT.match(text) else text for text in arguments]
 
 
 def _unknown(name: str, options: Iterable[str], command: str) -> str:

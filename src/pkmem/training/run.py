@@ -56,7 +56,13 @@ _LONGEST_WAIT = timedelta(days=1)  # for the process that reads the text, evalua
 T = TypeVar("T")
 
 
-def train(recipe: Recipe, resume: bool = False, overwrite: bool = False, progress: bool = True) -> dict[str, Any]:
+def train(
+    recipe: Recipe,
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: bool = True,
+    change: Callable[[PreTrainedModel], object] | None = None,
+) -> dict[str, Any]:
     """Trains one model and leaves everything about it in `recipe.out`.
 
     Ctrl-C or SIGTERM ends the run after the update in progress with a checkpoint; a second one ends it at once.
@@ -71,6 +77,8 @@ def train(recipe: Recipe, resume: bool = False, overwrite: bool = False, progres
             starts: its command is the same each time.
         overwrite: replace the run directory if there is one.
         progress: show progress bars and say what is done, on stderr.
+        change: puts parts of one's own into the model before it is trained, the same ones whenever the run is resumed.
+            RUN/model knows the recipe alone: to load it is then the caller's task.
 
     Returns:
         the content of RUN/summary.json.
@@ -84,10 +92,21 @@ def train(recipe: Recipe, resume: bool = False, overwrite: bool = False, progres
     group = group_after_restart(_LONGEST_WAIT)
     processes = PartialState(cpu=not torch.accelerator.is_available(), timeout=_LONGEST_WAIT, **group)
     with ending_together():
-        return _train(recipe, resume, overwrite, progress, processes)
+        return _train(recipe, resume, overwrite, progress, processes, change or _nothing)
 
 
-def _train(recipe: Recipe, resume: bool, overwrite: bool, progress: bool, processes: PartialState) -> dict[str, Any]:
+def _nothing(_: PreTrainedModel) -> None:
+    """Leaves a model as its recipe says."""
+
+
+def _train(
+    recipe: Recipe,
+    resume: bool,
+    overwrite: bool,
+    progress: bool,
+    processes: PartialState,
+    change: Callable[[PreTrainedModel], object],
+) -> dict[str, Any]:
     sequences = sequences_per_process(recipe, processes.num_processes)
     progress = progress and processes.is_main_process
     tokenizer, train_file, held_out_file, checkpoint = _by_first_process(
@@ -104,6 +123,7 @@ def _train(recipe: Recipe, resume: bool, overwrite: bool, progress: bool, proces
     set_seed(recipe.training.seed)
     with contextlib.nullcontext() if mesh is None else undrawn_tables():
         model = starting_model(recipe, tokenizer, checkpoint)
+        change(model)
     if mesh is not None:
         shard_values(model, mesh)
     if recipe.training.parallel == "fsdp" and processes.num_processes > 1:

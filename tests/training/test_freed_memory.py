@@ -21,7 +21,7 @@ for _ in range(5):
     step()
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
-KEEP = "from pkmem.freed_memory import keep_freed_memory; keep_freed_memory()"
+KEEP = "from pkmem.training.freed_memory import keep_freed_memory; keep_freed_memory()"
 SMALL = "MALLOC_TRIM_THRESHOLD_", "131072"  # glibc's own start
 PAGES_OF_A_STEP = (64 << 20) // 4096
 
@@ -57,7 +57,7 @@ def test_the_command_line_keeps_it(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_c_library_without_mallopt_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     import ctypes
 
-    from pkmem.freed_memory import keep_freed_memory
+    from pkmem.training.freed_memory import keep_freed_memory
 
     monkeypatch.setattr(ctypes, "CDLL", lambda _: object())
     keep_freed_memory()
