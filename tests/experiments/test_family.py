@@ -52,7 +52,7 @@ def test_every_cell_of_every_family_makes_a_recipe(name: str, scale: str) -> Non
     for run in runs:
         trained = run.recipe.training.num_tokens, run.recipe.training.value_moments
         if family.cells[run.cell].like is None:
-            models.add(repr((run.recipe.model, run.recipe.memory, run.hashed, trained)))
+            models.add(repr((run.recipe.model, run.recipe.memory, run.hashed, trained, family.cells[run.cell].rates)))
     assert len(models) == sum(cell.like is None for cell in family.cells.values())
     if scale != "laptop":
         assert "not run yet" in family.about
