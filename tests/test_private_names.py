@@ -54,6 +54,7 @@ NAMES = {
 }
 OF_TORCH_AND_NUMBA = {
     "_C",  # of torch: what has no public name yet
+    "_apply",  # of a module: what .to() does to each tensor: tests/layer/test_huge_pages.py
     "_are_functorch_transforms_active",  # whether torch.func transforms
     "_len_torch_dispatch_stack",  # how many modes see every operator
     "_current_level",  # of torch.autograd.forward_ad: -1 outside forward mode

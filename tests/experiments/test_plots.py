@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from matplotlib.figure import Figure
 
-from pkmem.experiments.plots import plot_learning_curves, plot_lines, plot_speeds, plot_usage
+from pkmem.experiments.plots import plot_by_text, plot_learning_curves, plot_lines, plot_speeds, plot_usage
 
 
 def records(bits: list[float]) -> list[dict]:
@@ -65,6 +65,17 @@ def test_lines_are_sorted_and_levels_horizontal(tmp_path: Path, drawn: list[Figu
     assert line.get_xydata().tolist() == [[2, 3.0], [4, 1.0]]
     assert set(level.get_ydata()) == {2.5}
     assert [text.get_text() for text in drawn[0].axes[0].get_legend().get_texts()] == ["a", "none"]
+
+
+def test_what_a_memory_saves_is_drawn_beside_what_models_reach(tmp_path: Path, drawn: list[Figure]) -> None:
+    bits = {"no memory": [(5e6, 1.5), (1.5e6, 1.7)], "512": [(1.5e6, 1.6), (5e6, 1.45)]}
+    plot_by_text(bits, {"512, at equal tokens": [(5e6, 0.05), (1.5e6, 0.1)]}, tmp_path / "text.png")
+    left, right = drawn[0].axes
+    assert [line.get_xydata().tolist() for line in left.lines] == [[[1.5, 1.7], [5, 1.5]], [[1.5, 1.6], [5, 1.45]]]
+    assert right.lines[0].get_xydata().tolist() == [[1.5, 0.1], [5, 0.05]]
+    assert left.get_xscale() == right.get_xscale() == "log"
+    assert [text.get_text() for text in left.get_xticklabels()] == ["1.5", "5"]
+    assert (tmp_path / "text.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_speeds_are_points_with_names(tmp_path: Path, drawn: list[Figure]) -> None:

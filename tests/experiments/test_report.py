@@ -13,7 +13,7 @@ from html_reader import Reader
 from made_results import HERE, figures, make, make_speeds, rates_of
 from pkmem.experiments import report
 from pkmem.experiments.family import load_family
-from pkmem.experiments.plots import plot_lines
+from pkmem.experiments.plots import plot_by_text, plot_lines
 from pkmem.experiments.report import write_report
 from pkmem.experiments.results import Result, find_results, runs_of, save_result
 
@@ -108,6 +108,22 @@ def test_html_has_all_tables_and_pictures_inside(table1: Path, tmp_path: Path) -
         assert base64.b64decode(image.removeprefix("data:image/png;base64,")) == (tmp_path / file).read_bytes()
         assert (tmp_path / file).read_bytes().startswith(b"\x89PNG")
     assert sum(tag == "table" for tag, _ in page.seen) == 4  # ours, the paper's, the sweeps, the runs
+
+
+def test_a_family_of_lengths_shows_what_is_saved_at_equal_tokens_and_seconds(tmp_path: Path, monkeypatch) -> None:
+    drawn = []
+    monkeypatch.setattr(report, "plot_by_text", lambda *given: (drawn.append(given), plot_by_text(*given)))
+    make(tmp_path / "in", load_family("more_text", "laptop"), seeds=1)
+    markdown, _ = page_of([tmp_path / "in"], tmp_path / "out")
+    ((bits, saved, _),) = drawn
+    lengths = [1.5e6, 5e6, 15e6, 45e6]
+    assert list(bits) == ["no memory", "num_sub_keys 128", "num_sub_keys 512"]
+    assert bits["no memory"] == [(length, pytest.approx(2.34)) for length in lengths]
+    assert bits["num_sub_keys 512"] == [(length, pytest.approx(2.14)) for length in lengths]
+    assert saved["num_sub_keys 128, at equal tokens"] == [(length, pytest.approx(0.2)) for length in lengths]
+    assert saved["num_sub_keys 512, at equal seconds"] == [(length, pytest.approx(0.3)) for length in lengths]
+    assert "(laptop_more_text_text.png)" in markdown
+    assert "laptop_more_text_lines.png" not in markdown
 
 
 def test_partial_results_name_what_is_missing(table1: Path, tmp_path: Path) -> None:

@@ -81,6 +81,34 @@ def plot_lines(
     figure.savefig(path, dpi=150)
 
 
+def plot_by_text(
+    bits: dict[str, list[tuple[float, float]]], saved: dict[str, list[tuple[float, float]]], path: Path
+) -> None:
+    """What models of one kind make of more and more text, and what a memory saves of it.
+
+    Args:
+        bits: per label its training tokens and bits per byte, in any order.
+        saved: per label its training tokens and the bits per byte that it saves.
+        path: the PNG to write.
+    """
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for axes, series in ((left, bits), (right, saved)):
+        for label, points in series.items():
+            tokens, heights = zip(*sorted(points), strict=True)
+            axes.plot([count / 1e6 for count in tokens], heights, marker="o", label=label)
+        ticks = sorted({count / 1e6 for points in series.values() for count, _ in points})
+        axes.set(xscale="log", xlabel="training tokens (millions)")
+        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axes.set_xticks([], minor=True)
+        axes.grid(visible=True, alpha=0.3)
+        axes.legend(fontsize="small")
+    left.set_ylabel("held-out bits per byte")
+    right.set_ylabel("bits per byte saved by the memory")
+    right.axhline(0, color="gray", linewidth=1)
+    figure.savefig(path, dpi=150)
+
+
 def plot_speeds(points: dict[str, tuple[float, float]], path: Path) -> None:
     """Perplexity against inference speed, a named point a model (figure 4): low and right is good.
 

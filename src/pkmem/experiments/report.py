@@ -14,7 +14,7 @@ import yaml
 from pkmem.experiments.claims import Spread, claims, speeds_of
 from pkmem.experiments.family import Cell, Family, config_folder, load_family
 from pkmem.experiments.page import Block, Heading, Items, Paragraph, Picture, Table, is_page, write_page
-from pkmem.experiments.plots import plot_learning_curves, plot_lines, plot_speeds, plot_usage
+from pkmem.experiments.plots import plot_by_text, plot_learning_curves, plot_lines, plot_speeds, plot_usage
 from pkmem.experiments.results import (
     NotYetError,
     Result,
@@ -28,6 +28,7 @@ from pkmem.experiments.results import (
 from pkmem.training.recipe import Recipe
 
 _NONE = "-"
+_TOKENS = "training.num_tokens"
 _FIGURES = (  # of a trained model, in the order of the table: key, title, format
     ("dense_params", "dense", ","),
     ("memory_params", "in memory", ","),
@@ -199,6 +200,10 @@ class _Section:
         if any("memory_0/usage" in record for records in curves.values() for record in records):
             plot_usage(curves, out / f"{stem}_usage.png")
             made.append(Picture(f"{stem}_usage.png", "Use of the first memory on that text"))
+        bits, saved = self._by_text()
+        if saved:
+            plot_by_text(bits, saved, out / f"{stem}_text.png")
+            made.append(Picture(f"{stem}_text.png", "Bits per byte, and those that a memory saves, by training tokens"))
         series, levels = self._lines()
         if series:
             x, by, title = family.plot["x"], family.plot["series"], family.metric.title
@@ -215,16 +220,44 @@ class _Section:
         series: dict[str, list[tuple[float, float]]] = {}
         levels = {}
         for name, results in self.best.items():
-            if not results or not self.family.plot or self.family.cells[name].like is not None:
+            if not results or self.family.plot.get("x", _TOKENS) == _TOKENS or self.family.cells[name].like is not None:
                 continue  # what was trained for another time is no point of a line
             recipe, figure = results[0].recipe, statistics.mean(r.summary[self.family.metric.name] for r in results)
             if not recipe.model.memory_layers:
                 levels[self.family.cells[name].label] = figure
                 continue
             x = attrgetter(self.family.plot["x"])(recipe)
-            label = f"{self.family.plot['series'].split('.')[-1]} {attrgetter(self.family.plot['series'])(recipe)}"
-            series.setdefault(label, []).append((x[0] if isinstance(x, list) else x, figure))
+            series.setdefault(self._series(name), []).append((x[0] if isinstance(x, list) else x, figure))
         return series, levels
+
+    def _by_text(self) -> tuple[dict[str, list[tuple[float, float]]], dict[str, list[tuple[float, float]]]]:
+        """Of a family whose x are training tokens: figures by them, and what is saved over the rival of each pair."""
+        bits: dict[str, list[tuple[float, float]]] = {}
+        saved: dict[str, list[tuple[float, float]]] = {}
+        if self.family.plot.get("x") != _TOKENS:
+            return bits, saved
+        means = {
+            name: statistics.mean(r.summary[self.family.metric.name] for r in results)
+            for name, results in self.best.items()
+            if results
+        }
+        for name, figure in means.items():
+            if self.family.cells[name].like is None:
+                bits.setdefault(self._series(name), []).append((self._tokens(name), figure))
+        for name, rival in self.family.pairs:
+            if name in means and rival in means:
+                at_equal = "tokens" if self.family.cells[rival].like is None else "seconds"
+                series = saved.setdefault(f"{self._series(name)}, at equal {at_equal}", [])
+                series.append((self._tokens(name), means[rival] - means[name]))
+        return bits, saved
+
+    def _series(self, cell: str) -> str:
+        recipe, field = self.best[cell][0].recipe, self.family.plot["series"]
+        return f"{field.split('.')[-1]} {attrgetter(field)(recipe)}" if recipe.model.memory_layers else "no memory"
+
+    def _tokens(self, cell: str) -> int:
+        tokens: int = attrgetter(_TOKENS)(self.best[cell][0].recipe)
+        return tokens
 
     def _points(self) -> dict[str, tuple[float, float]]:
         points = {}

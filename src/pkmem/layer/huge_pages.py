@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from collections.abc import Callable
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 _HUGE = 2 << 20
+_PART = 64 << 20  # bytes converted at once
 _MADV_HUGEPAGE = 14  # of Linux's madvise(2)
 
 
@@ -27,3 +30,22 @@ def prefer_huge_pages(tensor: Tensor) -> Tensor:
     if first < end:
         ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(end - first), _MADV_HUGEPAGE)
     return tensor
+
+
+def converted(convert: Callable[[Tensor], Tensor], table: Tensor) -> Tensor:
+    """What `convert` makes of a table; another dtype or one from a GPU goes into huge pages, a few rows at a time.
+
+    Args:
+        convert: as `nn.Module._apply` has it, for any number of rows.
+        table: (m, v).
+    """
+    if table.is_meta or type(table) not in (Tensor, nn.Parameter) or table.dim() != 2 or table.nbytes < _HUGE:
+        return convert(table)
+    like = convert(table[:0])
+    if type(like) is not Tensor or not like.is_cpu or (like.dtype, like.device) == (table.dtype, table.device):
+        return convert(table)
+    made = prefer_huge_pages(torch.empty(table.shape, dtype=like.dtype, device=like.device))
+    rows = max(1, _PART * len(table) // table.nbytes)
+    for old, new in zip(table.split(rows), made.split(rows), strict=True):
+        new.copy_(convert(old))
+    return made

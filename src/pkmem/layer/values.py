@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, final
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 from pkmem import ops
 from pkmem.layer.drawing import draw_normal, new_seed, tables_stay_undrawn
-from pkmem.layer.huge_pages import prefer_huge_pages
+from pkmem.layer.huge_pages import converted, prefer_huge_pages
 from pkmem.layer.journey import sent_to
 from pkmem.layer.room import require_room
 from pkmem.ops.mapped_rows import MappedRows
@@ -70,6 +71,10 @@ class Table(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         """What a copy or a pickle takes along: the RowAdam trains the original, and only that may lie in a file."""
         return self.__dict__ | {"log": None, "mapped": None}
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Table:
+        # What `.to()`, `.bfloat16()` and `.cpu()` do; torch has no public name for it.
+        return super()._apply(lambda tensor: converted(fn, tensor), recurse)
 
     def ask_ahead(self, slots: Tensor) -> None:
         """Asks for the rows of slots about to be read, if the table lies in a file."""
