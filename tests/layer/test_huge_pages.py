@@ -31,7 +31,7 @@ def flags_at(address: int) -> list[str]:
 
 @pytest.mark.skipif(sys.platform != "linux" or not _MODES.exists(), reason="no transparent huge pages")
 def test_tables_and_moments_ask_for_huge_pages() -> None:
-    memory = ProductKeyMemory(MemoryConfig(dim=64, num_sub_keys=160, knn=8, query_dim=16))
+    memory = ProductKeyMemory(MemoryConfig(dim=64, num_sub_keys=256, knn=8, query_dim=16))  # 8 MB in bf16
     optimizer = RowAdam(memory)
     memory(torch.randn(4, 64)).sum().backward()
     optimizer.step()
