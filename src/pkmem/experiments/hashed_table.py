@@ -18,9 +18,7 @@ from pkmem.layer.memory import ProductKeyMemory
 from pkmem.layer.values import ValueTable
 from pkmem.lm.placement import MemoryMLP, find_blocks
 
-Hashed = Mapping[
-    str, str
-]  # of blocks, counted from 0, "instead" of their memory or "beside" it; JSON has strings for keys
+Hashed = Mapping[str, str]  # blocks, counted from 0, and "instead" of their memory or "beside" it: keys as in JSON
 
 _ORDERS = (2, 3)  # tokens that are hashed together
 _HASHES = 4  # of each order

@@ -77,7 +77,8 @@ def train(
             starts: its command is the same each time.
         overwrite: replace the run directory if there is one.
         progress: show progress bars and say what is done, on stderr.
-        change: puts parts of one's own into the model before it is trained, the same ones whenever the run is resumed.
+        change: puts parts of one's own into the model before it is trained, the same ones whenever the run is resumed; they train, whatever
+            `training.train` says.
             RUN/model knows the recipe alone: to load it is then the caller's task.
 
     Returns:
