@@ -111,6 +111,8 @@ def test_row_adam_trains_the_rows_that_were_read_alone() -> None:
     ("hashed", "message"),
     [
         ({"0": "instead"}, "hashed names layer 0, which has no memory: name it in model.memory_layers, too"),
+        ({"2": "instead"}, "hashed names layer 2, which has no memory"),
+        ({"-1": "instead"}, "hashed names layer -1, which has no memory"),
         ({"1": "above"}, "hashed, layer 1 is 'above' but must be 'instead' of the memory or 'beside' it"),
     ],
 )

@@ -111,7 +111,7 @@ def put_hashed_tables(model: PreTrainedModel, hashed: Hashed) -> None:
     blocks, tokens = find_blocks(model), _Tokens()
     for layer, how in hashed.items():
         require(how in ("instead", "beside"), f"hashed, layer {layer}", how, "'instead' of the memory or 'beside' it")
-        place = blocks[int(layer)].mlp
+        place = blocks[int(layer)].mlp if layer.isdecimal() and int(layer) < len(blocks) else None
         if not isinstance(place, MemoryMLP):
             raise ValueError(f"hashed names layer {layer}, which has no memory: name it in model.memory_layers, too")
         memory = place.memory

@@ -38,6 +38,9 @@ def converted(convert: Callable[[Tensor], Tensor], table: Tensor) -> Tensor:
     Args:
         convert: as `nn.Module._apply` has it, for any number of rows.
         table: (m, v).
+
+    Returns:
+        the same numbers as `convert(table)`.
     """
     if table.is_meta or type(table) not in (Tensor, nn.Parameter) or table.dim() != 2 or table.nbytes < _HUGE:
         return convert(table)

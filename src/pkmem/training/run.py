@@ -77,9 +77,9 @@ def train(
             starts: its command is the same each time.
         overwrite: replace the run directory if there is one.
         progress: show progress bars and say what is done, on stderr.
-        change: puts parts of one's own into the model before it is trained, the same ones whenever the run is resumed; they train, whatever
-            `training.train` says.
-            RUN/model knows the recipe alone: to load it is then the caller's task.
+        change: puts parts of one's own into the model before it is trained, the same ones whenever the run is resumed;
+            they train, whatever `training.train` says. RUN/model knows the recipe alone: to load it is then the
+            caller's task. None leaves the model as its recipe says.
 
     Returns:
         the content of RUN/summary.json.
@@ -93,11 +93,7 @@ def train(
     group = group_after_restart(_LONGEST_WAIT)
     processes = PartialState(cpu=not torch.accelerator.is_available(), timeout=_LONGEST_WAIT, **group)
     with ending_together():
-        return _train(recipe, resume, overwrite, progress, processes, change or _nothing)
-
-
-def _nothing(_: PreTrainedModel) -> None:
-    """Leaves a model as its recipe says."""
+        return _train(recipe, resume, overwrite, progress, processes, change)
 
 
 def _train(
@@ -106,7 +102,7 @@ def _train(
     overwrite: bool,
     progress: bool,
     processes: PartialState,
-    change: Callable[[PreTrainedModel], object],
+    change: Callable[[PreTrainedModel], object] | None,
 ) -> dict[str, Any]:
     sequences = sequences_per_process(recipe, processes.num_processes)
     progress = progress and processes.is_main_process
@@ -124,7 +120,8 @@ def _train(
     set_seed(recipe.training.seed)
     with contextlib.nullcontext() if mesh is None else undrawn_tables():
         model = starting_model(recipe, tokenizer, checkpoint)
-        change(model)
+        if change is not None:
+            change(model)
     if mesh is not None:
         shard_values(model, mesh)
     if recipe.training.parallel == "fsdp" and processes.num_processes > 1:
