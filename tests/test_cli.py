@@ -541,6 +541,16 @@ def test_a_command_prints_its_answer_and_no_noise_of_libraries(module: str, run:
     assert [line for line in said.stderr.replace("\r", "\n").splitlines() if line and "evaluating" not in line] == []
 
 
+@pytest.mark.skipif(os.name == "nt", reason="a pipe of POSIX")
+def test_a_command_ends_without_a_word_where_nobody_reads_on() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "pkmem", "experiment", "size", "--dry_run"]
+    with os.fdopen(writer, "wb") as pipe:
+        said = subprocess.run(command, stdout=pipe, stderr=subprocess.PIPE)
+    assert (said.returncode, said.stderr) == (141, b"")
+
+
 def test_warmup_says_how_many_kernels_it_compiled(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:

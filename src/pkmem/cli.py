@@ -48,7 +48,7 @@ class Verb(NamedTuple):
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Runs one verb; exits with 2 where the user can mend what went wrong, 130 after Ctrl-C."""
+    """Runs one verb; exits with 2 where the user can mend what went wrong, 130 after Ctrl-C, 141 where nobody reads on."""
     arguments = sys.argv[1:] if arguments is None else arguments
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
@@ -65,6 +65,10 @@ def main(arguments: list[str] | None = None) -> None:
             os.environ.setdefault(name, setting)
         keep_freed_memory()
         VERBS[chosen.subcommand].run(options)
+        sys.stdout.flush()
+    except BrokenPipeError:  # who read it has read enough, as in `pkmem experiment table1 --dry_run | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains at its exit
+        sys.exit(128 + 13)  # what a shell gives for SIGPIPE
     except ValueError as error:
         _fail(str(error))
     except OSError as error:

@@ -22,6 +22,8 @@ def test_what_is_left_out_has_its_default_and_overrides_win() -> None:
     recipe = read_recipe({"model": {"num_layers": 3}}, {"model.num_layers": 5, "memory.knn": 7, "data": "text.txt"})
     assert (recipe.model.num_layers, recipe.memory.knn, recipe.data) == (5, 7, "text.txt")
     assert recipe.training == Recipe().training
+    nested = read_recipe({"model": {"num_layers": 3}}, {"model": {"width": 32}})
+    assert (nested.model.num_layers, nested.model.width) == (3, 32)
 
 
 def test_numbers_are_read_as_the_command_line_reads_them(tmp_path: Path) -> None:
@@ -47,7 +49,7 @@ def test_numbers_are_read_as_the_command_line_reads_them(tmp_path: Path) -> None
         ({}, {"memory.query_hidden_dim": "x"}, "memory.query_hidden_dim is x but must be of type int or null"),
         ({"data": 3}, {}, "data is 3 but must be of type str"),
         ({"zzz": 3}, {}, "unknown option 'zzz'; `pkmem train --help` lists them"),
-        ({}, {"model": {"width": 64}}, "unknown option 'model': did you mean 'model"),
+        ({}, {"model": {"wdth": 64}}, "unknown option 'model.wdth': did you mean 'model.width'"),
         ({"training": {"lr": None}}, {}, "training.lr is None but must be of type float"),
         ([1], {}, r"a recipe is \[1\] but must be a mapping of options"),
     ],

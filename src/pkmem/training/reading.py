@@ -99,12 +99,12 @@ def read_recipe(document: Mapping[str, Any], overrides: Mapping[str, Any] | None
 
     Args:
         document: what is left out has its default.
-        overrides: fields that differ from the document's, by dotted name, such as `memory.knn`.
+        overrides: fields that differ from the document's, nested as there or by dotted name, such as `memory.knn`.
 
     Raises:
         ValueError: an unknown field, one of the wrong type, or one outside its range.
     """
-    given = by_dotted_name(document) | dict(overrides or {})
+    given = by_dotted_name(document) | by_dotted_name(overrides or {})
     nested: dict[str, dict[str, Any]] = {part: {} for part in ("", *_PARTS)}
     for name, setting in given.items():
         if name not in _defaults():
