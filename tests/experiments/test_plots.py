@@ -30,9 +30,20 @@ def test_curves_are_held_out_bits_per_byte_over_tokens_and_seconds(
     assert by_tokens.lines[0].get_xydata().tolist() == [[1, 3.0], [2, 2.5], [3, 2.25]]
     assert by_seconds.lines[0].get_xydata().tolist() == [[7, 3.0], [14, 2.5], [21, 2.25]]
     assert by_seconds.lines[1].get_xydata().tolist() == [[7, 2.75]]
-    assert by_tokens.get_legend() is not None
+    assert [text.get_text() for text in saved[0].legends[0].texts] == ["4 layers", "8 layers"]
     assert by_tokens.get_xlabel() == "training tokens (millions)"
     assert by_seconds.get_xlabel() == "training time (seconds)"
+
+
+def test_many_curves_have_colours_of_their_own_and_a_legend_below_the_axes(tmp_path: Path, drawn: list[Figure]) -> None:
+    plot_learning_curves(
+        {f"a model with a long name, number {i}": records([3.0]) for i in range(16)}, tmp_path / "a.png"
+    )
+    by_tokens, by_seconds = drawn[0].axes
+    for axes in (by_tokens, by_seconds):
+        assert len({tuple(line.get_color()) for line in axes.lines}) == 16
+        assert axes.get_window_extent().height > 300  # pixels, of the 400 that a picture without a legend has
+        assert axes.get_window_extent().ymin > drawn[0].legends[0].get_window_extent().ymax
 
 
 def test_a_run_without_an_evaluation_is_drawn_empty(tmp_path: Path) -> None:

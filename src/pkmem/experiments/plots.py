@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from matplotlib import colormaps
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 
@@ -17,6 +19,7 @@ def plot_learning_curves(curves: dict[str, list[dict[str, Any]]], path: Path) ->
     """
     figure = Figure(figsize=(10, 4), layout="constrained")
     by_tokens, by_seconds = figure.subplots(1, 2, sharey=True)
+    _colours_for(len(curves), by_tokens, by_seconds)
     for label, records in curves.items():
         held_out = [record for record in records if record["kind"] == "held_out"]
         bits = [record["bits_per_byte"] for record in held_out]
@@ -30,7 +33,7 @@ def plot_learning_curves(curves: dict[str, list[dict[str, Any]]], path: Path) ->
         axes.grid(visible=True, which="both", alpha=0.3)
         axes.yaxis.set_minor_formatter("{x:.1f}")
         axes.yaxis.set_major_formatter("{x:.1f}")
-    by_tokens.legend()
+    _legend_below(figure, by_tokens)
     figure.savefig(path, dpi=150)
 
 
@@ -43,6 +46,7 @@ def plot_usage(curves: dict[str, list[dict[str, Any]]], path: Path) -> None:
     """
     figure = Figure(figsize=(10, 4), layout="constrained")
     usage, kl = figure.subplots(1, 2)
+    _colours_for(len(curves), usage, kl)
     for label, records in curves.items():
         read = [record for record in records if "memory_0/usage" in record]
         if read:
@@ -53,7 +57,7 @@ def plot_usage(curves: dict[str, list[dict[str, Any]]], path: Path) -> None:
     kl.set(xlabel="training tokens (millions)", ylabel="KL (nats)", title="distance from reading all slots alike")
     for axes in (usage, kl):
         axes.grid(visible=True, alpha=0.3)
-    usage.legend(fontsize="small")
+    _legend_below(figure, usage)
     figure.savefig(path, dpi=150)
 
 
@@ -125,3 +129,19 @@ def plot_speeds(points: dict[str, tuple[float, float]], path: Path) -> None:
     axes.margins(x=0.2)
     axes.grid(visible=True, alpha=0.3)
     figure.savefig(path, dpi=150)
+
+
+def _colours_for(lines: int, *axes: Axes) -> None:
+    """A colour of its own for each line; matplotlib's ten would be given twice."""
+    if lines > 10:
+        for each in axes:
+            each.set_prop_cycle(color=colormaps["tab20"](range(20)))
+
+
+def _legend_below(figure: Figure, axes: Axes) -> None:
+    """Below the axes, not on them, which many or long labels would cover; the curves keep their height."""
+    handles, labels = axes.get_legend_handles_labels()
+    columns = 2 if max(map(len, labels), default=0) > 30 else 3
+    rows = -(-len(labels) // columns)
+    figure.set_figheight(figure.get_figheight() + 0.2 * rows)
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize="small")
