@@ -551,6 +551,14 @@ def test_a_command_ends_without_a_word_where_nobody_reads_on() -> None:
     assert (said.returncode, said.stderr) == (141, b"")
 
 
+def test_another_pipe_that_breaks_is_an_error(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr("pkmem.experiments.grid.experiment", broken)
+    assert "Broken pipe" in error_of(["experiment", "size"], capsys)
+
+
 def test_warmup_says_how_many_kernels_it_compiled(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:

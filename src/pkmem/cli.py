@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -66,16 +67,25 @@ def main(arguments: list[str] | None = None) -> None:
         keep_freed_memory()
         VERBS[chosen.subcommand].run(options)
         sys.stdout.flush()
-    except BrokenPipeError:  # who read it has read enough, as in `pkmem experiment table1 --dry_run | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains at its exit
-        sys.exit(128 + 13)  # what a shell gives for SIGPIPE
     except ValueError as error:
         _fail(str(error))
     except OSError as error:
+        if isinstance(error, BrokenPipeError) and _reader_has_gone():  # as in `pkmem inspect runs/x | head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python complains at its exit
+            sys.exit(128 + 13)  # what a shell gives for SIGPIPE
         _fail(f"{error.strerror or error}: {error.filename or ''}".rstrip(": "))
     except KeyboardInterrupt as stop:
         print(f"pkmem: {str(stop) or 'interrupted'}", file=sys.stderr)
         sys.exit(130)
+
+
+def _reader_has_gone() -> bool:
+    """Whether it is the standard output that nobody reads, and not another pipe that broke."""
+    if sys.platform == "win32":  # has no poll
+        return False
+    output = select.poll()
+    output.register(1, 0)
+    return bool(output.poll(0))
 
 
 def _fail(message: str) -> NoReturn:
