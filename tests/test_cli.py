@@ -603,7 +603,7 @@ def test_a_dry_run_trains_nothing(capsys: pytest.CaptureFixture) -> None:
     [
         (
             ["experiment", "tabel1"],
-            "no experiment 'tabel1': did you mean 'table1'? they are dead_slots, depth_rates, facts, hashed, heads, keys",
+            "no experiment 'tabel1': did you mean 'table1'? they are dead_slots, depth, facts, hashed, heads, keys",
         ),
         (["experiment", "size", "--scale", "phone"], "no scale 'phone': they are laptop, gpu, paper"),
         (["experiment", "size", "--seeds", "0"], "seeds is 0 but must be >= 1"),

@@ -57,6 +57,31 @@ def test_labels_say_what_is_predicted(model: nn.Module, blocks: list) -> None:
     assert whole == pytest.approx(sum(half["loss"] * half["num_tokens"] for half in halves) / (31 * 11), rel=1e-5)
 
 
+def test_what_repeats_a_pair_of_its_block_is_counted_apart(model: nn.Module) -> None:
+    """Against a search of each pair in what stood before it, with pairs that overlap and blocks that share none."""
+    blocks = [{"input_ids": torch.tensor(tokens)} for tokens in ([7, 7, 7, 7, 1, 2, 7, 1], [1, 2, 3, 1, 2, 3, 1, 3])]
+    repeated, new = [], []
+    for tokens in (block["input_ids"] for block in blocks):
+        with torch.no_grad():
+            log_probs = model.eval()(input_ids=tokens[None]).logits[0].double().log_softmax(-1)
+        pairs = list(zip(tokens.tolist(), tokens.tolist()[1:], strict=False))
+        for i, pair in enumerate(pairs):
+            (repeated if pair in pairs[:i] else new).append(-log_probs[i, pair[1]].item())
+    figures = evaluate(model, blocks, 1.0)
+    assert len(repeated) == 2 + 1 + 3
+    assert figures["repeated_share"] == pytest.approx(len(repeated) / 14)
+    assert figures["repeated_loss"] == pytest.approx(np.mean(repeated), rel=1e-5)
+    assert figures["new_loss"] == pytest.approx(np.mean(new), rel=1e-5)
+    assert figures["loss"] == pytest.approx(np.mean(repeated + new), rel=1e-5)
+
+
+def test_a_kind_of_token_that_is_not_there_has_no_loss(model: nn.Module) -> None:
+    figures = evaluate(model, [{"input_ids": torch.arange(8)}], 1.0)
+    assert figures["repeated_share"] == 0
+    assert "repeated_loss" not in figures
+    assert figures["new_loss"] == figures["loss"]
+
+
 def test_batches_do_not_change_the_loss(model: nn.Module, blocks: list) -> None:
     one, eight = (evaluate(model, blocks, 1.0, batch_sequences=n) for n in (1, 8))
     assert one["loss"] == pytest.approx(eight["loss"], rel=1e-6)

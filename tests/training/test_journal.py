@@ -14,6 +14,7 @@ from pkmem.training.journal import read_metrics
 pytest_plugins = "tiny"
 
 USAGE = {f"memory_0/{name}" for name in ("usage", "top1_usage", "kl", "dead_slots", "hottest_share")}
+EVALUATED = {"perplexity", "num_tokens", "repeated_share", "repeated_loss", "new_loss"}
 
 
 def test_metrics_have_every_figure_at_every_interval_and_at_the_end(run: Path) -> None:
@@ -22,8 +23,8 @@ def test_metrics_have_every_figure_at_every_interval_and_at_the_end(run: Path) -
         *(("train", 4), ("held_out", 5), ("train", 8), ("train", 10), ("held_out", 10))
     ]
     for record in records:
-        speed = {"lr", "value_lr", "tokens_per_s"} if record["kind"] == "train" else {"perplexity", "num_tokens"}
-        assert record.keys() == {"kind", "step", "tokens", "seconds", "loss", "bits_per_byte"} | speed | USAGE
+        own = {"lr", "value_lr", "tokens_per_s"} if record["kind"] == "train" else EVALUATED
+        assert record.keys() == {"kind", "step", "tokens", "seconds", "loss", "bits_per_byte"} | own | USAGE
         assert record["tokens"] == record["step"] * 128
         assert all(math.isfinite(figure) for key, figure in record.items() if key != "kind")
     seconds = [record["seconds"] for record in records]

@@ -34,6 +34,8 @@ _FIGURES = (  # of a trained model, in the order of the table: key, title, forma
     ("memory_params", "in memory", ","),
     ("perplexity", "perplexity", ".2f"),
     ("bits_per_byte", "bits per byte", ".4f"),
+    ("repeated_loss", "nats per repeated token", ".3f"),
+    ("new_loss", "per new token", ".3f"),
     ("recall", "recall", ".1%"),
     ("bits_per_fact", "bits per fact", ".2f"),
     ("bits_per_param", "stored bits per parameter", ".3f"),
@@ -319,7 +321,8 @@ def _mean_curve(results: Sequence[Result]) -> list[dict[str, Any]]:
     """The held-out records of several seeds, evaluation by evaluation, as far as all have come."""
     curve = []
     for records in zip(*(result.held_out for result in results), strict=False):
-        names = [name for name, figure in records[0].items() if isinstance(figure, int | float)]
+        shared = set.intersection(*(set(record) for record in records))  # an older result may lack some
+        names = [name for name, figure in records[0].items() if name in shared and isinstance(figure, int | float)]
         means = {name: statistics.mean(record[name] for record in records) for name in names}
         curve.append(means | {"kind": "held_out"})
     return curve

@@ -12,7 +12,7 @@ def experiment_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "name",
         type=str,
-        help="table1, depth_rates, speed, size, position, keys or heads of the paper; layers, scaling, dead_slots, moments, hashed, more_text, facts "
+        help="table1, depth, speed, size, position, keys or heads of the paper; layers, scaling, dead_slots, moments, hashed, more_text, facts "
         "beyond it; learn for facts taught to a pretrained model",
     )
     parser.add_argument("--scale", type=str, default="laptop", help="laptop, gpu or paper")

@@ -38,14 +38,18 @@ def evaluate(
         together: the processes of torch.distributed each take a share of the blocks; all call this, and get the same.
 
     Returns:
-        loss (nats per token), perplexity, bits_per_byte, num_tokens (predicted), and per memory
-        `<memory>/usage`, `/top1_usage`, `/kl`, `/dead_slots`, `/hottest_share`.
+        loss (nats per token), perplexity, bits_per_byte, num_tokens (predicted); repeated_share of these, which end a
+        pair of tokens that stood in their block before, so that attention could copy them, repeated_loss of them and
+        new_loss of the others (nats per token; absent where there are none); and per memory `<memory>/usage`,
+        `/top1_usage`, `/kl`, `/dead_slots`, `/hottest_share`.
+
+    Source of the two kinds of tokens: Arora et al., "Zoology", arXiv 2312.04927, section 3.
     """
     if max_tokens is not None:
         num_blocks = max(1, max_tokens // len(blocks[0]["input_ids"]))
         blocks = Subset(blocks, range(min(num_blocks, len(blocks))))  # type: ignore[arg-type]
     device = next(model.parameters()).device
-    total, count = 0.0, 0
+    sums = torch.zeros(2, 2, dtype=torch.float64, device=device)  # of new and of repeated tokens: loss, number
     share = _share(len(blocks), batch_sequences) if together else None  # type: ignore[arg-type]
     with in_eval_mode(model), watching(model) as usages:
         loader = DataLoader(blocks, 1 if share else batch_sequences, batch_sampler=share)
@@ -54,21 +58,43 @@ def evaluate(
             logits = model(input_ids=tokens, use_cache=False).logits[:, :-1].float()
             targets = batch.get("labels", batch["input_ids"]).to(device)[:, 1:].flatten()
             losses = F.cross_entropy(logits.flatten(0, 1), targets, reduction="none")  # 0 where a target is -100
-            total += losses.double().sum().item()
-            count += int((targets >= 0).sum())
+            counted = torch.stack([losses.double(), (targets >= 0).double()], dim=1)
+            is_repeated = _is_repeated(tokens).flatten()
+            sums += torch.stack([counted[~is_repeated].sum(dim=0), counted[is_repeated].sum(dim=0)])
     if share:
-        sums = torch.tensor([total, count], dtype=torch.float64, device=device)
         for counts in (sums, *(counts for usage in usages.values() for counts in usage.counts(device))):
             dist.all_reduce(counts)
-        total, count = sums[0].item(), int(sums[1])
-    loss = total / count
-    result = {
+    return _losses(sums.tolist(), bytes_per_token) | usage_figures(usages)
+
+
+def _is_repeated(tokens: torch.Tensor) -> torch.Tensor:
+    """Whether each token but a sequence's first ends a pair of tokens that stood before in its sequence.
+
+    Args:
+        tokens: (sequences, t), >= 0.
+
+    Returns:
+        (sequences, t - 1) bool.
+    """
+    pairs = tokens[:, :-1] * (tokens.max() + 1) + tokens[:, 1:]
+    ordered, order = pairs.sort(dim=1, stable=True)  # so the first of equal pairs comes first
+    return torch.zeros_like(ordered, dtype=torch.bool).scatter(1, order[:, 1:], ordered[:, 1:] == ordered[:, :-1])
+
+
+def _losses(sums: list[list[float]], bytes_per_token: float) -> dict[str, float]:
+    """What to call the loss and the number of new and of repeated tokens."""
+    (new_total, num_new), (repeated_total, num_repeated) = sums
+    count = int(num_new + num_repeated)
+    loss = (new_total + repeated_total) / count
+    figures = {
         "loss": loss,
         "perplexity": math.exp(loss) if loss < 700 else math.inf,
         "bits_per_byte": loss / math.log(2) / bytes_per_token,
         "num_tokens": count,
+        "repeated_share": num_repeated / count,
     }
-    return result | usage_figures(usages)
+    figures |= {"repeated_loss": repeated_total / num_repeated} if num_repeated else {}
+    return figures | ({"new_loss": new_total / num_new} if num_new else {})
 
 
 def _share(num_blocks: int, batch_sequences: int) -> list[list[int]] | None:
