@@ -63,6 +63,23 @@ def test_the_table_has_means_spreads_usage_speed_and_rates(table1: Path, tmp_pat
     assert row_of(markdown, "8 layers at equal seconds")["seeds"] == "2"
 
 
+def test_a_figure_that_some_seeds_lack_says_so_and_what_it_means(table1: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(table1, tmp_path / "in")
+    assert "a repeated token" not in page_of([folder], tmp_path / "none")[0]
+    for seeds, text in (([1], "1.250, 1 of 2 seeds"), ([0, 1], "1.250")):
+        for seed in seeds:
+            file = folder / f"table1/laptop/4_layers__{BEST}__seed{seed}.json"
+            document = json.loads(file.read_text())
+            document["summary"] |= {"repeated_loss": 1.25, "new_loss": 3.5}
+            file.write_text(json.dumps(document))
+        markdown, _ = page_of([folder], tmp_path / f"out{len(seeds)}")
+        row = row_of(markdown, "4 layers")
+        assert row["nats per repeated token"] == text
+        assert row["nats per new token"] == text.replace("1.250", "3.500")
+        assert row_of(markdown, "8 layers")["nats per new token"] == "-"
+        assert "a repeated token ends a pair of tokens that stood before in its context, a new one does not" in markdown
+
+
 def test_the_papers_numbers_stand_beside_ours(table1: Path, tmp_path: Path) -> None:
     markdown, page = page_of([table1], tmp_path)
     assert "| 12 | 17.7 | 15.6 | 14.8 | 14.5 | 15.0 | 13.7 |" in markdown

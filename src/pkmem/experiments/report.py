@@ -29,13 +29,14 @@ from pkmem.training.recipe import Recipe
 
 _NONE = "-"
 _TOKENS = "training.num_tokens"
+_REPEATED = "nats per repeated token"
 _FIGURES = (  # of a trained model, in the order of the table: key, title, format
     ("dense_params", "dense", ","),
     ("memory_params", "in memory", ","),
     ("perplexity", "perplexity", ".2f"),
     ("bits_per_byte", "bits per byte", ".4f"),
-    ("repeated_loss", "nats per repeated token", ".3f"),
-    ("new_loss", "per new token", ".3f"),
+    ("repeated_loss", _REPEATED, ".3f"),
+    ("new_loss", "nats per new token", ".3f"),
     ("recall", "recall", ".1%"),
     ("bits_per_fact", "bits per fact", ".2f"),
     ("bits_per_param", "stored bits per parameter", ".3f"),
@@ -179,6 +180,8 @@ class _Section:
         rows = [self._row(cell) for cell in self.family.cells.values()]
         columns = [title for title in rows[0] if any(row[title] != _NONE for row in rows)]
         caption = "Ours: mean, and over several seeds ± standard deviation (lowest to highest)"
+        if _REPEATED in columns:
+            caption += "; a repeated token ends a pair of tokens that stood before in its context, a new one does not"
         return Table(caption, columns, [[row[title] for title in columns] for row in rows])
 
     def _row(self, cell: Cell) -> dict[str, str]:
@@ -309,11 +312,12 @@ def _place(environment: dict[str, Any]) -> str:
 
 
 def _over_seeds(results: Sequence[Result], pattern: str, form: str) -> str:
-    """A figure of a model, or one of each of its memories in order of the blocks."""
+    """A figure of a model, or one of each of its memories in order of the blocks; an older result may lack it."""
     texts = []
-    for name in fnmatch.filter(results[0].summary if results else (), pattern):
+    for name in dict.fromkeys(name for result in results for name in fnmatch.filter(result.summary, pattern)):
         figures = tuple(result.summary[name] for result in results if name in result.summary)
-        texts.append(format(figures[0], form) if len(set(figures)) == 1 else Spread(figures).text(form))
+        text = format(figures[0], form) if len(set(figures)) == 1 else Spread(figures).text(form)
+        texts.append(text if len(figures) == len(results) else f"{text}, {len(figures)} of {len(results)} seeds")
     return ", ".join(texts) or _NONE
 
 
