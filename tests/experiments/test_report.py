@@ -143,6 +143,24 @@ def test_a_family_of_lengths_shows_what_is_saved_at_equal_tokens_and_seconds(tmp
     assert "laptop_more_text_lines.png" not in markdown
 
 
+def test_what_is_saved_is_that_of_the_seeds_that_both_have(tmp_path: Path, monkeypatch) -> None:
+    """A second seed of the model with the memory, far worse, has no rival and so moves nothing."""
+    drawn = []
+    monkeypatch.setattr(report, "plot_by_text", lambda *given: (drawn.append(given), plot_by_text(*given)))
+    family = load_family("more_text", "laptop")
+    folder = tmp_path / "in"
+    make(folder, family, seeds=2)
+    for file in folder.rglob("4_layers_1500k__*__seed1.json"):
+        file.unlink()
+    for file in folder.rglob("4_layers_1_memory_512_1500k__*__seed1.json"):
+        document = json.loads(file.read_text())
+        document["summary"]["bits_per_byte"] = 9.0
+        file.write_text(json.dumps(document))
+    page_of([folder], tmp_path / "out")
+    ((_, saved, _),) = drawn
+    assert saved["num_sub_keys 512, at equal tokens"][0] == (1.5e6, pytest.approx(0.2))
+
+
 def test_partial_results_name_what_is_missing(table1: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(table1, tmp_path / "in")
     lost = f"8_layers__{rates_of(TABLE1, '8_layers')[1]}__seed0"

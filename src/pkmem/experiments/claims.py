@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from pkmem.experiments.family import Cell, Family
+from pkmem.experiments.family import Cell, Family, Metric
 from pkmem.experiments.results import Result, Speeds
 from pkmem.lm.config import ModelConfig
 
@@ -40,6 +40,12 @@ def speeds_of(speeds: Sequence[Speeds], cell: Cell, name: str) -> tuple[float, .
     """
     model = cell.like or cell.name
     return tuple(s.models[model][name] for s in speeds if name in s.models.get(model, {}))
+
+
+def gained_over(rival: Sequence[Result], model: Sequence[Result], metric: Metric) -> list[float]:
+    """What a model has over a rival by a metric, at each seed that both have; > 0 where it is better."""
+    theirs = {result.seed: metric.loss(result.summary) for result in rival}
+    return [theirs[r.seed] - metric.loss(r.summary) for r in model if r.seed in theirs]
 
 
 def claims(family: Family, best: Mapping[str, list[Result]], speeds: Sequence[Speeds]) -> list[str]:
@@ -112,10 +118,7 @@ class _Evidence:
         return f"{pair}: {Spread(tuple(gained)).text('+.4f')} {metric.title} {verb}, {won}"
 
     def _gained(self, model: Cell, rival: Cell) -> list[float]:
-        """What a model has over another, at each seed that both have."""
-        loss = self.family.metric.loss
-        theirs = {result.seed: loss(result.summary) for result in self.best[rival.name]}
-        return [theirs[r.seed] - loss(r.summary) for r in self.best[model.name] if r.seed in theirs]
+        return gained_over(self.best[rival.name], self.best[model.name], self.family.metric)
 
     def _speed_ratios(self, model: Cell, rival: Cell) -> list[float]:
         """Prefill and decode, each the mean over measurements of the ratio within one."""

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from pkmem.experiments.claims import Spread, claims, speeds_of
+from pkmem.experiments.claims import Spread, claims, gained_over, speeds_of
 from pkmem.experiments.family import Cell, Family, config_folder, load_family
 from pkmem.experiments.page import Block, Heading, Items, Paragraph, Picture, Table, is_page, write_page
 from pkmem.experiments.plots import plot_by_text, plot_learning_curves, plot_lines, plot_speeds, plot_usage
@@ -250,10 +250,10 @@ class _Section:
             if self.family.cells[name].like is None:
                 bits.setdefault(self._series(name), []).append((self._tokens(name), figure))
         for name, rival in self.family.pairs:
-            if name in means and rival in means:
+            if gained := gained_over(self.best[rival], self.best[name], self.family.metric):
                 at_equal = "tokens" if self.family.cells[rival].like is None else "seconds"
                 series = saved.setdefault(f"{self._series(name)}, at equal {at_equal}", [])
-                series.append((self._tokens(name), means[rival] - means[name]))
+                series.append((self._tokens(name), statistics.mean(gained)))
         return bits, saved
 
     def _series(self, cell: str) -> str:
