@@ -43,7 +43,8 @@ def evaluate(
         new_loss of the others (nats per token; absent where there are none); and per memory `<memory>/usage`,
         `/top1_usage`, `/kl`, `/dead_slots`, `/hottest_share`.
 
-    Source of the two kinds of tokens: Arora et al., "Zoology", arXiv 2312.04927, section 3.
+    The two kinds of tokens are after the "associative recall hits" of Arora et al., "Zoology", arXiv 2312.04927, but
+    here pairs that are frequent in the training text count as well.
     """
     if max_tokens is not None:
         num_blocks = max(1, max_tokens // len(blocks[0]["input_ids"]))
