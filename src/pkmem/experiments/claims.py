@@ -43,7 +43,12 @@ def speeds_of(speeds: Sequence[Speeds], cell: Cell, name: str) -> tuple[float, .
 
 
 def gained_over(rival: Sequence[Result], model: Sequence[Result], metric: Metric) -> list[float]:
-    """What a model has over a rival by a metric, at each seed that both have; > 0 where it is better."""
+    """What a model has over a rival at each seed that both have, > 0 where it is better.
+
+    Args:
+        rival, model: results of each at one rate, one a seed; may be empty.
+        metric: what they are compared by.
+    """
     theirs = {result.seed: metric.loss(result.summary) for result in rival}
     return [theirs[r.seed] - metric.loss(r.summary) for r in model if r.seed in theirs]
 
