@@ -42,6 +42,7 @@ from pkmem.lm.recall import measure_recall
 from pkmem.ops import prepare
 from pkmem.text import TokenBlocks, TokenFile
 from pkmem.text.synthetic import SYNTHETIC, SyntheticFacts
+from pkmem.training.device import trains_on_cpu
 from pkmem.training.export import export_checkpoint
 from pkmem.training.journal import Journal
 from pkmem.training.parallel import split_dense_part, table_mesh
@@ -91,7 +92,7 @@ def train(
         LostProcessError: another process of the run ended before its time, or its host is out of reach.
     """
     group = group_after_restart(_LONGEST_WAIT)
-    processes = PartialState(cpu=not torch.accelerator.is_available(), timeout=_LONGEST_WAIT, **group)
+    processes = PartialState(cpu=trains_on_cpu(), timeout=_LONGEST_WAIT, **group)
     with ending_together():
         return _train(recipe, resume, overwrite, progress, processes, change)
 

@@ -21,6 +21,7 @@ from pkmem.layer.combined import CombinedOptimizer
 from pkmem.layer.optim import RowAdam, dense_parameters
 from pkmem.layer.values import Table, tables_in
 from pkmem.training.checkpoint import open_shards
+from pkmem.training.device import trains_on_cpu
 from pkmem.training.export import save_description
 from pkmem.training.journal import Journal
 from pkmem.training.named_state import load_model, load_optimizer, model_tensors, optimizer_state
@@ -113,7 +114,7 @@ class MemoryTrainer(Trainer):
             gradient_accumulation_steps=config.micro_batches,
             max_grad_norm=config.max_norm,
             bf16=config.precision == "bf16",
-            use_cpu=not torch.accelerator.is_available(),  # or bf16 is refused
+            use_cpu=trains_on_cpu(),  # or bf16 is refused there
             seed=config.seed + processes.process_index,  # of dropout; the weights are drawn
             ddp_find_unused_parameters=True,  # or DDP orders gradients anew after the first update of a run, and sums anew
             train_sampling_strategy="sequential",  # TokenBlocks shuffles, the same way after a resume
