@@ -20,7 +20,7 @@ ORDER = {  # folders from the ground up, each with its files in order: a file im
     "layer": "config huge_pages drawing room padding untouched recomputation crossing linear query keys journey values quantised counting gate decoding memory usage "
     "replicas sharding moments optim combined",
     "lm": "config evaluation speed padding signature placement stored offloading mapping huggingface modeling_pkmem build smollm2 recall inspection autoload",
-    "training": "freed_memory recipe reading together state shards checkpoint named_state saver "
+    "training": "device freed_memory recipe reading together state shards checkpoint named_state saver "
     "screening export tables_apart saved conversion reading_ahead start journal trainer processes prepare parallel run",
     "editing": "fingerprint rounding edit directory listing near_misses questions surroundings kept_answers progress reads sensitivity rehearsal others elsewhere choosing holding averaging course learning lesson retrofit verbs",
     "inspecting": "sums reads lens packing content page saved",
