@@ -446,10 +446,25 @@ def test_a_model_is_built_as_its_recipe_says(family) -> None:
     config = model.config.get_text_config()
     sizes = (config.num_hidden_layers, config.hidden_size, config.num_attention_heads, config.vocab_size)
     assert sizes == (3, 32, 4, VOCAB)
-    assert (config.max_position_embeddings, config.eos_token_id, config.pad_token_id) == (32, 5, 5)
+    assert (config.max_position_embeddings, config.eos_token_id, model.generation_config.pad_token_id) == (32, 5, 5)
     assert (config.attn_pdrop if family == "gpt2" else config.attention_dropout) == 0.1
     assert [mlp.mlp is not None for mlp in model.memory_mlps()] == [True]
     assert next(iter(memories_in(model).values())).config == MEMORY.bound_to(32)
+
+
+@pytest.mark.case("Gradual surprises", "the end-of-text token as padding, as most recipes have it, in a family whose embedding "
+    "keeps the padding token's row at zero (Llama)", "works: a model built here pads in `generate` alone, so the row is drawn and trains",
+    "https://github.com/h2oai/h2o-llmstudio/pull/298")  # fmt: skip
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_end_of_text_token_trains_though_it_pads(family, tmp_path) -> None:
+    model = build_model(dataclasses.replace(MODEL, family=family, memory_layers=[1]), MEMORY, VOCAB, eos_token_id=0)
+    model.save_pretrained(tmp_path)
+    tokens = torch.tensor([[0, 3, 4], [5, 0, 6]])
+    for held in (model, AutoModelForCausalLM.from_pretrained(tmp_path)):
+        embedding = held.get_input_embeddings()
+        assert embedding.weight[0].abs().sum() > 0
+        embedding(tokens).sum().backward()
+        assert embedding.weight.grad[0].abs().sum() > 0
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, "opt"])

@@ -42,12 +42,14 @@ def build_model(model: ModelConfig, memory: MemoryConfig, vocab_size: int, eos_t
         **dict.fromkeys(("intermediate_size", "n_inner", "ffn_dim"), ffn_width),
         "max_position_embeddings": model.context_tokens,
         **dict.fromkeys(("attention_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop"), model.dropout),
-        **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), eos_token_id),
+        **dict.fromkeys(("bos_token_id", "eos_token_id"), eos_token_id),
+        "pad_token_id": None,  # of what the config pads with, nn.Embedding keeps the row at zero, untrained
     }
     known = AutoConfig.for_model(model.family)
     given = {name for name in sizes if hasattr(known, name) and not isinstance(getattr(type(known), name, 0), property)}
     config = AutoConfig.for_model(model.family, **{name: sizes[name] for name in sizes if name in given})
     decoder = AutoModelForCausalLM.from_config(config)
+    decoder.generation_config.pad_token_id = eos_token_id
     decoder.loss_type = "ForCausalLM"  # GPT-2's class name hides it from transformers, which then warns
     if not model.memory_layers:
         return decoder
