@@ -1,4 +1,4 @@
-"""Where a run trains."""
+"""Where a run trains: on every accelerator but Apple's, and on the CPU without one."""
 
 import subprocess
 import sys

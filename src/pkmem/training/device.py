@@ -6,7 +6,7 @@ import torch
 
 
 def trains_on_cpu() -> bool:
-    """Whether a run trains on the CPU: torch sees no accelerator, or Apple's (MPS).
+    """Whether a run trains on the CPU: torch sees no accelerator, or only Apple's (MPS).
 
     MPS computes nothing in float64, which the norms of gradients and the sums of losses are taken in.
     """
