@@ -24,6 +24,7 @@ def test_names_machine_versions_and_command(monkeypatch: pytest.MonkeyPatch) -> 
     assert facts["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]  # a wheel may not name its CUDA
     assert facts["versions"]["pkmem"]
     assert facts["processor"]
+    assert facts["vectors"] == torch.backends.cpu.get_cpu_capability()
     assert facts["system"]
 
 

@@ -16,9 +16,10 @@ _PACKAGES = ("torch", "transformers", "numba", "triton", "numpy")
 
 
 def environment() -> dict[str, Any]:
-    """Processor, cores, threads, GPU, operating system, package versions, pkmem's commit and the command."""
+    """Processor, its vector instructions, cores, threads, GPU, system, versions, pkmem's commit and the command."""
     return {
         "processor": _processor(),
+        "vectors": torch.backends.cpu.get_cpu_capability(),  # hosted machines of one processor name differ in these
         "cores": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,

@@ -305,9 +305,8 @@ def _model_of(recipe: Recipe) -> tuple[Any, Any]:
 
 def _place(environment: dict[str, Any]) -> str:
     """Machine and torch in a few words."""
-    cores = (
-        f"{environment.get('cores')} cores of {environment.get('processor')} ({environment.get('torch_threads')} used)"
-    )
+    processor = " ".join(str(environment[key]) for key in ("processor", "vectors") if key in environment)
+    cores = f"{environment.get('cores')} cores of {processor} ({environment.get('torch_threads')} used)"
     return f"{environment.get('gpu') or cores}, torch {environment.get('versions', {}).get('torch')}"
 
 
