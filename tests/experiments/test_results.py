@@ -178,6 +178,20 @@ def test_equal_seconds_are_tokens_at_the_best_runs_speeds(tmp_path: Path) -> Non
         assert run.recipe.training.num_tokens == 768  # 900 fit, in updates of 256
 
 
+def test_equal_seconds_are_of_one_machine(tmp_path: Path) -> None:
+    def ran_on(vectors: str, result: Result) -> Result:
+        return replace(result, environment={"processor": "one", "vectors": vectors})
+
+    swept = [save(tmp_path, SWEPT, number, bits=2.0 - number) for number in range(3)]  # the last is the best
+    rows = [ran_on("AVX512", swept[0]), ran_on("AVX512", swept[1]), ran_on("AVX2", swept[2])]
+    single = ran_on("AVX512", save(tmp_path, SINGLE, train_seconds=9.0))
+    rows[1].summary["train_tokens_per_s"] = rows[0].summary["train_tokens_per_s"] = 100.0
+    for run in runs_of(FAMILY, TIMED, 0, [*rows, single]):
+        assert run.recipe.training.num_tokens == 768  # 9 s of 100 tokens/s; 450 of the machine that is slower
+    with pytest.raises(NotYetError, match=r"of two machines .*AVX2.*AVX512.*run it again where the other ran"):
+        runs_of(FAMILY, TIMED, 0, [*(ran_on("AVX2", result) for result in swept), single])
+
+
 def test_where_a_family_stands(tmp_path: Path) -> None:
     results = [save(tmp_path, SINGLE), save(tmp_path, SWEPT, 0), save(tmp_path, SWEPT, 2)]
     results.append(replace(results[0], summary={}))  # a copy

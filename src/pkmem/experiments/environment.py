@@ -31,6 +31,17 @@ def environment() -> dict[str, Any]:
     }
 
 
+def machine_of(environment: dict[str, Any]) -> str:
+    """Where a figure was measured, in a few words; figures of the same words may be compared in seconds.
+
+    Args:
+        environment: as `environment` gave it, or an older one that lacks some.
+    """
+    processor = " ".join(str(environment[key]) for key in ("processor", "vectors") if key in environment)
+    cores = f"{environment.get('cores')} cores of {processor} ({environment.get('torch_threads')} used)"
+    return f"{environment.get('gpu') or cores}, torch {environment.get('versions', {}).get('torch')}"
+
+
 def _version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)

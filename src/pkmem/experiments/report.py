@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from pkmem.experiments.claims import Spread, claims, gained_over, speeds_of
+from pkmem.experiments.environment import machine_of
 from pkmem.experiments.family import Cell, Family, config_folder, load_family
 from pkmem.experiments.page import Block, Heading, Items, Paragraph, Picture, Table, is_page, write_page
 from pkmem.experiments.plots import plot_by_text, plot_learning_curves, plot_lines, plot_speeds, plot_usage
@@ -151,7 +152,7 @@ class _Section:
 
     def _places(self) -> str:
         """The machine, when there is one alone."""
-        places = {_place(environment) for environment in self.environments}
+        places = {machine_of(environment) for environment in self.environments}
         return f"Measured on {places.pop()}." if len(places) == 1 else ""
 
     def _problems(self) -> list[str]:
@@ -168,7 +169,7 @@ class _Section:
             problems.append(f"missing: the speeds (pkmem experiment {self.family.name} --scale {self.family.scale})")
         for what, kinds in (
             ("commits", {str(environment.get("commit")) for environment in self.environments}),
-            ("machines", {_place(environment) for environment in self.environments}),
+            ("machines", {machine_of(environment) for environment in self.environments}),
         ):
             if len(kinds) > 1:
                 problems.append(f"mixed: {len(kinds)} {what}: {'; '.join(sorted(kinds))}")
@@ -293,7 +294,12 @@ class _Section:
 
     def _commands(self) -> Table:
         rows = [
-            [r.file.name, _place(r.environment), str(r.environment.get("commit")), str(r.environment.get("command"))]
+            [
+                r.file.name,
+                machine_of(r.environment),
+                str(r.environment.get("commit")),
+                str(r.environment.get("command")),
+            ]
             for r in self.results
         ]
         return Table("Every run", ["result", "machine", "commit", "command"], rows)
@@ -301,13 +307,6 @@ class _Section:
 
 def _model_of(recipe: Recipe) -> tuple[Any, Any]:
     return recipe.model, recipe.memory if recipe.model.memory_layers else None
-
-
-def _place(environment: dict[str, Any]) -> str:
-    """Machine and torch in a few words."""
-    processor = " ".join(str(environment[key]) for key in ("processor", "vectors") if key in environment)
-    cores = f"{environment.get('cores')} cores of {processor} ({environment.get('torch_threads')} used)"
-    return f"{environment.get('gpu') or cores}, torch {environment.get('versions', {}).get('torch')}"
 
 
 def _over_seeds(results: Sequence[Result], pattern: str, form: str) -> str:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pkmem.experiments.environment import machine_of
 from pkmem.experiments.family import Cell, Family, Run
 from pkmem.files.documents import save_json
 from pkmem.training.reading import by_dotted_name, read_recipe
@@ -219,14 +220,31 @@ def at_edge(family: Family, cell: Cell, best: Result) -> bool:
 
 
 def _matched_tokens(family: Family, cell: Cell, results: list[Result]) -> int:
-    """Tokens that fit in another cell's training seconds at this one's speed, both as measured at seed 0."""
+    """Tokens that fit in another cell's training seconds at this one's speed, both of seed 0 and of one machine.
+
+    They are those of the best rates. If those ran on two machines, a run at another rate stands in for one of them.
+
+    Raises:
+        NotYetError: a sweep is not complete, or the two cells have no runs of one machine.
+    """
     assert cell.like is not None
     assert cell.match_seconds_of is not None
     same = best_of_sweep(family, family.cells[cell.like], results)
     other = best_of_sweep(family, family.cells[cell.match_seconds_of], results)
-    tokens = other.summary["train_seconds"] * same.summary["train_tokens_per_s"]
-    batch = same.recipe.training.batch_tokens
-    return max(1, int(tokens // batch)) * batch
+    first = [result for result in results if result.seed == 0]
+    pairs = [
+        (same, other),
+        *((result, other) for result in first if result.cell == cell.like),
+        *((same, result) for result in first if result.cell == cell.match_seconds_of),
+    ]
+    for one, two in pairs:
+        if machine_of(one.environment) == machine_of(two.environment):
+            batch = same.recipe.training.batch_tokens
+            return max(1, int(two.summary["train_seconds"] * one.summary["train_tokens_per_s"] // batch)) * batch
+    raise NotYetError(
+        f"{same.file.name} and {other.file.name} are of two machines ({machine_of(same.environment)}; "
+        f"{machine_of(other.environment)}): move one of them away and run it again where the other ran"
+    )
 
 
 @dataclass(frozen=True)
