@@ -18,7 +18,7 @@ ORDER = {  # folders from the ground up, each with its files in order: a file im
     "ops.triton": "installed device code arithmetic launch bag packed rows selection selection_backward kernels",
     "ops ": "backends reads reading_log registered mapped_rows flops transformed",
     "layer": "config huge_pages drawing room padding untouched recomputation crossing linear query keys journey values quantised counting gate decoding memory usage "
-    "replicas sharding moments optim combined",
+    "replicas sharding moments trainable optim combined",
     "lm": "config evaluation speed padding signature placement stored offloading mapping huggingface modeling_pkmem build smollm2 recall inspection autoload",
     "training": "device freed_memory recipe reading together state shards checkpoint named_state saver "
     "screening export tables_apart saved conversion reading_ahead start journal trainer processes prepare parallel run",

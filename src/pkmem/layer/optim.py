@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from pkmem.layer.config import require
 from pkmem.layer.moments import FIRST, SECOND, Moments, has_all_columns
+from pkmem.layer.trainable import require_trainable
 from pkmem.layer.values import Table, tables_in
 from pkmem.ops.arguments import AdamStep
 from pkmem.ops.backends import backend_module, choose_backend
@@ -55,8 +56,8 @@ class RowAdam(Optimizer):
         seed: of the random rounding, >= 0; saved and restored with the state.
 
     Raises:
-        ValueError: no table found, a table that is frozen or computed from other tensors, a parameter that is no table,
-            an option that is not one of Adam's by rows, or a number outside its range.
+        ValueError: no table found, a table that is frozen, computed from other tensors or on Apple's GPU, a parameter
+            that is no table, an option that is not one of Adam's by rows, or a number outside its range.
     """
 
     def __init__(
@@ -102,7 +103,7 @@ class RowAdam(Optimizer):
         if not tables:
             raise ValueError("no value table found: give RowAdam a ProductKeyMemory or a model with one")
         for table in tables:
-            _check_trainable(table)
+            require_trainable(table)
         weights = list(dict.fromkeys(table.weight for table in tables))
         super().add_param_group({**param_group, "params": weights})
         for table in tables:
@@ -316,19 +317,6 @@ def _check_options(group: dict[str, Any]) -> None:
                 f"RowAdam has no {option}, which was set to {group[option]!r}: leave it out"
                 + (" and negate the loss" if option == "maximize" else "")
             )
-
-
-def _check_trainable(table: Table) -> None:
-    if not isinstance(table.weight, nn.Parameter) or not table.weight.is_leaf:
-        raise ValueError(
-            "the rows of a table are computed from other tensors (a parametrization), so they cannot be updated in "
-            "place: train these with torch.optim.Adam, or remove the parametrization"
-        )
-    if not table.weight.requires_grad:
-        raise ValueError(
-            "a table is frozen (its weight.requires_grad is False), so RowAdam would never train it: unfreeze it with "
-            "table.requires_grad_(True), or give RowAdam the other tables alone"
-        )
 
 
 def _check_owner(table: Table, log: ReadLog) -> None:
