@@ -32,7 +32,9 @@ def environment() -> dict[str, Any]:
 
 
 def machine_of(environment: dict[str, Any]) -> str:
-    """Where a figure was measured, in a few words; figures of the same words may be compared in seconds.
+    """Where a figure was measured, in a few words; seconds are compared among figures of the same words only.
+
+    Results from before the vector instructions were named look alike where the processor's name is the same.
 
     Args:
         environment: as `environment` gave it, or an older one that lacks some.
