@@ -1,6 +1,7 @@
 """What every test shares: no network, a fixed seed, one thread per worker, and every backend."""
 
 import os
+import signal
 import sys
 from collections.abc import Iterator
 
@@ -15,6 +16,8 @@ ON_CPU = [backend for backend in BACKENDS if backend != "triton"]  # its interpr
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # started by a shell with `&`: no test of Ctrl-C would hold
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if hasattr(config, "workerinput"):  # a pytest-xdist worker
         torch.set_num_threads(1)
 
