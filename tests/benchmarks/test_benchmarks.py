@@ -45,6 +45,7 @@ LINES = {
 TUNED_MALLOC = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "99999999999", "MALLOC_TOP_PAD_": "67108864"}
 STARTS_AGAIN = "operators"  # the one that must set the variables itself
 A_MINUTE_EACH = {
+    "billion",
     "demo_backends",
     "mapped_tables",
     "model_step",

@@ -34,8 +34,17 @@ def table1(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def page_of(folders: list[Path], out: Path) -> tuple[str, Reader]:
     """The Markdown, and the HTML as read."""
-    html = write_report(folders, out)
-    return html.with_suffix(".md").read_text(), Reader(html.read_text())
+    return read(write_report(folders, out).parent)
+
+
+def read(page: Path) -> tuple[str, Reader]:
+    return (page / "index.md").read_text(), Reader((page / "index.html").read_text())
+
+
+@pytest.fixture(scope="module")
+def of_table1(table1: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The page of those results, which takes seconds to draw; not to be changed."""
+    return write_report([table1], tmp_path_factory.mktemp("page")).parent
 
 
 def row_of(markdown: str, label: str) -> dict[str, str]:
@@ -44,8 +53,8 @@ def row_of(markdown: str, label: str) -> dict[str, str]:
     return dict(zip(rows[0], next(row for row in rows if row[0] == label), strict=True))
 
 
-def test_the_table_has_means_spreads_usage_speed_and_rates(table1: Path, tmp_path: Path) -> None:
-    markdown, _ = page_of([table1], tmp_path)
+def test_the_table_has_means_spreads_usage_speed_and_rates(of_table1: Path) -> None:
+    markdown, _ = read(of_table1)
     row = row_of(markdown, "4 layers + memory")
     bits = [2.5 - 0.16 - 0.2, 2.5 - 0.16 - 0.2 + 0.01]
     assert row["bits per byte"] == f"{sum(bits) / 2:.4f} ± 0.0071 ({bits[0]:.4f} to {bits[1]:.4f})"
@@ -80,15 +89,15 @@ def test_a_figure_that_some_seeds_lack_says_so_and_what_it_means(table1: Path, t
         assert "a repeated token ends a pair of tokens that stood before in its context, a new one does not" in markdown
 
 
-def test_the_papers_numbers_stand_beside_ours(table1: Path, tmp_path: Path) -> None:
-    markdown, page = page_of([table1], tmp_path)
+def test_the_papers_numbers_stand_beside_ours(of_table1: Path) -> None:
+    markdown, page = read(of_table1)
     assert "| 12 | 17.7 | 15.6 | 14.8 | 14.5 | 15.0 | 13.7 |" in markdown
     assert "arXiv 1907.05242" in markdown
     assert "17.7" in page.texts
 
 
-def test_claims_stand_on_the_page_and_nothing_is_missing(table1: Path, tmp_path: Path) -> None:
-    markdown, _ = page_of([table1], tmp_path)
+def test_claims_stand_on_the_page_and_nothing_is_missing(of_table1: Path) -> None:
+    markdown, _ = read(of_table1)
     assert "\n- 4 layers + memory against 8 layers: +0.0400 ± 0.0000" in markdown
     assert "missing" not in markdown
     assert "mixed" not in markdown
@@ -109,21 +118,21 @@ def test_a_sweep_is_shown_and_its_edge_told(table1: Path, tmp_path: Path) -> Non
     assert f"| 4 layers + memory | {tried} |" in markdown
 
 
-def test_every_run_names_machine_commit_and_command(table1: Path, tmp_path: Path) -> None:
-    markdown, _ = page_of([table1], tmp_path)
+def test_every_run_names_machine_commit_and_command(table1: Path, of_table1: Path) -> None:
+    markdown, _ = read(of_table1)
     results = find_results(table1)[0]
     for result in results:
         assert f"| {result.file.name} | 2 cores of P (2 used), torch 2 | abc | c |" in markdown
 
 
-def test_html_has_all_tables_and_pictures_inside(table1: Path, tmp_path: Path) -> None:
-    markdown, page = page_of([table1], tmp_path)
+def test_html_has_all_tables_and_pictures_inside(of_table1: Path) -> None:
+    markdown, page = read(of_table1)
     images = [attributes["src"] for tag, attributes in page.seen if tag == "img"]
     assert len(images) == 2  # curves, usage
     files = re.findall(r"^Picture: .* \((.*)\)$", markdown, re.MULTILINE)
     for image, file in zip(images, files, strict=True):
-        assert base64.b64decode(image.removeprefix("data:image/png;base64,")) == (tmp_path / file).read_bytes()
-        assert (tmp_path / file).read_bytes().startswith(b"\x89PNG")
+        assert base64.b64decode(image.removeprefix("data:image/png;base64,")) == (of_table1 / file).read_bytes()
+        assert (of_table1 / file).read_bytes().startswith(b"\x89PNG")
     assert sum(tag == "table" for tag, _ in page.seen) == 4  # ours, the paper's, the sweeps, the runs
 
 
@@ -322,8 +331,8 @@ BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no browser on this machine")
-def test_a_browser_shows_the_page(table1: Path, tmp_path: Path) -> None:
-    html = write_report([table1], tmp_path / "page")
+def test_a_browser_shows_the_page(of_table1: Path, tmp_path: Path) -> None:
+    html = of_table1 / "index.html"
     picture = tmp_path / "page.png"
     options = ["--headless", "--no-sandbox", "--disable-gpu", "--window-size=1200,2400", f"--screenshot={picture}"]
     subprocess.run([str(BROWSER), *options, html.as_uri()], check=True, timeout=60, capture_output=True)

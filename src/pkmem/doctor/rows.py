@@ -24,7 +24,7 @@ _ROWS, _SCALE = 40, 0.5
 def updates(case: Case) -> None:
     """Values and moments of all rows, some read very often, some not at all."""
     for moments in (torch.float32, torch.bfloat16):
-        for width in (37, case.sizes.step_width):
+        for width in {37, case.sizes.step_width}:
             passes, tables = many_passes(case, width), _tables(case, width, moments)
             there = [case.there(table) for table in tables]
             update = AdamStep(**_ADAM, scale=_SCALE, seed=5)
@@ -41,7 +41,7 @@ def updates_with_less_state(case: Case) -> None:
         (False, False, 0.98),
         (False, True, 1.0),
     ):
-        for width in (37, case.sizes.step_width):
+        for width in {37, case.sizes.step_width}:
             passes, (values, first, second) = many_passes(case, width), _tables(case, width, torch.float32)
             tables = [values, first if has_first else None, second[:, 0].clone() if is_by_row else second]
             there = [None if table is None else case.there(table) for table in tables]

@@ -113,8 +113,8 @@ def read_recipe(document: Mapping[str, Any], overrides: Mapping[str, Any] | None
         require(setting is not None or default is None, name, None, f"of type {type(default).__name__}")
         part, _, option = name.rpartition(".")
         nested[part][option] = setting
-    beside = _parser("").parse_object(nested.pop(""))
-    return Recipe(**beside.as_dict(), **{part: _made(part, json.dumps(nested[part], default=str)) for part in _PARTS})
+    read = {part: json.dumps(options, default=str) for part, options in nested.items()}
+    return Recipe(**_beside(read[""]), **{part: _made(part, read[part]) for part in _PARTS})
 
 
 def given_recipe(options: Namespace) -> Recipe:
@@ -140,6 +140,13 @@ def by_dotted_name(document: Mapping[str, Any]) -> dict[str, Any]:
 @functools.cache
 def _defaults() -> dict[str, Any]:
     return by_dotted_name(Recipe().to_dict())
+
+
+@functools.lru_cache(maxsize=1 << 12)
+def _beside(document: str) -> dict[str, Any]:
+    """The fields beside the parts of a recipe, from their JSON; kept as the next are."""
+    fields_beside: dict[str, Any] = _parser("").parse_object(json.loads(document)).as_dict()
+    return fields_beside
 
 
 @functools.lru_cache(maxsize=1 << 12)
