@@ -30,7 +30,7 @@ demo-learn: $(SMOLLM2)     ## teaches a pretrained model 50 facts and takes them
 	$(BIN)/python docs/scripts/teach.py runs/demo-learn
 
 test: $(INSTALLED)         ## the default suite
-	$(BIN)/pytest -n 2 --dist worksteal --cov --cov-report=term:skip-covered --cov-fail-under=90
+	$(BIN)/pytest -n 2 --dist worksteal --durations=20 --cov --cov-report=term:skip-covered --cov-fail-under=90
 
 test-slow: $(SMOLLM2)      ## the tests marked slow
 	$(BIN)/pytest -m slow -v
