@@ -33,11 +33,11 @@ def table1(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def page_of(folders: list[Path], out: Path) -> tuple[str, Reader]:
-    """The Markdown, and the HTML as read."""
     return read(write_report(folders, out).parent)
 
 
 def read(page: Path) -> tuple[str, Reader]:
+    """The Markdown, and the HTML as read."""
     return (page / "index.md").read_text(), Reader((page / "index.html").read_text())
 
 

@@ -163,7 +163,7 @@ INTERPRETED = Sizes(
     ),
     hot_reads=600,
     step=Selection(7, 1, 5, 19, 4),
-    step_width=37,  # which is checked anyway: interpreted, every other takes a minute
+    step_width=37,  # as updates have besides: interpreted, another width takes a minute
     race=Selection(7, 1, 5, 19, 4),
     race_width=19,
     repeats=2,

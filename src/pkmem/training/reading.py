@@ -113,8 +113,8 @@ def read_recipe(document: Mapping[str, Any], overrides: Mapping[str, Any] | None
         require(setting is not None or default is None, name, None, f"of type {type(default).__name__}")
         part, _, option = name.rpartition(".")
         nested[part][option] = setting
-    read = {part: json.dumps(options, default=str) for part, options in nested.items()}
-    return Recipe(**_beside(read[""]), **{part: _made(part, read[part]) for part in _PARTS})
+    parsed = {part: _parsed(part, json.dumps(options, default=str)) for part, options in nested.items()}
+    return Recipe(**parsed[""], **{part: made(**parsed[part]) for part, made in _PARTS.items()})
 
 
 def given_recipe(options: Namespace) -> Recipe:
@@ -143,16 +143,14 @@ def _defaults() -> dict[str, Any]:
 
 
 @functools.lru_cache(maxsize=1 << 12)
-def _beside(document: str) -> dict[str, Any]:
-    """The fields beside the parts of a recipe, from their JSON; kept as the next are."""
-    fields_beside: dict[str, Any] = _parser("").parse_object(json.loads(document)).as_dict()
-    return fields_beside
+def _parsed(part: str, document: str) -> dict[str, Any]:
+    """The fields of one part of a recipe, or of "" those beside the parts, from their JSON.
 
-
-@functools.lru_cache(maxsize=1 << 12)
-def _made(part: str, document: str) -> Any:
-    """One part of a recipe from its JSON; jsonargparse takes milliseconds for it, and recipes share most parts."""
-    return _PARTS[part](**_parser(part).parse_object({part: json.loads(document)})[part].as_dict())
+    jsonargparse takes milliseconds for it, and recipes share most parts.
+    """
+    given = json.loads(document)
+    fields_read: dict[str, Any] = _parser(part).parse_object({part: given} if part else given).as_dict()
+    return fields_read[part] if part else fields_read
 
 
 @functools.cache
